@@ -1,0 +1,169 @@
+"""The flags that ann.py and snn.py have in common, their types, and how a script ends."""
+import argparse
+import sys
+
+import torch
+
+from experiment import UserError
+from experiment.data import DATASETS
+from self_models.architectures import ARCHITECTURES
+
+
+def number(kind, low=None, high=None, open_low=False):
+    """An argparse type: a finite `kind` (int or float) in [low, high], or (low, high] with open_low."""
+    bounds = ' '.join(
+        ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
+        + ([] if high is None else [f'at most {high}']))
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if (value is None or not -float('inf') < value < float('inf')
+                or (low is not None and (value < low or (open_low and value == low)))
+                or (high is not None and value > high)):
+            noun = 'a whole number' if kind is int else 'a number'
+            raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}'.rstrip())
+        return value
+
+    return parse
+
+
+positive_int, natural_int = number(int, 1), number(int, 0)
+positive, non_negative = number(float, 0, open_low=True), number(float, 0)
+fraction = number(float, 0, 1, open_low=True)
+
+
+def rate(text):
+    """A dropout probability in [0, 1)."""
+    value = number(float, 0)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number at least 0 and below 1')
+    return value
+
+
+def odd_int(text):
+    value = positive_int(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f'{text!r} is even; a kernel needs an odd size to keep the image size')
+    return value
+
+
+def intervals(text):
+    """'0.60 0.80 0.90' -> the same text, each part checked to be a fraction of the epochs in (0, 1]."""
+    for part in text.split():
+        fraction(part)
+    return text
+
+
+def devices(text):
+    """'0' or '0,1': the CUDA devices by number."""
+    for part in text.split(','):
+        natural_int(part)
+    return text
+
+
+def name(text):
+    if not text or '/' in text or text.startswith('.'):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file name (no "/", no leading ".")')
+    return text
+
+
+def upper(text):
+    return text.upper()
+
+
+class Switch(argparse.Action):
+    """A boolean that understands --flag, --no-flag, --flag True and --flag False."""
+
+    WORDS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        strings = list(option_strings)
+        strings += ['--no-' + s[2:] for s in option_strings if s.startswith('--')]
+        super().__init__(strings, dest, nargs='?', default=default, help=help, metavar='BOOL')
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        negative = option_string.startswith('--no-')
+        if value is None:
+            result = not negative
+        elif negative or value.lower() not in self.WORDS:
+            parser.error(f'{option_string} {value}: use {self.option_strings[0]}, --no-{self.dest} '
+                         f'or {self.option_strings[0]} True|False')
+        else:
+            result = self.WORDS[value.lower()]
+        setattr(namespace, self.dest, result)
+
+
+def common_options(parser, learning_rate, optimizer, momentum, dropout):
+    """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
+    add = parser.add_argument_group('network').add_argument
+    add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES), help='default %(default)s')
+    add('--dropout', type=rate, default=dropout, metavar='P',
+        help='dropout after each convolution (0.5 in the classifier); default %(default)s')
+    add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', type=upper, default='CIFAR10', choices=list(DATASETS), help='default %(default)s')
+    add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
+    add('--image_size', type=positive_int, default=32, metavar='PIXELS',
+        help='height and width that FOLDER pictures are brought to; default %(default)s')
+    add('--num_workers', type=natural_int, default=2, metavar='N',
+        help='processes that load data, 0 for none; default %(default)s')
+    add('--train_samples', type=positive_int, metavar='N', help='train on a seeded subset of N images')
+    add('--test_samples', type=positive_int, metavar='N', help='test on a seeded subset of N images')
+
+    add = parser.add_argument_group('training').add_argument
+    add('--epochs', type=positive_int, default=300, metavar='N', help='default %(default)s')
+    add('--batch_size', type=positive_int, default=64, metavar='N', help='default %(default)s')
+    add('-lr', '--learning_rate', type=positive, default=learning_rate, metavar='LR', help='default %(default)s')
+    add('--lr_interval', type=intervals, default='0.60 0.80 0.90', metavar='"F F F"',
+        help='fractions of the epochs at which the learning rate is divided; default "%(default)s"')
+    add('--lr_reduce', type=positive, default=10, metavar='X', help='what it is divided by; default %(default)s')
+    add('--optimizer', default=optimizer, choices=['SGD', 'Adam'], help='default %(default)s')
+    add('--weight_decay', type=non_negative, default=5e-4, metavar='X', help='default %(default)s')
+    add('--momentum', type=number(float, 0, 1), default=momentum, metavar='X', help='of SGD; default %(default)s')
+    add('--amsgrad', action=Switch, default=True, help='of Adam; default %(default)s')
+
+    add = parser.add_argument_group('run').add_argument
+    add('-s', '--seed', type=natural_int, default=0, metavar='N', help='default %(default)s')
+    add('--gpu', action=Switch, default=None, help='use CUDA; without it, CUDA is used where it is present')
+    add('--devices', type=devices, default='0', metavar='N', help='number of the CUDA device; default %(default)s')
+    add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
+    add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
+    add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
+    add('--resume', nargs='?', const='auto-required', metavar='FILE|auto',
+        help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
+
+
+def device_of(args):
+    """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there."""
+    wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
+    if not wanted:
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        raise UserError('--gpu: torch finds no CUDA device here; leave the flag out or say --no-gpu to use the CPU')
+    numbers = [int(n) for n in args.devices.split(',')]
+    if max(numbers) >= torch.cuda.device_count():
+        raise UserError(f'--devices {args.devices}: this machine has {torch.cuda.device_count()} CUDA device(s), '
+                        'numbered from 0')
+    if len(numbers) > 1:
+        raise UserError(f'--devices {args.devices}: a run uses one device; choose one of them')
+    return torch.device('cuda', numbers[0])
+
+
+def run(main, args, script):
+    """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f'{script}: error: {error}')
+    except KeyboardInterrupt:
+        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on from it', file=sys.stderr)
+        sys.exit(130)
+    except torch.OutOfMemoryError:
+        sys.exit(f'{script}: error: the GPU is out of memory; lower --batch_size, or --timesteps of an SNN')
+    except OSError as error:
+        where = f'{error.filename}: ' if error.filename else ''
+        sys.exit(f'{script}: error: {where}{error.strerror or error}')

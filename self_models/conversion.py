@@ -1,0 +1,153 @@
+"""ANN to SNN: threshold balancing (Rathi et al. 2020, algorithm 1; Diehl et al. 2016)."""
+import math
+import tempfile
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from self_models import neuron as lif
+from self_models.spiking import CHUNK_BYTES, Branch, SpikeTrain, currents, flatten
+
+SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
+
+
+class DeadLayerError(ValueError):
+    """A layer whose input never exceeds 0, so that no threshold can be found for it."""
+
+
+class SpikeStore:
+    """The spikes of a layer at `steps` steps, `size` neurons, as bits: in memory while few, else in a temporary file.
+
+    They are written and read by groups of samples (slices), a few steps at a time.
+    """
+
+    def __init__(self, steps, size):
+        self.file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
+        self.steps, self.size, self.row = steps, size, -(-size // 8)
+        self.spiked = False
+
+    def _seek(self, group, first):
+        self.file.seek((group.start * self.steps + (group.stop - group.start) * first) * self.row)
+
+    def write(self, group, first, spikes):
+        """spikes: (m, b, size) bool, of steps first ... first + m - 1."""
+        self.spiked = self.spiked or bool(spikes.any())
+        self._seek(group, first)
+        self.file.write(np.packbits(spikes.cpu().numpy(), axis=-1).data)
+
+    def read(self, group, first, stop):
+        """(m, b, size) uint8, 0 and 1."""
+        self._seek(group, first)
+        shape = (stop - first, group.stop - group.start, self.row)
+        bits = np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
+        return torch.from_numpy(np.unpackbits(bits, axis=-1, count=self.size))
+
+
+@torch.no_grad()
+def find_thresholds(model, images, timesteps, progress=False):
+    """Balance the thresholds of a spiking network, layer after layer; returns them, a list of floats.
+
+    A layer's threshold is the maximum over images, units and steps of its input current W s, with the layers before
+    it spiking at the thresholds already found, at leak 1 and without dropout. Of a ResNet only the pre-process layers
+    are balanced.
+
+    model: VGG_SNN_STDB or RESNET_SNN_STDB; it is left at the thresholds found, else as it was.
+    images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
+    Raises DeadLayerError, a ValueError, for a layer whose input never exceeds 0, ValueError for timesteps < 1.
+
+    Memory does not grow with B: images go through a few at a time, and a layer's spikes wait for the next layer as
+    bits, in a temporary file where they are many (B T N / 8 bytes).
+    """
+    before = model.timesteps, model.leak
+    model.network_update(timesteps, 1.0)
+    # few images a group, for one group of a layer always runs twice (see balance); the steps make up the batch
+    size = max(1, min(8, len(images) // 32))
+    groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
+    stages = model.balanced_stages()
+    # of the input only the bits are stored; a pixel's sign is held as the mask of its train
+    store, signs = SpikeStore(timesteps, images[0].numel()), flatten(images.sign(), 1)[0]
+    for group in groups:
+        for t in range(timesteps):
+            store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
+    train = SpikeTrain(None, tuple(images.shape[1:]), 0, binary=True)
+    thresholds = []
+    try:
+        with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
+              torch.autocast(stages[0][0].weight.device.type, enabled=False)):
+            for index, (synapse, _, pools) in enumerate(stages):
+                current = current_source(store, train, signs if index == 0 else None, synapse)
+                shape = Branch(train, synapse).output_shape()
+                output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
+                block = max(1, CHUNK_BYTES[synapse.weight.device.type] // (
+                    size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
+                blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
+                threshold = balance(current, groups, blocks, model.neuron(index), output, bar)
+                if not threshold > 0:
+                    name = model.layer_names[index]
+                    raise DeadLayerError(
+                        f'{name} never receives a spike within {timesteps} time steps: balance over more steps or '
+                        'images, or train the ANN further' if not store.spiked else
+                        f'the input of {name} never exceeds 0, so no threshold can be found: train the ANN further')
+                thresholds.append(threshold)
+                store, train = output, SpikeTrain(None, shape, 0, binary=True, pools=pools)
+    finally:
+        model.network_update(*before)
+    model.threshold_update(1.0, thresholds)
+    return thresholds
+
+
+
+    return model.classifier[-1].weight.device
+
+
+def current_source(store, train, signs, synapse):
+    """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`."""
+    dtype, device = synapse.weight.dtype, synapse.weight.device
+    weight = Branch(train, synapse).weight(dtype)
+
+    def current(group, first, stop):
+        codes = store.read(group, first, stop).to(device)
+        mask = None if signs is None else signs[group].to(device, dtype)
+        part = SpikeTrain(codes, train.shape, 0, binary=True, mask=mask, pools=train.pools)
+        return currents([Branch(part, synapse)], [weight], slice(None), dtype, dtype)
+
+    return current
+
+
+def balance(current, groups, blocks, neuron, output, bar):
+    """The largest of the currents over all groups and blocks of steps; `output` is given the spikes at that threshold.
+
+    Spikes need the threshold, and the threshold needs every current. So that currents need not be found twice, spikes
+    are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. Beginning
+    with the groups that look largest in a few steps, few have to run again.
+    """
+    middle = len(blocks) // 2
+    probe = blocks[middle][0], min(blocks[middle][1], blocks[middle][0] + max(1, blocks[-1][1] // 16))
+
+    def run(group, threshold):
+        at_start, state = threshold, None
+        for first, stop in blocks:
+            step_currents = current(group, first, stop)
+            threshold = max(threshold, step_currents.max().item())
+            if output is not None and threshold == at_start:
+                codes = torch.empty(step_currents.shape, dtype=lif.code_dtype(stop - first), device=step_currents.device)
+                state = lif.integrate(step_currents.flatten(1), codes.flatten(1),
+                                      neuron._replace(threshold=threshold), state)
+                spikes = SpikeTrain(codes, (), 0).spikes(slice(None), slice(0, stop - first))
+                output.write(group, first, spikes[:output.steps - first])
+        return threshold
+
+    order = groups
+    if output is not None and len(groups) > 2:
+        order = sorted(groups, key=lambda group: current(group, *probe).max().item(), reverse=True)
+    threshold, valid = 0.0, []
+    for group in order:
+        before, threshold = threshold, run(group, threshold)
+        valid = [*valid, group] if threshold == before else []
+        bar.update()
+    if output is not None and threshold > 0:
+        for group in order:
+            if group not in valid:
+                run(group, threshold)
+    return threshold

@@ -1,0 +1,41 @@
+"""ResNet as an ANN."""
+from torch import nn
+
+from self_models.architectures import initialize, resnet_layers
+
+
+class ResNet(nn.Module):
+    """A bias-free ResNet whose first 7x7 convolution is replaced by three of 3x3 (Rathi et al. 2020, section 3).
+
+    resnet_name: a key of architectures.RESNET_BLOCKS. labels: number of classes. dataset: a key of INPUT_SHAPES;
+    input_shape (C, H, W) overrides the shape that it implies. Raises ValueError where they do not go together.
+    """
+
+    def __init__(self, resnet_name, labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+        super().__init__()
+        (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
+         self.classifier) = resnet_layers(resnet_name, labels, dataset, dropout, input_shape)
+        initialize(self)
+
+    def forward(self, x):
+        """(B, C, H, W) images -> (B, labels) logits."""
+        x = self.pre_process(x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool):
+            x = stage(x)
+        return self.classifier(x.flatten(1))
+
+
+def ResNet6(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    return ResNet('RESNET6', labels, dropout, dataset, input_shape)
+
+
+def ResNet12(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    return ResNet('RESNET12', labels, dropout, dataset, input_shape)
+
+
+def ResNet20(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    return ResNet('RESNET20', labels, dropout, dataset, input_shape)
+
+
+def ResNet34(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    return ResNet('RESNET34', labels, dropout, dataset, input_shape)

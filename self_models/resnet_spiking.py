@@ -1,0 +1,42 @@
+"""ResNet as a spiking network."""
+from self_models.architectures import resnet_layers
+from self_models.spiking import Branch, SpikingNetwork, lif_layer, stages_of
+
+
+class RESNET_SNN_STDB(SpikingNetwork):
+    """The ResNet of resnet.py with an LIF layer in place of every ReLU (Rathi et al. 2020).
+
+    resnet_name, labels, dataset, input_shape: as for ResNet, as are the parameters' names, so that its state_dict
+    fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T; leak in (0, 1];
+    default_threshold: of every LIF layer until threshold_update, of those in blocks thereafter. dropout: one mask a
+    sample, held over all steps. Raises ValueError for values that make no network.
+    """
+
+    def __init__(self, resnet_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
+                 alpha=0.3, beta=0.01, dropout=0.2, dataset='CIFAR10', gamma=0.3, input_shape=None):
+        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, rate=0.9)
+        (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
+         self.classifier) = resnet_layers(resnet_name, labels, dataset, dropout, input_shape)
+        blocks = [f'{name}.{i}' for name in ('layer1', 'layer2', 'layer3', 'layer4')
+                  for i in range(len(getattr(self, name)))]
+        pre_process = [f'pre_process.{i}' for i in (0, 3, 6)]
+        names = pre_process + [f'{block}.residual.{i}' for block in blocks for i in (0, 3)]
+        # the shortest way goes through the identities
+        self.set_layers(names, depth=len(pre_process) + len(blocks), balanced=len(pre_process))
+
+    def balanced_stages(self):
+        return stages_of(self.pre_process)
+
+    def hidden(self, train):
+        train = self.chain(train)
+        index = self.balanced
+        for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
+            conv1, _, dropout, conv2 = block.residual
+            inner = lif_layer([Branch(train, conv1)], self.neuron(index), dropout)
+            identity = Branch(train, *block.identity)
+            train = lif_layer([identity, Branch(inner, conv2)], self.neuron(index + 1))
+            index += 2
+        return train
+
+    def readout(self, counts):
+        return super().readout(self.final_pool(counts))

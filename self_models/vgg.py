@@ -1,0 +1,21 @@
+"""VGG as an ANN."""
+from torch import nn
+
+from self_models.architectures import initialize, vgg_layers
+
+
+class VGG(nn.Module):
+    """A bias-free VGG with average pooling (Rathi et al. 2020, section 3).
+
+    vgg_name: a key of architectures.VGG_LAYOUTS. labels: number of classes. dataset: a key of INPUT_SHAPES;
+    input_shape (C, H, W) overrides the shape that it implies. Raises ValueError where they do not go together.
+    """
+
+    def __init__(self, vgg_name='VGG16', labels=10, dataset='CIFAR10', kernel_size=3, dropout=0.2, input_shape=None):
+        super().__init__()
+        self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape)
+        initialize(self)
+
+    def forward(self, x):
+        """(B, C, H, W) images -> (B, labels) logits."""
+        return self.classifier(self.features(x).flatten(1))
