@@ -4,9 +4,8 @@ import sys
 
 import torch
 
-from experiment import UserError
-from experiment.data import DATASETS
-from self_models.architectures import ARCHITECTURES
+import self_models
+from experiment import UserError, data
 
 
 def number(kind, low=None, high=None, open_low=False):
@@ -96,16 +95,31 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose result also holds `given`, the names of the arguments that stood on the command line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        unset = object()
+        probe = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        super().parse_known_args(args, probe)
+        parsed, rest = super().parse_known_args(args, namespace)
+        parsed.given = {name for name, value in vars(probe).items() if value is not unset}
+        return parsed, rest
+
+
 def common_options(parser, learning_rate, optimizer, momentum, dropout):
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
-    add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES), help='default %(default)s')
+    add('-a', '--architecture', type=upper, default='VGG16', choices=list(self_models.ARCHITECTURES), help='default %(default)s')
     add('--dropout', type=rate, default=dropout, metavar='P',
         help='dropout after each convolution (0.5 in the classifier); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', type=upper, default='CIFAR10', choices=list(DATASETS), help='default %(default)s')
+    add('--dataset', type=upper, default='CIFAR10', choices=list(data.DATASETS), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
     add('--image_size', type=positive_int, default=32, metavar='PIXELS',
         help='height and width that FOLDER pictures are brought to; default %(default)s')
@@ -133,7 +147,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
-    add('--resume', nargs='?', const='auto-required', metavar='FILE|auto',
+    add('--resume', nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
@@ -151,6 +165,46 @@ def device_of(args):
     if len(numbers) > 1:
         raise UserError(f'--devices {args.devices}: a run uses one device; choose one of them')
     return torch.device('cuda', numbers[0])
+
+
+def load_data(args):
+    """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
+    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
+
+
+def build_ann(args, data):
+    """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
+    common = dict(labels=len(data.classes), dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
+    try:
+        if args.architecture.startswith('VGG'):
+            return self_models.VGG(args.architecture, kernel_size=args.kernel_size, **common)
+        return self_models.ResNet(args.architecture, **common)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_snn(args, data):
+    """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
+    common = dict(activation=args.activation, labels=len(data.classes), timesteps=args.timesteps, leak=args.leak,
+                  default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma,
+                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
+    try:
+        if args.architecture.startswith('VGG'):
+            return self_models.VGG_SNN_STDB(args.architecture, kernel_size=args.kernel_size, **common)
+        return self_models.RESNET_SNN_STDB(args.architecture, **common)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def resume_file(args, last):
+    """The checkpoint that --resume asks for, or None. last: where this run keeps its own. Raises UserError."""
+    if args.resume == 'auto':
+        return last if last.exists() else None
+    if args.resume == 'last':
+        if not last.exists():
+            raise UserError(f'--resume: there is no {last}; say --resume FILE, or leave it out to start anew')
+        return last
+    return args.resume
 
 
 def run(main, args, script):

@@ -1,0 +1,58 @@
+"""Train an ANN without biases, the first step of hybrid conversion (Rathi et al., ICLR 2020).
+
+    python ann.py --architecture VGG5 --dataset DIGITS --epochs 30
+    python ann.py --architecture VGG16 --dataset CIFAR10 --learning_rate 0.01 --batch_size 64 --log
+
+The best epoch's weights go to trained_models/ann/<identifier>.pth, which snn.py takes as --pretrained_ann.
+"""
+import torch.nn.functional as F
+
+from experiment import checkpoint, engine, log, options
+
+
+def get_args_parser():
+    parser = options.Parser(prog='ann.py', description=__doc__)
+    options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
+    parser.add_argument('--pretrained_ann', metavar='FILE', help='start from the weights of this checkpoint')
+    return parser
+
+
+def main(args):
+    device = options.device_of(args)
+    data = options.load_data(args)
+    engine.seed_all(args.seed)
+    model = options.build_ann(args, data).to(device)
+    optimizer = engine.make_optimizer(model, args)
+    name = checkpoint.identifier('ann', args)
+    files = checkpoint.paths('ann', name)
+    notes, state = [], None
+
+    if source := options.resume_file(args, files[1]):
+        state = checkpoint.load(source, 'ann')
+        checkpoint.load_weights(model, state, source)
+        engine.resume_optimizer(optimizer, state, source, args)
+        notes.append(f"resumed from {source}, after epoch {state['epoch']}")
+    elif args.pretrained_ann:
+        last_layer = list(model.state_dict())[-1]
+        loaded = checkpoint.load(args.pretrained_ann, 'ann')
+        new = checkpoint.load_weights(model, loaded, args.pretrained_ann, may_differ=[last_layer])
+        notes.append(f'weights from {args.pretrained_ann}' + (
+            f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
+    if not args.test_only and not state:
+        notes.append(checkpoint.prepare(*files))
+
+    say = log.open_log('ann', name, args.log, append=state is not None)
+    say(log.header(args, model, device))
+    for note in filter(None, notes):
+        say(note)
+    if args.test_only:
+        tested = engine.test(model, data, F.cross_entropy, device, args)
+        say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
+        return
+    best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, files, {}, say, patience=30,
+                      done=state['epoch'] if state else 0, best=state['best'] if state else None)
+    say(f'best test accuracy {best[0]:.2%}, of epoch {best[1]}: {files[0]}')
+
+
+if __name__ == '__main__':
+    options.run(main, get_args_parser().parse_args(), 'ann.py')

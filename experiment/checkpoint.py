@@ -1,0 +1,175 @@
+"""Checkpoints: written atomically, loaded as tensors only, weights matched name by name; the cache of thresholds."""
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from experiment import UserError
+
+
+def identifier(kind, args):
+    """The name of a run: --name, else e.g. 'ann_vgg16_cifar10' or, with the time steps, 'snn_vgg16_cifar10_100'."""
+    if args.name:
+        return args.name
+    steps = f'_{args.timesteps}' if kind == 'snn' else ''
+    return f'{kind}_{args.architecture}_{args.dataset}'.lower() + steps
+
+
+def paths(kind, name):
+    """(best, last): where a run keeps the checkpoint of its best epoch and the one to resume from."""
+    folder = Path('trained_models', kind)
+    return folder / f'{name}.pth', folder / f'{name}.last.pth'
+
+
+def prepare(best, last):
+    """Make sure, before hours of training, that checkpoints can be written; keep an earlier run's best.
+
+    Returns a line to say, or None. Raises UserError.
+    """
+    probe = best.with_suffix('.tmp')
+    try:
+        best.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+        if best.exists() or last.exists():
+            for path in (best, last):
+                if path.exists():
+                    os.replace(path, path.with_name(f'previous.{path.name}'))
+            return f'{best} is there from an earlier run; it is kept as previous.{best.name}'
+    except OSError as error:
+        raise UserError(f'{best.parent}: cannot write checkpoints there ({error.strerror}); '
+                        'make the folder writable or start in another one') from error
+
+
+def write_atomically(path, write):
+    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError."""
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        try:
+            with open(temporary, 'wb') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+        raise UserError(f'{path}: cannot be written ({reason}); what stood there before is untouched') from error
+
+
+def save(state, path):
+    """Write a checkpoint: a dict of tensors, numbers, texts, lists and dicts."""
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def load(path, kind):
+    """The dict in a checkpoint file, on the CPU, tensors only. kind: 'ann' or 'snn'. Raises UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        if 'Weights only load failed' in str(error) and _is_pickle(path):
+            raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
+                            'code; save its state_dict and numbers with torch.save anew') from error
+        raise UserError(f'{path}: is not a checkpoint') from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy') from error
+    if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
+        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
+    is_snn = 'timesteps' in state
+    if is_snn != (kind == 'snn'):
+        other = 'snn' if is_snn else 'ann'
+        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; give it with --pretrained_{other}')
+    return state
+
+
+def _is_pickle(path):
+    if zipfile.is_zipfile(path):
+        return True
+    with open(path, 'rb') as file:
+        return file.read(1) == b'\x80'
+
+
+def load_weights(model, state, path, may_differ=()):
+    """Copy a checkpoint's weights into a model, name by name.
+
+    may_differ: names of weights that keep their present values where their shapes differ; those that did are
+    returned. Any other missing, surplus or misshapen weight raises a UserError that lists them.
+    """
+    weights = {key.removeprefix('module.'): value for key, value in state['state_dict'].items()}
+    wanted = model.state_dict()
+    problems = [f'no {key}' for key in wanted if key not in weights]
+    problems += [f'surplus {key}' for key in weights if key not in wanted]
+    kept = []
+    for key in wanted.keys() & weights.keys():
+        if not isinstance(weights[key], torch.Tensor):
+            problems.append(f'{key} is no tensor')
+        elif weights[key].shape != wanted[key].shape:
+            if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
+                kept.append(key)
+            else:
+                problems.append(f'{key} is {shape(weights[key])}, not {shape(wanted[key])}')
+        elif not torch.isfinite(weights[key]).all():
+            problems.append(f'{key} is not finite')
+    if problems:
+        known = state.get('args') if isinstance(state.get('args'), dict) else {}
+        known = f' (it holds a {known["architecture"]} for {known["dataset"]})' if 'architecture' in known else ''
+        raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset and --kernel_size '
+                        f'as it was trained: {", ".join(sorted(problems))}')
+    model.load_state_dict({**weights, **{key: wanted[key] for key in kept}})
+    return kept
+
+
+def shape(tensor):
+    return 'x'.join(str(size) for size in tensor.shape)
+
+
+def snn_settings(state, path):
+    """{thresholds, timesteps, leak, activation} of an SNN checkpoint, the published code's older keys included."""
+    try:
+        scale = float(state.get('scaling_threshold', 1.0))
+        settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
+                    'timesteps': int(state['timesteps']),
+                    'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{path}: is not a whole SNN checkpoint: thresholds, timesteps or leak are missing') from error
+    if 'activation' in state:
+        settings['activation'] = state['activation']
+    return settings
+
+
+def thresholds_key(model, settings):
+    """What balanced thresholds depend on: {'weights': a hash, **settings}."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return {'weights': digest.hexdigest(), **settings}
+
+
+def cached_thresholds(path, key):
+    """(thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
+    cache = Path(f'{path}.thresholds.json')
+    try:
+        entry = json.loads(cache.read_text())
+        differing = [name for name in key if entry['key'].get(name) != key[name]]
+        thresholds = [float(value) for value in entry['thresholds']]
+    except FileNotFoundError:
+        return None, f'no thresholds of this ANN are cached yet; {cache} will hold them'
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f'{cache} cannot be read; thresholds are balanced anew'
+    if differing:
+        return None, f'{cache} is for other {", ".join(differing)}; thresholds are balanced anew'
+    return thresholds, f'thresholds taken from {cache}'
+
+
+def cache_thresholds(path, key, thresholds):
+    """Keep thresholds beside the ANN checkpoint `path`. Raises UserError where that cannot be written."""
+    text = json.dumps({'key': key, 'thresholds': thresholds}, indent=1)
+    write_atomically(Path(f'{path}.thresholds.json'), lambda file: file.write(text.encode()))

@@ -1,0 +1,147 @@
+"""The loops over batches and epochs that ann.py and snn.py share."""
+import math
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from experiment import UserError, checkpoint, log
+from experiment.data import epoch_loader
+
+
+class Metrics(NamedTuple):
+    """Means over the samples of a pass."""
+    loss: float
+    accuracy: float  # a fraction
+
+
+def seed_for(seed, epoch):
+    """A seed of its own for each epoch (0: evaluation), so that a resumed run draws what an unbroken one would."""
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def seed_all(seed):
+    torch.manual_seed(seed)  # of the CPU and of every CUDA device
+    np.random.seed(seed % 2 ** 32)
+
+
+def learning_rate_at(epoch, args):
+    """The learning rate of an epoch (1, 2, ...): divided by lr_reduce on reaching each lr_interval * epochs.
+
+    The first epoch always has the full rate, also in a run too short for the intervals.
+    """
+    milestones = {int(float(part) * args.epochs) for part in args.lr_interval.split()}
+    return args.learning_rate / args.lr_reduce ** sum(1 < milestone <= epoch for milestone in milestones)
+
+
+def make_optimizer(model, args):
+    if args.optimizer == 'SGD':
+        return torch.optim.SGD(model.parameters(), lr=args.learning_rate, momentum=args.momentum,
+                               weight_decay=args.weight_decay)
+    return torch.optim.Adam(model.parameters(), lr=args.learning_rate, amsgrad=args.amsgrad,
+                            weight_decay=args.weight_decay)
+
+
+def train_epoch(model, loader, optimizer, loss_function, device, say=None, every=None):
+    """One pass over a loader with an optimizer step a batch; returns its Metrics.
+
+    say, every: a function that prints a line, and after how many batches it says how training goes.
+    Raises UserError at the first loss that is not finite.
+    """
+    model.train()
+    total_loss, correct, seen = 0.0, 0, 0
+    bar = tqdm(loader, desc='train', leave=False, disable=None)
+    for number, (images, labels) in enumerate(bar, 1):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = loss_function(logits, labels)
+        if not math.isfinite(loss.item()):
+            raise UserError(f'the loss became {loss.item()} at batch {number}: lower --learning_rate, or for an SNN '
+                            'the gradient with --alpha or --gamma')
+        loss.backward()
+        optimizer.step()
+        total_loss += loss.item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        seen += len(labels)
+        bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
+        if every and number % every == 0:
+            say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
+    return Metrics(total_loss / seen, correct / seen)
+
+
+@torch.no_grad()
+def evaluate(model, loader, loss_function, device, say=None):
+    """One pass over a loader without training; returns its Metrics. say: prints the accuracy after every batch."""
+    model.eval()
+    total_loss, correct, seen = 0.0, 0, 0
+    bar = tqdm(loader, desc='test', leave=False, disable=None)
+    for number, (images, labels) in enumerate(bar, 1):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        logits = model(images)
+        total_loss += loss_function(logits, labels).item() * len(labels)
+        correct += (logits.argmax(1) == labels).sum().item()
+        seen += len(labels)
+        bar.set_postfix_str(f'accuracy {correct / seen:.2%}', refresh=False)
+        if say:
+            say(f'  test batch {number}: accuracy {correct / seen:.2%} of {seen} images')
+    return Metrics(total_loss / seen, correct / seen)
+
+
+def test(model, data, loss_function, device, args, say=None):
+    """Evaluate on all test images, always with the same random draws: a checkpoint gives its logged accuracy again."""
+    seed_all(seed_for(args.seed, 0))
+    loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
+    return evaluate(model, loader, loss_function, device, say)
+
+
+def fit(model, optimizer, data, loss_function, device, args, files, extra, say, patience, done=0, best=None,
+        train_say_every=None, test_say=None):
+    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch).
+
+    files: (best, last), the checkpoints' paths. extra: what goes into them beside the weights. best: (accuracy,
+    epoch) so far. patience: epochs after which a network no better than chance stops the run with a UserError.
+    """
+    best = best or (-1.0, 0)
+    pin_memory = device.type == 'cuda'
+    say(log.heading())
+    for epoch in range(done + 1, args.epochs + 1):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate_at(epoch, args)
+        seed = seed_for(args.seed, epoch)
+        seed_all(seed)
+        loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed, shuffle=True, pin_memory=pin_memory)
+        trained = train_epoch(model, loader, optimizer, loss_function, device, say, train_say_every)
+        tested = test(model, data, loss_function, device, args, test_say)
+        improved = tested.accuracy > best[0]
+        if improved:
+            best = tested.accuracy, epoch
+        save(files, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
+        say(log.epoch_line(epoch, optimizer.param_groups[0]['lr'], *trained, *tested, best[0],
+                           time.perf_counter() - start))
+        # 0.15 for ten classes, as published
+        if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
+            raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
+                            'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
+    return best
+
+
+def save(files, improved, best, model, optimizer, args, **state):
+    """Write the checkpoint to resume from and, where this epoch is the best, first that of the best."""
+    state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
+             'args': log.arguments(args)}
+    for path in files if improved else files[1:]:
+        checkpoint.save(state, path)
+
+
+def resume_optimizer(optimizer, state, path, args):
+    """Put the optimizer back to where the checkpoint `path` left it. Raises UserError."""
+    if not {'optimizer', 'best', 'args', 'epoch'} <= state.keys():
+        raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
+    if state['args'].get('optimizer') != args.optimizer:
+        raise UserError(f"{path}: was trained with {state['args'].get('optimizer')}; say --optimizer "
+                        f"{state['args'].get('optimizer')} to go on with it")
+    optimizer.load_state_dict(state['optimizer'])

@@ -1,0 +1,169 @@
+"""Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020), or train one from scratch.
+
+    python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
+                  --timesteps 20 --epochs 10
+    python snn.py --architecture VGG5 --dataset DIGITS --pretrained_snn trained_models/snn/snn_vgg5_digits_20.pth \\
+                  --test_only
+
+The best epoch's network goes to trained_models/snn/<identifier>.pth; the converted network is its epoch 0.
+"""
+import torch.nn.functional as F
+
+from experiment import UserError, checkpoint, engine, log, options
+from experiment.data import epoch_loader
+from self_models.conversion import find_thresholds
+
+
+def get_args_parser():
+    parser = options.Parser(prog='snn.py', description=__doc__)
+    options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
+    add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
+    add('--pretrained_ann', metavar='FILE', help='convert the ANN of this checkpoint')
+    add('--pretrained_snn', metavar='FILE', help='go on from, or evaluate, the SNN of this checkpoint')
+    add = parser.add_argument_group('spiking').add_argument
+    add('--timesteps', type=options.positive_int, default=100, metavar='T', help='default %(default)s')
+    add('--leak', type=options.fraction, default=1.0, metavar='L', help='in (0, 1]; 1 is IF; default %(default)s')
+    add('--default_threshold', type=options.positive, default=1.0, metavar='V',
+        help='of layers that are not balanced; default %(default)s')
+    add('--activation', default='STDB', choices=['STDB', 'Linear'], help='surrogate gradient; default %(default)s')
+    add('--alpha', type=options.non_negative, default=0.3, metavar='X', help='height of STDB; default %(default)s')
+    add('--beta', type=options.non_negative, default=0.01, metavar='X', help='decay of STDB; default %(default)s')
+    add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
+    add('--output', default='mean', choices=['mean', 'sum'],
+        help='what the loss sees of the output over time; the published code summed; default %(default)s')
+    add = parser.add_argument_group('conversion').add_argument
+    add('--scaling_factor', type=options.positive, default=0.7, metavar='X',
+        help='balanced thresholds are multiplied by it; default %(default)s')
+    add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
+        help='training images that thresholds are balanced on; default %(default)s')
+    add('--calibration_timesteps', type=options.positive_int, default=1000, metavar='T',
+        help='time steps that thresholds are balanced over; default %(default)s')
+    add = parser.add_argument_group('messages').add_argument
+    add('--test_acc_every_batch', action=options.Switch, help='say the accuracy after every test batch')
+    add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
+        help='say training accuracy after every N batches; default %(default)s')
+    return parser
+
+
+def balanced_thresholds(model, data, args, say):
+    """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
+    settings = {'architecture': args.architecture, 'dataset': args.dataset, 'image_size': args.image_size,
+                'train_samples': args.train_samples, 'samples': args.calibration_samples,
+                'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
+                'seed': args.seed}
+    key = checkpoint.thresholds_key(model, settings)
+    thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key)
+    say(note)
+    if thresholds is None:
+        seed = engine.seed_for(args.seed, 0)
+        engine.seed_all(seed)
+        images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=seed, shuffle=True)))
+        try:
+            thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True)
+        except ValueError as error:
+            raise UserError(f'{error} (--calibration_timesteps, --calibration_samples)') from error
+        try:
+            checkpoint.cache_thresholds(args.pretrained_ann, key, thresholds)
+        except UserError as error:
+            say(f'thresholds are not cached: {error}')
+    return thresholds
+
+
+def convert(model, data, device, args, say):
+    """Load the ANN's weights, balance and scale the thresholds; says and returns the ANN's accuracy."""
+    state = checkpoint.load(args.pretrained_ann, 'ann')
+    checkpoint.load_weights(model, state, args.pretrained_ann)
+    ann = options.build_ann(args, data).to(device)
+    checkpoint.load_weights(ann, state, args.pretrained_ann)
+    accuracy = engine.test(ann, data, F.cross_entropy, device, args).accuracy
+    say(f'ANN {args.pretrained_ann}: test accuracy {accuracy:.2%}')
+    thresholds = balanced_thresholds(model, data, args, say)
+    model.threshold_update(args.scaling_factor, thresholds)
+    return accuracy
+
+
+def adopt(args, state, path):
+    """Take timesteps, leak and activation from an SNN checkpoint where no flag was given; returns a line to say."""
+    settings = checkpoint.snn_settings(state, path)
+    taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
+             if key in settings and key not in args.given}
+    vars(args).update(taken)
+    return f'{path}: runs at ' + ', '.join(f'{key} {getattr(args, key)}{"" if key in taken else " as the flag says"}'
+                                           for key in ('timesteps', 'leak', 'activation'))
+
+
+def main(args):
+    device = options.device_of(args)
+    data = options.load_data(args)
+    notes, state = [], None
+    if args.pretrained_snn:
+        state = checkpoint.load(args.pretrained_snn, 'snn')
+        notes.append(adopt(args, state, args.pretrained_snn))
+    name = checkpoint.identifier('snn', args)
+    files = checkpoint.paths('snn', name)
+    source = options.resume_file(args, files[1])
+    if source:
+        state = checkpoint.load(source, 'snn')
+        notes.append(f'resumed after epoch {state.get("epoch")}; ' + adopt(args, state, source))
+
+    engine.seed_all(args.seed)
+    model = options.build_snn(args, data).to(device)
+    optimizer = engine.make_optimizer(model, args)
+    if state:
+        path = source or args.pretrained_snn
+        checkpoint.load_weights(model, state, path)
+        try:
+            model.threshold_update(1.0, checkpoint.snn_settings(state, path)['thresholds'])
+        except ValueError as error:
+            raise UserError(f'{path}: {error}') from error
+    if source:
+        engine.resume_optimizer(optimizer, state, source, args)
+    elif not args.test_only:
+        notes.append(checkpoint.prepare(*files))
+    if args.timesteps <= model.depth:
+        notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
+                     f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
+
+    say = log.open_log('snn', name, args.log, append=source is not None)
+    say(log.header(args, model, device))
+    for note in filter(None, notes):
+        say(note)
+
+    def loss_function(logits, labels):
+        # the output adds up over T steps; see the README on why its mean is what trains
+        return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
+
+    def extra():
+        return {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
+                'activation': model.activation}
+
+    test_say = say if args.test_acc_every_batch else None
+    results = []  # (what, accuracy)
+    if not source and args.pretrained_ann:
+        results.append(('ANN', convert(model, data, device, args, say)))
+    say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
+    if source:
+        done, best = state['epoch'], state['best']
+    else:
+        done, best = 0, None
+        if args.pretrained_ann or args.pretrained_snn or args.test_only:
+            start = engine.test(model, data, loss_function, device, args, test_say)
+            what = 'converted' if args.pretrained_ann else 'loaded' if args.pretrained_snn else 'untrained'
+            results.append((f'{what} SNN', start.accuracy))
+            say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
+            best = [start.accuracy, 0]
+    if not args.test_only:
+        if best and not source:
+            engine.save(files, True, best, model, optimizer, args, accuracy=best[0], epoch=0, **extra())
+        best = engine.fit(model, optimizer, data, loss_function, device, args, files, extra(), say, patience=5,
+                          done=done, best=best, train_say_every=args.train_acc_batches, test_say=test_say)
+        results.append((f'SNN, best epoch ({best[1]})', best[0]))
+    say('\n'.join(['', f'{"":<24}{"test accuracy":>14}{"time steps":>12}',
+                   *(f'{what:<24}{accuracy:>14.2%}{"-" if what == "ANN" else args.timesteps:>12}'
+                     for what, accuracy in results)]))
+    if not args.test_only:
+        say(f'saved in {files[0]}')
+
+
+if __name__ == '__main__':
+    options.run(main, get_args_parser().parse_args(), 'snn.py')
