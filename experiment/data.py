@@ -1,0 +1,294 @@
+"""The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
+import contextlib
+import io
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from experiment import UserError
+
+DATASETS = ('MNIST', 'FASHIONMNIST', 'CIFAR10', 'CIFAR100', 'IMAGENET', 'FOLDER', 'DIGITS')
+
+_IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
+_CIFAR10 = [f'data_batch_{n}' for n in range(1, 6)] + ['test_batch', 'batches.meta']
+# name: torchvision's class, its folder under data_dir, the folder in that which holds the files, the files
+_TORCHVISION = {
+    'MNIST': ('MNIST', 'mnist', 'MNIST/raw', _IDX),
+    'FASHIONMNIST': ('FashionMNIST', 'fashion_mnist', 'FashionMNIST/raw', _IDX),
+    'CIFAR10': ('CIFAR10', 'cifar_data', 'cifar-10-batches-py', _CIFAR10),
+    'CIFAR100': ('CIFAR100', 'cifar_data', 'cifar-100-python', ['train', 'test', 'meta']),
+}
+_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp', '.tif', '.tiff', '.webp')
+IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
+
+
+class Data(NamedTuple):
+    train: Dataset
+    test: Dataset
+    classes: list       # names
+    input_shape: tuple  # (C, H, W)
+
+
+class Pictures(Dataset):
+    """Samples (image, label): float32 (C, H, W) in [0, 1], or [-1, 1] where `signed`, and an int.
+
+    images: uint8 (N, C, H, W) with values 0 .. top; or a list of files, which `prepare` brings from PIL to one size.
+    labels: int64 (N,). augment: crop and flip at random, from torch's global generator.
+    """
+
+    def __init__(self, images, labels, top=255, signed=True, augment=False, prepare=None):
+        self.images, self.labels = images, labels
+        self.top, self.signed, self.augment, self.prepare = top, signed, augment, prepare
+        self.in_memory = isinstance(images, torch.Tensor)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
+
+    def batch(self, indices):
+        """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times as quick as one after another."""
+        if self.in_memory:
+            images = self.images[indices]
+        else:
+            images = _read_all(self.images, self.prepare, indices)
+        if self.augment:
+            images = crop_and_flip(images)
+        images = images.float().div_(self.top)
+        return (images.mul_(2).sub_(1) if self.signed else images), self.labels[indices]
+
+
+def crop_and_flip(images, padding=4):
+    """Pad (B, C, H, W) with zeros (black), cut each image out at its own random place and flip every other one."""
+    count, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, count))
+    crops = padded.unfold(2, height, 1).unfold(3, width, 1)[torch.arange(count), :, top, left]
+    return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
+
+
+def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0):
+    """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
+
+    image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
+    train_samples, test_samples: take so many images at random, the same ones for the same seed.
+    """
+    root = Path(os.path.expanduser(data_dir))
+    if name in _TORCHVISION:
+        train, test, classes = _torchvision(name, root)
+    elif name == 'DIGITS':
+        train, test, classes = _digits()
+    elif name in ('IMAGENET', 'FOLDER'):
+        train, test, classes = _folders(name, root)
+    else:
+        raise UserError(f'{name}: no such data set; choose one of {", ".join(DATASETS)}')
+    train, test = _subset(*train, train_samples, seed, 'train'), _subset(*test, test_samples, seed, 'test')
+
+    if name == 'IMAGENET':
+        from torchvision.transforms import v2
+        train = Pictures(*train, prepare=v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]))
+        test = Pictures(*test, prepare=v2.Compose([v2.Resize(256), v2.CenterCrop(224)]))
+        return Data(train, test, classes, (3, 224, 224))
+    if name == 'FOLDER':
+        resize = partial(_resize, size=image_size)
+        if (len(train[1]) + len(test[1])) * 3 * image_size ** 2 <= IN_MEMORY_BYTES:
+            train, test = [(_decode(files, resize, image_size), labels) for files, labels in (train, test)]
+        train, test = Pictures(*train, augment=True, prepare=resize), Pictures(*test, prepare=resize)
+        return Data(train, test, classes, (3, image_size, image_size))
+    plain = name in ('MNIST', 'FASHIONMNIST', 'DIGITS')
+    kind = {'top': 16 if name == 'DIGITS' else 255, 'signed': not plain}
+    train, test = Pictures(*train, augment=not plain, **kind), Pictures(*test, **kind)
+    return Data(train, test, classes, tuple(train.images.shape[1:]))
+
+
+def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False):
+    """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
+
+    Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
+    left as it was. Iterating raises UserError where a picture cannot be read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator).tolist() if shuffle else range(len(dataset))
+    seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
+    # Workers take longer to hand over a batch than it takes to cut one out of memory.
+    workers = 0 if getattr(dataset, 'in_memory', False) else num_workers
+    return _Loader(order, batch_size, partial(_batch, dataset, seeds), num_workers=workers, pin_memory=pin_memory,
+                   generator=generator)
+
+
+class _Loader(DataLoader):
+    """Goes through indices and yields make([index, ...]): so a whole batch is cut out and augmented at once."""
+
+    def __init__(self, indices, batch_size, make, **options):
+        super().__init__(indices, batch_size, collate_fn=partial(_error_as_value, make), **options)
+
+    def __iter__(self):
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith('DataLoader worker'):
+                raise
+            raise UserError('a process that loads data died, as happens where memory or shared memory runs out; '
+                            'lower --num_workers or --batch_size') from error
+
+
+def _batch(dataset, seeds, indices):
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seeds[indices[0]]))
+        if isinstance(dataset, Pictures):
+            return dataset.batch(indices)
+        return default_collate([dataset[index] for index in indices])
+
+
+def _error_as_value(make, indices):
+    """make(indices), or the UserError that it raises: raised in a worker, its text would become a traceback."""
+    try:
+        return make(indices)
+    except UserError as error:
+        return error
+
+
+def _subset(images, labels, samples, seed, part):
+    if samples is None:
+        return images, labels
+    if samples > len(labels):
+        raise UserError(f'--{part}_samples {samples}: there are {len(labels)} {part} images; ask for fewer')
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    images = images[chosen] if isinstance(images, torch.Tensor) else [images[index] for index in chosen.tolist()]
+    return images, labels[chosen]
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    images, labels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target)
+    train, test = train_test_split(range(len(labels)), test_size=360, stratify=digits.target, random_state=0)
+    return (images[train], labels[train]), (images[test], labels[test]), [str(n) for n in digits.target_names]
+
+
+def _torchvision(name, root):
+    """((images, labels) to train on, the same to test on, classes); downloaded where files are missing."""
+    import torchvision
+    kind, folder, inner, files = _TORCHVISION[name]
+    kind, root = getattr(torchvision.datasets, kind), root / folder
+
+    def read(train, download):
+        dataset = kind(root, train=train, download=download)
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        if not len(images) == len(labels) > 0:
+            raise ValueError(f'{len(images)} images and {len(labels)} labels')
+        return images, labels, dataset.classes
+
+    where, timeout = root / inner, socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # seconds; without it a firewall that drops packets keeps one waiting for minutes
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            missing = [file for file in files if not (where / file).is_file()]
+            train, test = read(train=True, download=bool(missing)), read(train=False, download=False)
+    except Exception as error:  # what torchvision raises for missing and damaged files differs from set to set
+        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        missing = [file for file in files if not (where / file).is_file()]
+        if missing:
+            archive = f'{kind.filename} into {root}' if name.startswith('CIFAR') else 'the same as .gz'
+            raise UserError(f'{name}: cannot be downloaded ({reason}); put {", ".join(missing)} into {where}, '
+                            f'or {archive}, or say with --data_dir where it is') from error
+        raise UserError(f'{name}: the files in {where} are damaged ({reason}); delete that folder and run again '
+                        'to download it anew') from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return train[:2], test[:2], list(train[2])
+
+
+def _folders(name, root):
+    """((files, labels) to train on, the same to test on, classes) of train/ and test/ or val/, by sub-folder."""
+    if name == 'IMAGENET':
+        wanted, tests = f'{root} or {root / "imagenet"} has to hold train/ and val/', ('val',)
+        root = root if (root / 'train').is_dir() else root / 'imagenet'
+    else:
+        wanted, tests = f'{root} has to hold train/ and test/ or val/', ('test', 'val')
+    wanted += ', with one sub-folder of pictures for each class; say with --data_dir where it is'
+    test_dir = next((root / test for test in tests if (root / test).is_dir()), None)
+    for there, what in ((root.is_dir(), root), ((root / 'train').is_dir(), root / 'train'),
+                        (test_dir, ' or '.join(str(root / test) for test in tests))):
+        if not there:
+            raise UserError(f'{name}: there is no {what}; {wanted}')
+
+    train, test = _by_class(root / 'train'), _by_class(test_dir)
+    for folder, pictures in ((root / 'train', train), (test_dir, test)):
+        if not any(pictures.values()):
+            raise UserError(f'{name}: no pictures ({" ".join(_EXTENSIONS)}) in sub-folders of {folder}; {wanted}')
+    empty = [label for label, files in train.items() if not files]
+    if empty:
+        raise UserError(f'{root / "train"}: no pictures of class {", ".join(empty)}; add some or delete the folder')
+    unknown = [label for label in test if label not in train]
+    if unknown:
+        raise UserError(f'{test_dir}: class {", ".join(unknown)} is not in {root / "train"}; '
+                        'the sub-folders of both must have the same names')
+    number = {label: n for n, label in enumerate(train)}
+    train_set, test_set = [([file for files in part.values() for file in files],
+                            torch.tensor([number[label] for label, files in part.items() for _ in files]))
+                           for part in (train, test)]
+    return train_set, test_set, list(train)
+
+
+def _by_class(folder):
+    """{class: its picture files}, both sorted; names that start with a dot are passed over."""
+    return {label: sorted(os.path.join(at, file) for at, _, files in os.walk(folder / label, followlinks=True)
+                          for file in files if file.lower().endswith(_EXTENSIONS) and not file.startswith('.'))
+            for label in sorted(os.listdir(folder)) if (folder / label).is_dir() and not label.startswith('.')}
+
+
+def _resize(image, size):
+    from PIL import Image
+    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _read(file, prepare):
+    """A picture file as RGB, prepared: uint8 (3, H, W)."""
+    import numpy as np
+    from PIL import Image
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip rather than scale
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            if image.mode == 'P':  # by way of RGBA, or Pillow warns of transparency
+                image = image.convert('RGBA')
+            image = image.convert('RGB')
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
+    return torch.from_numpy(np.array(prepare(image))).permute(2, 0, 1).contiguous()
+
+
+def _read_all(files, prepare, indices):
+    return torch.stack([_read(files[index], prepare) for index in indices])
+
+
+def _decode(files, prepare, size):
+    """All the files as uint8 (N, 3, size, size), read by several processes where there are many."""
+    from tqdm import tqdm
+    images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    workers = min(8, torch.get_num_threads()) if len(files) > 2000 else 0
+    # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
+    batch_size = max(1, 2 ** 20 // images[0].nbytes)
+    loader = _Loader(range(len(files)), batch_size, partial(_read_all, files, prepare), num_workers=workers,
+                     generator=torch.Generator())  # else it would draw from the global one
+    done = 0
+    with tqdm(total=len(files), desc='reading pictures', leave=False, disable=None) as bar:
+        for batch in loader:
+            images[done:done + len(batch)] = batch
+            done += len(batch)
+            bar.update(len(batch))
+    return images

@@ -1,0 +1,217 @@
+"""Write script.sh: a run of ann.py or snn.py for every combination of the values given for its flags.
+
+ann_script.py and snn_script.py call main(). The flags are read off the target's own parser, and each command is parsed
+with it before anything is written.
+"""
+import argparse
+import itertools
+import math
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from experiment import UserError
+from experiment.checkpoint import identifier, paths, write_atomically
+from experiment.options import positive_int
+
+# Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
+FUNCTIONS = r'''
+PYTHON=${PYTHON:-python}
+pids=() commands=()
+
+run() {  # start a run as soon as fewer than $limit are going
+    local running words
+    while running=($(jobs -rp)) && [ "${#running[@]}" -ge "$limit" ]; do sleep 0.2; done
+    printf -v words '%q ' "$@"
+    commands+=("$words")
+    echo "run ${#commands[@]} of $total: $words"
+    "$@" </dev/null &
+    pids+=($!)
+}
+
+stop() {  # Ctrl-C does not reach what runs in the background: end every run, and start no other
+    trap - INT TERM HUP
+    kill $(jobs -rp) 2>/dev/null
+    wait
+    echo "stopped after starting ${#pids[@]} of $total runs" >&2
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
+'''
+
+REPORT = r'''
+failed=0 report=
+for i in "${!pids[@]}"; do
+    wait "${pids[i]}" && continue
+    report+="  status $?: ${commands[i]}"$'\n'
+    failed=$((failed + 1))
+done
+[ "$failed" -eq 0 ] && exit 0
+printf '%d of %d runs failed:\n%s' "$failed" "$total" "$report" >&2
+exit 1
+'''
+
+
+class Values(argparse.Action):
+    """Collect a target's flag in args.flags: {dest: [(option, text), ...]}, the text None for a flag without value."""
+
+    def __call__(self, parser, args, texts, option):
+        if not option.startswith('--'):
+            option = next(s for s in self.option_strings if s.startswith('--'))
+        pairs = [(option, text) for text in texts or [None]]
+        # A new dict, as the first one is the parser's. A flag given twice is swept over the values of both.
+        args.flags = {**args.flags, self.dest: args.flags.get(self.dest, []) + pairs}
+
+
+def script_path(text):
+    if not text.endswith('.sh'):
+        raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; what is there would be replaced')
+    return text
+
+
+def get_args_parser(kind, target):
+    """The flags of the parser `target` (of ann.py or snn.py), each with one value or several, and the sweep's own."""
+    # Abbreviations off: --see would be looked up among other flags than the target's.
+    parser = argparse.ArgumentParser(
+        f'{kind}_script.py', allow_abbrev=False,
+        usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [flags of {kind}.py, each with one value or several]',
+        description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
+                    f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument('--parallel', action='store_true', help='start all runs at once')
+    group.add_argument('--jobs', type=positive_int, default=1, metavar='N',
+                       help='at most N runs at a time; default %(default)s')
+    parser.add_argument('--script', type=script_path, default='script.sh', metavar='FILE',
+                        help='the script to write; default %(default)s')
+    parser.set_defaults(flags={})
+    own = {'flags', *(action.dest for action in parser._actions)}
+    add = parser.add_argument_group(f'flags of {kind}.py').add_argument
+    for action in target._actions:
+        if action.dest == 'help' or not action.option_strings:
+            continue
+        if action.dest in own:  # two flags of one spelling argparse itself refuses
+            raise ValueError(f'{action.option_strings[0]} of {kind}.py clashes with a flag of {kind}_script.py')
+        choices = f'{", ".join(map(str, action.choices))}; ' if action.choices else ''
+        add(*action.option_strings, action=Values, dest=action.dest, nargs='*' if action.nargs in (0, '?') else '+',
+            default=action.default, metavar=action.metavar, help=choices + (action.help or ''))
+    return parser
+
+
+def words(pairs):
+    """[('--seed', '0'), ('--gpu', None)] -> ['--seed', '0', '--gpu']"""
+    # A value that begins with '-' would be taken for a flag; '=' ties it to its own.
+    return [word for option, text in pairs for word in (
+        [option] if text is None else [f'{option}={text}'] if text.startswith('-') else [option, text])]
+
+
+def distinct(texts):
+    """Whether no two are equal, also on a file system that does not tell upper from lower case."""
+    return len({text.casefold() for text in texts}) == len(texts)
+
+
+def labels(texts):
+    """Distinct parts of a file name for the values of one flag: 'x/a.pth' is 'a', or 'x-a.pth' beside 'y/a.pth'."""
+    short = [os.path.basename(text.rstrip('/')).removesuffix('.pth') for text in texts]
+    numbered = [f'{text}-{i}' for i, text in enumerate(short, 1)]
+    candidates = ([re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text) for text in form] for form in (short, texts, numbered))
+    return next(filter(distinct, candidates))
+
+
+def expand(kind, target, flags):
+    """The command-line words of each run, every one of them parsed by `target`; its error() ends the first misfit.
+
+    flags: {dest: [(option, text), ...]} as Values collects them. Several runs each get a --name: the identifier that
+    a run would have anyway and, sorted, the flags that vary without showing in it. So a run's name does not depend on
+    the order in which flags are written, and a sweep can be generated anew to resume it.
+    """
+    runs = [dict(zip(flags, pairs)) for pairs in itertools.product(*flags.values())]
+    if len(runs) == 1:
+        target.parse_args(words(runs[0].values()))
+        return [words(runs[0].values())]
+
+    parts = {}  # {dest: {(option, text): the part of a name}}
+    for dest, pairs in flags.items():
+        parsed = [target.parse_args(words({**runs[0], dest: pair}.values())) for pair in pairs]
+        values = [getattr(args, dest) for args in parsed]
+        texts = [str(value) if text is None else text for value, (_, text) in zip(values, pairs)]
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                same = texts[values.index(value)]
+                target.error(f'argument {pairs[i][0]}: {same!r} and {texts[i]!r} are the same value; leave out one')
+        if not distinct([identifier(kind, args) for args in parsed]):
+            parts[dest] = {pair: dest + ('' if label[:1].isdigit() else '-') + label
+                           for pair, label in zip(pairs, labels(texts))}
+
+    for run in runs:
+        own = identifier(kind, target.parse_args(words(run.values())))
+        run['name'] = ('--name', '_'.join([own, *(parts[dest][run[dest]] for dest in sorted(parts))]))
+    commands = [words(run.values()) for run in runs]
+    names = [identifier(kind, target.parse_args(command)) for command in commands]
+    if not distinct([str(path) for name in names for path in paths(kind, name)]):
+        target.error(f'two runs would share a checkpoint, among: {" ".join(sorted(names))}')
+    return commands
+
+
+def way_home(path, root):
+    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root."""
+    up = os.path.relpath(os.path.realpath(root), os.path.dirname(os.path.realpath(path)))
+    if not set(up.split(os.sep)) <= {'.', '..'}:
+        return ''  # the way would go through folders of this machine
+    return '$(dirname -- "$0")' + ('' if up == '.' else f'/{up}')
+
+
+def script(kind, commands, limit, argv, home):
+    """The text of the script; home as way_home() gives it."""
+    made_by = ' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines())  # to stay in its comment
+    return '\n'.join([
+        '#!/usr/bin/env bash',
+        f'# Runs of {kind}.py: {len(commands)}, at most {limit} at a time. Written by: {made_by}',
+        '# PYTHON=... names another Python than the one in PATH.',
+        'set -u',
+        f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
+        f'limit={limit} total={len(commands)}',
+        FUNCTIONS,
+        *(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
+        REPORT])
+
+
+def main(module, published, argv=None):
+    """Write the script that runs `module` (ann or snn) with the flags in argv; where it has none, with `published`."""
+    argv = sys.argv[1:] if argv is None else argv
+    kind, target = module.__name__, module.get_args_parser()
+    parser = get_args_parser(kind, target)
+
+    def error(message):
+        print(f'{parser.prog}: error: {" ".join(message.splitlines())}', file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = target.error = error
+    args = parser.parse_args(argv)
+    flags = args.flags or parser.parse_args(published).flags
+    total = math.prod(map(len, flags.values()))
+    limit = total if args.parallel else min(args.jobs, total)
+    add_log = limit > 1 and 'log' not in flags
+    if add_log:
+        flags = {**flags, 'log': [('--log', None)]}
+    commands = expand(kind, target, flags)
+
+    home = way_home(args.script, os.path.dirname(module.__file__))
+    text = script(kind, commands, limit, argv, home)
+    try:
+        # Atomically, so that a bash that is just reading the script goes on with the one it started.
+        write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
+    except UserError as reason:
+        sys.exit(f'{parser.prog}: error: {reason}; --script names another place')
+    mode = os.stat(args.script).st_mode
+    os.chmod(args.script, mode | (mode & 0o444) >> 2)  # who may read it may run it
+
+    varying = ' × '.join(shlex.join(dict.fromkeys(words(pairs))) for pairs in flags.values() if len(pairs) > 1)
+    pace = 'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time'
+    print(f'{args.script}: ' + (f'{total} runs ({varying}), {pace}' if total > 1 else '1 run')
+          + f'; start it with: bash {shlex.quote(args.script)}' + ('' if home else f' in the folder of {kind}.py'))
+    if add_log:
+        print('--log is added to each, as the output of runs side by side would mix; see logs/')

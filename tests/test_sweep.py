@@ -1,0 +1,305 @@
+"""The sweep generators: what they expand to, what they refuse, and what the script does when bash runs it."""
+import argparse
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from experiment import options, sweep
+
+# A target that notes each run's start and end, and exits with the status of its seed in STATUS.
+TARGET = '''
+import os, sys, time
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+def note(event):
+    with open('events', 'a') as file:
+        file.write(f"{event} {args['--seed']}\\n")
+note('start')
+time.sleep(float(os.environ.get('SECONDS_EACH', 0)))
+note('end')
+sys.exit(int(os.environ.get('STATUS', '0,0,0,0').split(',')[int(args['--seed'])]))
+'''
+
+
+def parser():
+    """The flags of snn.py that matter here, as it adds them."""
+    target = argparse.ArgumentParser()
+    options.common_options(target, 1e-4, 'Adam', 0.95, 0.3)
+    target.add_argument('--pretrained_ann')
+    target.add_argument('--timesteps', type=options.positive_int, default=100)
+    target.add_argument('--leak', type=options.fraction, default=1.0)
+    return target
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """snn.py in a folder of its own, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath('snn.py').write_text(TARGET)
+    return SimpleNamespace(__name__='snn', __file__=str(tmp_path / 'snn.py'), get_args_parser=parser)
+
+
+def generate(module, line, published='--seed 0'):
+    """Call the generator; the words of each run's command after `run "$PYTHON" snn.py`."""
+    sweep.main(module, shlex.split(published), shlex.split(line))
+    with open('script.sh') as file:
+        return [shlex.split(text)[3:] for text in file if text.startswith('run "')]
+
+
+def parsed(commands):
+    return [parser().parse_args(command) for command in commands]
+
+
+def names(module, line):
+    return [args.name for args in parsed(generate(module, line))]
+
+
+def start(tmp_path, **environment):
+    return subprocess.Popen(
+        ['bash', str(tmp_path / 'script.sh')], cwd='/', text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, 'PYTHON': sys.executable, **environment})
+
+
+def bash(tmp_path, **environment):
+    process = start(tmp_path, **environment)
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+def events(tmp_path):
+    file = tmp_path / 'events'
+    return file.read_text().splitlines() if file.exists() else []
+
+
+# --- expansion and names
+
+
+def test_all_combinations_in_the_order_of_the_command_line(module):
+    runs = parsed(generate(module, '--leak 1.0 0.99 -a vgg5 --dataset MNIST --timesteps 50 -s 0 1 2'))
+    assert [(args.leak, args.seed) for args in runs] == [(1.0, 0), (1.0, 1), (1.0, 2), (.99, 0), (.99, 1), (.99, 2)]
+    assert {(args.architecture, args.dataset, args.timesteps) for args in runs} == {('VGG5', 'MNIST', 50)}
+    assert [args.name for args in runs][:2] == ['snn_vgg5_mnist_50_leak1.0_seed0', 'snn_vgg5_mnist_50_leak1.0_seed1']
+    assert len({args.name for args in runs}) == 6
+
+
+def test_a_run_has_the_same_name_whichever_flag_is_written_first(module):
+    assert set(names(module, '--seed 0 1 --leak 1.0 0.9')) == set(names(module, '--leak 0.9 1.0 --seed 1 0'))
+
+
+def test_what_the_identifier_already_says_is_not_repeated(module):
+    assert names(module, '-a VGG5 VGG9 --timesteps 50 100') == [
+        'snn_vgg5_cifar10_50', 'snn_vgg5_cifar10_100', 'snn_vgg9_cifar10_50', 'snn_vgg9_cifar10_100']
+
+
+def test_name_is_a_prefix_in_a_sweep_and_a_name_without(module):
+    assert names(module, '--name try -a VGG5 VGG9') == ['try_architecture-VGG5', 'try_architecture-VGG9']
+    assert names(module, '--name try -a VGG5') == ['try']
+    assert names(module, '-a VGG5') == [None]
+
+
+def test_a_flag_given_twice_loses_no_value(module):
+    assert [args.seed for args in parsed(generate(module, '--seed 0 1 --leak 0.9 -s 2'))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('--gpu', [True]), ('--no-gpu', [False]), ('--gpu False', [False]), ('--gpu True False', [True, False]),
+    ('--no-gpu --gpu', [False, True]), ('--seed 0', [None])])
+def test_switches(module, line, expected):
+    assert [args.gpu for args in parsed(generate(module, line))] == expected
+
+
+def test_bare_resume_stays_bare(module):
+    commands = generate(module, '--resume --seed 0 1')
+    assert [args.resume for args in parsed(commands)] == [parser().parse_args(['--resume']).resume] * 2
+    assert commands[0][:3] == ['--resume', '--seed', '0']
+
+
+@pytest.mark.parametrize('files, expected', [
+    ('x/a.pth y/b.pth', ['a', 'b']),
+    ('x/a.pth y/a.pth', ['x-a.pth', 'y-a.pth']),
+    ('x/A.pth x/a.pth', ['A-1', 'a-2']),  # one file where case does not count
+    ('"x/a b.pth" "x/a?b.pth"', ['a-b-1', 'a-b-2'])])
+def test_names_of_files(module, files, expected):
+    assert names(module, f'--pretrained_ann {files}') == [f'snn_vgg16_cifar10_100_pretrained_ann-{e}'
+                                                          for e in expected]
+
+
+@pytest.mark.parametrize('words, dest, expected', [
+    (['--lr_interval', '0.60 0.80 0.90', '0.5'], 'lr_interval', ['0.60 0.80 0.90', '0.5']),
+    (['--data_dir', '$HOME/`x` "y"', "it's; rm *", 'a\nb', ''], 'data_dir',
+     ['$HOME/`x` "y"', "it's; rm *", 'a\nb', '']),
+    (['--data_dir=-x', '--data_dir', 'y'], 'data_dir', ['-x', 'y']),
+    (['--name', 'a b', '-lr', '1e-3', '1e-4'], 'learning_rate', [1e-3, 1e-4])])
+def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words, dest, expected):
+    (tmp_path / 'snn.py').write_text('import json, sys\nprint(json.dumps(sys.argv[1:]), file=open("words", "a"))')
+    sweep.main(module, [], words)
+    assert bash(tmp_path)[0] == 0
+    runs = parsed(json.loads(line) for line in (tmp_path / 'words').read_text().splitlines())
+    assert [getattr(args, dest) for args in runs] == expected
+
+
+# --- what is refused, with nothing written
+
+
+@pytest.mark.parametrize('line, said', [
+    ('--leak 1.0 2', ["--leak", "'2'"]),
+    ('--seed 0 --dataset MNIST CIFAR11', ['--dataset', "'CIFAR11'"]),
+    ('--seed 0 0', ['--seed', "'0' and '0'"]),
+    ('--leak 1 0.9 1.0', ['--leak', "'1' and '1.0'"]),
+    ('--gpu yes True', ['--gpu', "'yes' and 'True'"]),
+    ('--no-gpu False', ['--no-gpu False']),
+    ('--gpu perhaps', ['--gpu perhaps']),
+    ('--seed', ['--seed', 'at least one']),
+    ('--name a/b --seed 0 1', ['--name', "'a/b'"]),
+    ('--data_dir p p_pretrained_ann-q --pretrained_ann q q_pretrained_ann-q', ['share', 'p_pretrained_ann-q']),
+    ('--name x x.last', ['share', 'x.last']),
+    ('--see 0 1', ['--see']),
+    ('--jobs 0', ['--jobs', "'0'"]),
+    ('--jobs 2 --parallel', ['--jobs', '--parallel']),
+    ('--script snn.py', ['--script', "'snn.py'"])])
+def test_refused(module, tmp_path, capsys, line, said):
+    with pytest.raises(SystemExit) as caught:
+        generate(module, line)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.count('\n') == 1 and all(text in error for text in said), error
+    assert os.listdir(tmp_path) == ['snn.py']
+
+
+def test_a_target_whose_flag_is_the_sweeps_own(module):
+    for flag, dest in (('--jobs', 'workers'), ('--workers', 'jobs'), ('--flags', None)):
+        target = argparse.ArgumentParser()
+        target.add_argument(flag, dest=dest or 'flags')
+        with pytest.raises((ValueError, argparse.ArgumentError), match=flag):
+            sweep.get_args_parser('snn', target)
+
+
+@pytest.mark.parametrize('path', ['missing/script.sh', 'snn.py/script.sh', 'folder.sh'])
+def test_where_it_cannot_be_written(module, tmp_path, path):
+    (tmp_path / 'folder.sh').mkdir()
+    with pytest.raises(SystemExit, match=f'error: {path}: .*--script'):
+        sweep.main(module, [], ['--seed', '0', '--script', path])
+    assert sorted(os.listdir(tmp_path)) == ['folder.sh', 'snn.py']
+
+
+# --- the script
+
+
+def test_every_run_runs_and_the_failed_ones_are_named(module, tmp_path, capsys):
+    generate(module, '--seed 0 1 2 3')
+    assert capsys.readouterr().out == (
+        'script.sh: 4 runs (--seed 0 1 2 3), one after another; start it with: bash script.sh\n')
+    assert os.access('script.sh', os.X_OK)
+    status, out, err = bash(tmp_path, STATUS='0,3,0,1')
+    assert status == 1
+    assert events(tmp_path) == [f'{event} {seed}' for seed in range(4) for event in ('start', 'end')]
+    heading, first, second = err.splitlines()
+    assert heading == '2 of 4 runs failed:'
+    assert first.startswith('  status 3: ') and '_seed1' in first
+    assert second.startswith('  status 1: ') and '_seed3' in second
+    assert [line.split(': ')[0] for line in out.splitlines()] == [f'run {i} of 4' for i in range(1, 5)]
+    assert bash(tmp_path)[0] == 0
+
+
+def most_at_once(lines):
+    now = most = 0
+    for line in lines:
+        now += 1 if line.startswith('start') else -1
+        most = max(most, now)
+    return most
+
+
+def test_at_most_jobs_at_a_time(module, tmp_path, capsys):
+    commands = generate(module, '--jobs 2 --seed 0 1 2 3')
+    assert 'at most 2 at a time' in capsys.readouterr().out
+    assert all('--log' in command for command in commands)
+    status, _, err = bash(tmp_path, SECONDS_EACH='0.5', STATUS='1,0,0,0')
+    assert most_at_once(events(tmp_path)) == 2
+    assert len(events(tmp_path)) == 8
+    assert status == 1 and err.startswith('1 of 4 runs failed:') and 'seed0' in err
+
+
+def test_parallel_starts_all_and_waits(module, tmp_path, capsys):
+    generate(module, '--parallel --seed 0 1 2 3')
+    assert 'all at once' in capsys.readouterr().out
+    assert bash(tmp_path, SECONDS_EACH='1.5')[0] == 0
+    assert [line.split()[0] for line in events(tmp_path)] == ['start'] * 4 + ['end'] * 4
+
+
+@pytest.mark.parametrize('line, logs', [
+    ('--parallel --seed 0 1', True), ('--seed 0 1', False), ('--jobs 2 --seed 0', False),
+    ('--parallel --seed 0 1 --log False', False)])
+def test_log_is_added_where_outputs_would_mix(module, capsys, line, logs):
+    assert {args.log for args in parsed(generate(module, line))} == {logs}
+    assert ('--log is added' in capsys.readouterr().out) == logs
+
+
+@pytest.mark.parametrize('pace, started', [('--jobs 1', 1), ('--jobs 2', 2), ('--parallel', 4)])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_runs(module, tmp_path, pace, started, number):
+    generate(module, f'{pace} --seed 0 1 2 3')
+    # A pytest in the background may ignore SIGINT; bash would inherit that and could not trap it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = start(tmp_path, SECONDS_EACH='15')
+    signal.signal(signal.SIGINT, before)
+    try:
+        deadline = time.monotonic() + 10
+        while len(events(tmp_path)) < started and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(number)
+        # communicate() ends when the last process that holds the pipes has gone, thus the runs too.
+        _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert f'stopped after starting {started} of 4 runs' in err
+    assert sorted(events(tmp_path)) == [f'start {seed}' for seed in range(started)]
+
+
+def test_it_holds_no_path_of_this_machine(module, tmp_path):
+    for path in ('script.sh', 'sweeps/script.sh'):
+        (tmp_path / 'sweeps').mkdir(exist_ok=True)
+        sweep.main(module, [], ['--seed', '0', '--script', path])
+        assert str(tmp_path) not in (tmp_path / path).read_text()
+    (tmp_path / 'script.sh').unlink()
+    (tmp_path / 'sweeps/script.sh').rename(tmp_path / 'sweeps/moved.sh')
+    subprocess.run(
+        ['bash', tmp_path / 'sweeps/moved.sh'], cwd='/', env={**os.environ, 'PYTHON': sys.executable}, check=True)
+    assert events(tmp_path) == ['start 0', 'end 0']
+
+
+def test_a_script_outside_the_project_starts_where_it_is_called(module, tmp_path, monkeypatch, capsys):
+    project = tmp_path / 'project'
+    project.mkdir()
+    (tmp_path / 'snn.py').rename(project / 'snn.py')
+    module.__file__ = str(project / 'snn.py')
+    generate(module, '--seed 0')
+    assert 'in the folder of snn.py' in capsys.readouterr().out
+    subprocess.run(['bash', '../script.sh'], cwd=project, env={**os.environ, 'PYTHON': sys.executable}, check=True)
+    assert events(project) == ['start 0', 'end 0']
+
+
+# --- the two scripts
+
+
+@pytest.mark.parametrize('kind, differs', [
+    ('ann', {}),
+    ('snn', {'architecture': 'VGG11', 'dataset': 'CIFAR100',
+             'pretrained_ann': 'trained_models/ann/ann_vgg11_cifar100.pth'})])
+def test_without_arguments_the_published_run(tmp_path, monkeypatch, kind, differs):
+    generator, target = importlib.import_module(f'{kind}_script'), importlib.import_module(kind)
+    monkeypatch.chdir(tmp_path)
+    generator.main(['--script', 'script.sh'])
+    line, = (text for text in (tmp_path / 'script.sh').read_text().splitlines() if text.startswith('run "'))
+    run, python, file, *words = shlex.split(line)
+    assert (run, python, file) == ('run', '$PYTHON', f'{kind}.py')
+    defaults, args = (vars(target.get_args_parser().parse_args(given)) for given in ([], words))
+    defaults['given'] = args['given']  # which flags were written out
+    assert args == {**defaults, **differs}
