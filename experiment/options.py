@@ -1,5 +1,6 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends."""
 import argparse
+import signal
 import sys
 
 import torch
@@ -10,7 +11,7 @@ from experiment import UserError, data
 
 def number(kind, low=None, high=None, open_low=False):
     """An argparse type: a finite `kind` (int or float) in [low, high], or (low, high] with open_low."""
-    bounds = ' '.join(
+    bounds = ' and '.join(
         ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
         + ([] if high is None else [f'at most {high}']))
 
@@ -209,6 +210,7 @@ def resume_file(args, last):
 
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
     try:
         main(args)
     except UserError as error:
