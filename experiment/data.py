@@ -269,7 +269,7 @@ def _read(file, prepare):
     except Exception as error:  # Pillow's decoders raise nearly anything
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
-    return torch.from_numpy(np.array(prepare(image))).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(prepare(image))).permute(2, 0, 1)
 
 
 def _read_all(files, prepare, indices):

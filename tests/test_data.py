@@ -130,6 +130,7 @@ def test_cifar(tmp_path, monkeypatch, name, files, keys, inner):
     images, labels = all_of(epoch_loader(test, 2, seed=1))
     assert torch.equal(images, (torch.from_numpy(written[files[-1]]) / 255 - .5) / .5)
     assert labels.tolist() == [0, 3]
+    assert next(iter(epoch_loader(test, 2)))[0].is_contiguous()  # the files hold the channels first, torchvision last
     one, two = (all_of(epoch_loader(train, 2, seed=seed))[0] for seed in (1, 2))
     assert not torch.equal(one, two)
 

@@ -1,0 +1,97 @@
+"""The plain reference: the paper's equations one time step after another, differentiated by autograd.
+
+It uses the modules of a network of self_models but none of its machinery, so the two can be held against each other.
+"""
+import torch
+from torch import nn
+
+from self_models.neuron import STDB, LinearSpike
+
+
+class Layer:
+    """One LIF layer: u(t) = leak u(t-1) + input(t) - theta o(t), o(t) = [u(t-1) / theta - 1 > 0]."""
+
+    def __init__(self, model, index):
+        neuron = model.neuron(index)
+        self.threshold, self.leak, self.neuron = neuron.threshold, neuron.leak, neuron
+        self.u = self.last = None
+
+    def fire(self, like, t):
+        if self.u is None:
+            self.u, self.last = torch.zeros_like(like), torch.full_like(like, -999)
+        z = self.u / self.threshold - 1
+        if self.neuron.activation == 'STDB':
+            spikes = STDB.apply(z, t - self.last, self.neuron.alpha, self.neuron.beta)
+        else:
+            spikes = LinearSpike.apply(z, self.neuron.gamma)
+        self.last = torch.where(spikes.bool(), torch.full_like(like, t), self.last)
+        return spikes
+
+    def step(self, current, t):
+        """Input current at step t -> spikes at step t, which do not depend on it yet."""
+        spikes = self.fire(current.detach(), t)
+        self.u = self.leak * self.u + current - self.threshold * spikes.detach()
+        return spikes
+
+
+def run(model, images, masks=None):
+    """(logits, spikes): logits (B, labels) as the model's forward; spikes: for each LIF layer the list over t.
+
+    masks: for each LIF layer the dropout factors (B, ...) held over time, or None.
+    """
+    layers = [Layer(model, i) for i in range(len(model.layer_names))]
+    history, logits = [[] for _ in layers], 0
+
+    def lif(index, current, t):
+        spikes = layers[index].step(current, t)
+        history[index].append(spikes.detach())
+        return spikes if masks is None or masks[index] is None else spikes * masks[index]
+
+    def chain(x, modules, t):
+        index = 0
+        for module in modules:
+            if isinstance(module, nn.ReLU):
+                x = lif(index, x, t)
+                index += 1
+            elif isinstance(module, nn.Linear):
+                x = module(x.flatten(1))
+            elif not isinstance(module, nn.Dropout):
+                x = module(x)
+        return x, index
+
+    for t in range(model.timesteps):
+        x = model.input_layer(images)
+        if hasattr(model, 'features'):
+            x, _ = chain(x, [*model.features, *model.classifier], t)
+        else:
+            x, index = chain(x, model.pre_process, t)
+            for block in (*model.layer1, *model.layer2, *model.layer3, *model.layer4):
+                inner = lif(index, block.residual[0](x), t)
+                x = lif(index + 1, block.residual[3](inner) + block.identity(x), t)
+                index += 2
+            x = model.classifier[0](model.final_pool(x).flatten(1))
+        logits = logits + x
+    return logits, history
+
+
+def find_thresholds(model, images, timesteps):
+    """Thresholds of the balanced layers, each found by a run of its own through the layers before it."""
+    found, before = [], (model.timesteps, model.leak, list(model.thresholds))
+    model.network_update(timesteps, 1.0)
+    for index in range(model.balanced):
+        largest, hooks = 0.0, []
+        module = model.get_submodule(model.layer_names[index])
+
+        def watch(_, __, output):
+            nonlocal largest
+            largest = max(largest, output.max().item())
+
+        hooks.append(module.register_forward_hook(watch))
+        with torch.no_grad():
+            run(model, images)
+        hooks[0].remove()
+        found.append(largest)
+        model.thresholds[index] = largest
+    model.network_update(*before[:2])
+    model.thresholds[:] = before[2]
+    return found

@@ -1,0 +1,74 @@
+"""Threshold balancing."""
+import pytest
+import step_by_step
+import torch
+from conftest import fill, ternary
+
+import self_models.conversion as conversion
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
+
+
+def vgg5(**options):
+    return fill(VGG_SNN_STDB('VGG5', dataset='DIGITS', **options).double(), 4)
+
+
+@pytest.mark.parametrize('build, scale', [
+    (vgg5, 1.0), (lambda: fill(RESNET_SNN_STDB('RESNET6', dataset='DIGITS').double(), 4), 1.25)])
+def test_against_one_layer_after_another(build, scale):
+    model = build()
+    x = ternary((6, 1, 8, 8), 1, scale, low=0)
+    want = step_by_step.find_thresholds(model, x, 30)
+    assert find_thresholds(model, x, 30) == pytest.approx(want, rel=1e-9)
+    assert len(want) == (5 if scale == 1.0 else 3)
+
+
+def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
+    model, x = vgg5(), ternary((70, 1, 8, 8), 1, low=0)
+    want = step_by_step.find_thresholds(model, x, 25)
+    monkeypatch.setattr(conversion, 'SPOOL_BYTES', 1000)   # spikes go to a temporary file
+    monkeypatch.setattr(conversion, 'CHUNK_BYTES', {'cpu': 200_000})  # a few steps at a time
+    assert find_thresholds(model, x, 25) == pytest.approx(want, rel=1e-9)
+
+
+def test_by_hand_on_the_first_layer():
+    model, x = vgg5(), ternary((2, 1, 8, 8), 1, low=0)
+    assert find_thresholds(model, x, 12)[0] == pytest.approx(model.features[0](x).max().item())
+
+
+def test_leaves_the_model_at_the_thresholds_and_else_as_it_was():
+    model = vgg5(timesteps=17, leak=0.9, dropout=0.5).train()
+    x = ternary((2, 1, 8, 8), 1, low=0)
+    found = find_thresholds(model, x, 12)
+    assert model.thresholds == found and all(isinstance(value, float) for value in found)
+    assert (model.timesteps, model.leak, model.training) == (17, 0.9, True)
+    assert found == find_thresholds(model.eval(), x, 12)  # no dropout, whatever the mode
+
+
+def test_resnet_blocks_keep_the_default_threshold():
+    model = fill(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', default_threshold=0.75).double(), 4)
+    find_thresholds(model, ternary((2, 1, 8, 8), 1, 1.25, low=0), 12)
+    assert model.thresholds[3:] == [0.75] * 4
+
+
+def test_layers_that_get_no_spike_or_no_current_are_named():
+    model, x = vgg5(), ternary((2, 1, 8, 8), 1, low=0)
+    with pytest.raises(conversion.DeadLayerError, match=r'classifier\.0 never receives a spike within 3 time steps'):
+        find_thresholds(model, x, 3)
+    with torch.no_grad():
+        model.features[3].weight.abs_().neg_()
+    with pytest.raises(conversion.DeadLayerError, match=r'input of features\.3 never exceeds 0'):
+        find_thresholds(model, x, 12)
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.0'):
+        find_thresholds(model, torch.zeros(2, 1, 8, 8, dtype=torch.float64), 12)
+    assert model.timesteps == 100  # restored after the error
+    with pytest.raises(ValueError, match='timesteps'):
+        find_thresholds(model, x, 0)
+
+
+def test_a_poisson_input_gives_the_published_estimate():
+    # theta of the first layer: the largest W x over the draws; with many draws close to that of x = 1 everywhere
+    torch.manual_seed(0)
+    model, x = vgg5(), torch.full((4, 1, 8, 8), 0.9, dtype=torch.float64)
+    bound = model.features[0].weight.clamp(min=0).sum((1, 2, 3)).max().item()
+    theta = find_thresholds(model, x, 200)[0]
+    assert 0.6 * bound < theta <= bound

@@ -1,0 +1,132 @@
+"""The neuron, by hand and against plain autograd."""
+import math
+
+import pytest
+import torch
+
+from self_models import neuron as lif
+from self_models.neuron import STDB, LinearSpike, Neuron, PoissonGenerator
+
+
+def make(threshold=1.0, leak=1.0, activation='STDB'):
+    return Neuron(threshold, leak, activation, alpha=0.3, beta=0.01, gamma=0.3)
+
+
+def potentials_and_codes(current, neuron, dtype=torch.float64):
+    u = torch.tensor(current, dtype=dtype).view(-1, 1)
+    codes = torch.empty(u.shape, dtype=lif.code_dtype(len(u)))
+    lif.integrate(u, codes, neuron)
+    return u.flatten().tolist(), codes.flatten().tolist()
+
+
+def test_integrate_and_fire_by_hand():
+    # theta 1: u = .6, 1.2 (fires next), 1.2 + .6 - 1 = .8, 1.4 (fires), .9 - .5 ...
+    u, codes = potentials_and_codes([0.6, 0.6, 0.6, 0.6, 0.1, 0.0], make())
+    assert u == pytest.approx([0.6, 1.2, 0.8, 1.4, 0.5, 0.5])
+    assert codes == [0, 2, 2, 4, 4, 4]
+
+
+def test_leak_and_soft_reset_by_hand():
+    # theta 2, leak 1/2: u = 3 (fires), 1.5 + 2 - 2 = 1.5, .75 + 2 = 2.75 (fires), 1.375 - 2 = -.625
+    u, codes = potentials_and_codes([3, 2, 2, 0], make(threshold=2.0, leak=0.5))
+    assert u == [3, 1.5, 2.75, -0.625]
+    assert codes == [1, 1, 3, 3]
+
+
+def test_a_potential_equal_to_the_threshold_does_not_fire():
+    assert potentials_and_codes([0.7, 0.0], make(threshold=0.7))[1] == [0, 0]
+
+
+def test_state_carries_a_scan_over_a_cut():
+    current = torch.randn(40, 7, dtype=torch.float64)
+    whole, codes = current.clone(), torch.empty(40, 7, dtype=torch.uint8)
+    lif.integrate(whole, codes, make(leak=0.9))
+    first, second = current[:23].clone(), current[23:].clone()
+    part = torch.empty(40, 7, dtype=torch.uint8)
+    state = lif.integrate(first, part[:23], make(leak=0.9))
+    lif.integrate(second, part[23:], make(leak=0.9), state)
+    assert torch.equal(torch.cat([first, second]), whole)
+    spikes = codes == torch.arange(1, 41).view(-1, 1)
+    assert torch.equal(part[23:] == torch.arange(1, 18).view(-1, 1), spikes[23:])
+
+
+@pytest.mark.parametrize('steps, dtype', [(255, torch.uint8), (256, torch.int16), (32767, torch.int16),
+                                          (32768, torch.int32)])
+def test_codes_hold_every_step(steps, dtype):
+    assert lif.code_dtype(steps) == dtype
+    assert torch.tensor(steps).to(dtype).item() == steps
+
+
+def test_a_long_train_keeps_its_times():
+    steps = 300
+    current = torch.zeros(steps, 1)
+    current[[3, 290]] = 1.5
+    codes = torch.empty(steps, 1, dtype=lif.code_dtype(steps))
+    lif.integrate(current, codes, make(threshold=1.4))
+    assert codes[[2, 3, 100, 289, 290, 299]].flatten().tolist() == [0, 4, 4, 4, 291, 291]
+
+
+def test_stdb_gradient_by_hand():
+    z = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
+    spikes = STDB.apply(z, torch.tensor([1.0, 10.0, 200.0]), 0.5, 0.1)
+    assert spikes.tolist() == [0, 0, 1]
+    spikes.sum().backward()
+    assert z.grad.tolist() == pytest.approx([0.5 * math.exp(-0.1), 0.5 * math.exp(-1), 0.5 * math.exp(-20)])
+
+
+def test_stdb_does_not_underflow_where_the_published_code_did():
+    dt = torch.tensor([150.0])
+    assert (torch.exp(-dt) ** 0.01).item() == 0
+    z = torch.zeros(1, requires_grad=True)
+    STDB.apply(z, dt, 0.3, 0.01).backward()
+    assert z.grad.item() == pytest.approx(0.3 * math.exp(-1.5))
+
+
+def test_linear_gradient_by_hand():
+    z = torch.tensor([-1.5, -1.0, -0.25, 0.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    LinearSpike.apply(z, 0.4).sum().backward()
+    assert z.grad.tolist() == pytest.approx([0, 0, 0.3, 0.4, 0.2, 0])
+
+
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+def test_surrogates_have_their_published_defaults(activation):
+    z = torch.zeros(1, requires_grad=True)
+    (STDB.apply(z, torch.zeros(1)) if activation == 'STDB' else LinearSpike.apply(z)).backward()
+    assert z.grad.item() == pytest.approx(0.3)
+
+
+def test_stdb_gradient_of_a_layer_by_hand():
+    # one neuron, theta 2, leak 1/2; fires in rows 0 and 2 (see above), first row at step 1
+    neuron = make(threshold=2.0, leak=0.5)._replace(alpha=1.0, beta=0.1)
+    codes = torch.tensor([[1], [1], [3], [3]], dtype=torch.uint8)
+    factor = lif.spike_factor(codes, 1, neuron.beta, torch.float64)
+    # steps 1, 2, 3, 4; last earlier spike at -999, 1, 1, 3
+    expected = [math.exp(-0.1 * dt) for dt in (1000, 1, 2, 1)]
+    assert factor.flatten().tolist() == pytest.approx(expected)
+    grad = torch.ones(4, 1, dtype=torch.float64)
+    lif.integrate_backward(grad, factor, 1 / 2, neuron.leak)
+    want, carried = [], 0.0
+    for value in reversed(expected):
+        carried = 0.5 * carried + value / 2
+        want.insert(0, carried)
+    assert grad.flatten().tolist() == pytest.approx(want)
+
+
+def test_linear_factor_by_hand():
+    assert lif.linear_factor(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0]), 2.0).tolist() == [0, 0.5, 1, 0.5, 0]
+
+
+def test_poisson_keeps_sign_and_rate():
+    torch.manual_seed(0)
+    x = torch.tensor([-1.0, -0.25, 0.0, 0.5, 1.0]).repeat(20000, 1)
+    for rate in (1.0, 0.9):
+        spikes = PoissonGenerator(rate)(x)
+        assert set(spikes.unique().tolist()) == {-1, 0, 1}
+        assert torch.allclose(spikes.mean(0), rate * x[0], atol=0.02)
+    assert torch.equal(PoissonGenerator()(x).abs()[:, [0, 4]], torch.ones(20000, 2))
+
+
+def test_poisson_is_fresh_in_every_call():
+    x = torch.full((1000,), 0.5)
+    encoder = PoissonGenerator()
+    assert not torch.equal(encoder(x), encoder(x))

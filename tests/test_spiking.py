@@ -1,0 +1,275 @@
+"""The spiking networks against numbers of the published code and against the step-by-step reference."""
+import math
+
+import numpy as np
+import pytest
+import step_by_step
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, fill, ternary
+
+from self_models import ARCHITECTURES, INPUT_SHAPES, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, find_thresholds
+
+
+def network(architecture, **options):
+    kind = {'vgg_name': architecture} if architecture.startswith('VGG') else {'resnet_name': architecture}
+    return (VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB)(**kind, **options)
+
+
+def ann(architecture, **options):
+    return VGG(architecture, **options) if architecture.startswith('VGG') else ResNet(architecture, **options)
+
+
+# tests/data/*.npz were computed with the published code in float64; weights and images as `fill` and `ternary` draw
+@pytest.mark.parametrize('case, architecture, dataset, leak, alpha, beta, timesteps, seed', [
+    ('vgg5_mnist', 'VGG5', 'MNIST', 1.0, 0.3, 0.01, 16, 0),
+    ('resnet12_cifar10', 'RESNET12', 'CIFAR10', 0.9375, 0.5, 0.035, 32, 6)])
+def test_numbers_of_the_published_code(case, architecture, dataset, leak, alpha, beta, timesteps, seed):
+    want = np.load(ROOT / 'tests' / 'data' / f'{case}.npz')
+    model = fill(network(architecture, dataset=dataset, timesteps=timesteps, leak=leak, alpha=alpha, beta=beta)
+                 .double(), seed).eval()
+    c, h, w = INPUT_SHAPES[dataset]
+    x = ternary((2, c, h, w), 7 + seed, 1.0 if architecture.startswith('VGG') else 1.25, low=0 if c == 1 else -1)
+    assert find_thresholds(model, x, timesteps) == pytest.approx(want['calibrated'].tolist(), rel=1e-6)
+    assert (model.timesteps, model.leak) == (timesteps, leak)
+    model.threshold_update(1.0, want['thresholds'].tolist())
+    logits = model(x)
+    loss = F.cross_entropy(logits, torch.arange(2))
+    loss.backward()
+    assert np.allclose(logits.detach(), want['logits'], rtol=1e-6, atol=1e-6 * abs(want['logits']).max())
+    assert loss.item() == pytest.approx(want['loss'].item(), rel=1e-6)
+    for name, p in model.named_parameters():
+        got = np.array([p.grad.norm(), *p.grad.flatten()[:16]])
+        assert np.allclose(got, want[f'grad/{name}'], rtol=1e-6, atol=1e-6 * abs(want[f'grad/{name}']).max()), name
+
+
+def against_reference(model, x, masks=None, rtol=1e-9):
+    """Logits and every gradient of the model and of the reference, on the same weights."""
+    labels = torch.arange(len(x)) % 10
+    logits = model(x)
+    F.cross_entropy(logits / 5, labels).backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    want, history = step_by_step.run(model, x, masks)
+    F.cross_entropy(want / 5, labels).backward()
+    assert all(torch.stack(spikes).any() for spikes in history), 'a silent layer would hide errors'
+    assert torch.allclose(logits, want, rtol=rtol, atol=rtol * want.abs().max().item())
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0
+        assert (got[name] - p.grad).norm() <= rtol * p.grad.norm(), name
+
+
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+@pytest.mark.parametrize('leak', [1.0, 0.9])
+@pytest.mark.parametrize('architecture, timesteps', [('VGG5', 14), ('RESNET6', 12)])
+def test_against_step_by_step(architecture, timesteps, activation, leak):
+    model = fill(network(architecture, activation=activation, dataset='DIGITS', timesteps=timesteps, leak=leak,
+                         alpha=0.4, beta=0.2, gamma=0.5).double(), 3).eval()
+    x = ternary((3, 1, 8, 8), 5, 1.25, low=0)
+    thresholds = find_thresholds(model, x, timesteps)
+    model.threshold_update(0.7, thresholds)
+    against_reference(model, x)
+
+
+@pytest.mark.parametrize('shape', [(1, 9, 13), (3, 7, 6)])
+def test_odd_image_shapes_against_step_by_step(shape):
+    model = fill(network('VGG5', input_shape=shape, timesteps=12).double(), 1).eval()
+    x = ternary((2, *shape), 2)
+    model.threshold_update(0.7, find_thresholds(model, x, 12))
+    against_reference(model, x)
+
+
+def test_float32_agrees_with_float64_reference():
+    model = fill(network('VGG5', dataset='DIGITS', timesteps=14), 3).eval()
+    x = ternary((3, 1, 8, 8), 5, low=0).float()
+    model.threshold_update(0.7, find_thresholds(model, x, 14))
+    against_reference(model, x, rtol=1e-4)
+
+
+def test_chunks_do_not_change_the_result(monkeypatch):
+    model = fill(network('RESNET6', dataset='DIGITS', timesteps=12, activation='STDB').double(), 3).eval()
+    x = ternary((5, 1, 8, 8), 5, 1.25, low=0)
+    model.threshold_update(0.7, find_thresholds(model, x, 12))
+    monkeypatch.setattr('self_models.spiking.CHUNK_BYTES', {'cpu': 1})  # one sample at a time
+    against_reference(model, x)
+
+
+def test_dropout_is_one_mask_a_sample_held_over_time():
+    model = fill(network('VGG5', dataset='DIGITS', timesteps=14, dropout=0.5).double(), 3)
+    x = ternary((4, 1, 8, 8), 5, low=0)
+    model.threshold_update(0.4, find_thresholds(model, x, 14))
+    model.train()
+    masks = {}
+
+    def keep(train, index):
+        if train.mask is None:
+            return None
+        mask = train.mask
+        if len(train.shape) == 3:
+            c, h, w = train.shape
+            mask = mask.view(-1, h, w, c).permute(0, 3, 1, 2)
+        masks[index] = mask
+        return mask
+
+    import self_models.spiking as spiking
+    original, trains = spiking.lif_layer, []
+    spiking.lif_layer = lambda *args: trains.append(original(*args)) or trains[-1]
+    try:
+        logits = model(x)
+    finally:
+        spiking.lif_layer = original
+    kept = [keep(train, i) for i, train in enumerate(trains)]
+    assert [mask is not None for mask in kept] == [False, True, False, True, True]  # none before a pool
+    assert set(kept[1].unique().tolist()) == {0.0, 2.0}
+    assert not torch.equal(kept[1][0], kept[1][1])
+    want, _ = step_by_step.run(model, x, kept)
+    assert torch.allclose(logits, want)
+    F.cross_entropy(logits, torch.arange(4)).backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    F.cross_entropy(want, torch.arange(4)).backward()
+    for a, p in zip(got, model.parameters(), strict=True):
+        assert torch.allclose(a, p.grad, atol=1e-9 * p.grad.abs().max().item())
+    model.eval()
+    assert torch.equal(model(x), model(x))  # ternary input, no dropout: nothing is left to chance
+
+
+def test_two_models_with_different_surrogates_live_side_by_side():
+    x = ternary((2, 1, 8, 8), 5, low=0)
+
+    def gradient(alpha, other=None):
+        model = fill(network('VGG5', dataset='DIGITS', timesteps=14, alpha=alpha).double(), 3).eval()
+        model.threshold_update(0.7, find_thresholds(model, x, 14))
+        if other:
+            network('VGG5', dataset='DIGITS', alpha=other)  # the published code's last model built won
+        model(x)[0, 0].backward()
+        return model.classifier[3].weight.grad
+
+    assert torch.equal(gradient(0.3), gradient(0.3, other=5.0))
+    assert torch.allclose(gradient(0.6), 2 * gradient(0.3))  # one surrogate lies behind that layer
+
+
+def test_no_state_outlives_a_pass():
+    model = fill(network('VGG5', dataset='DIGITS', timesteps=14).double(), 3).eval()
+    before = {key: value for key, value in vars(model).items() if key != '_modules'}
+    x = ternary((2, 1, 8, 8), 5, low=0)
+    first = model(x)
+    assert {key: value for key, value in vars(model).items() if key != '_modules'} == before
+    assert torch.equal(model(x), first)
+    assert model(x[:1]).shape == (1, 10)  # another batch size straight after
+
+
+def test_shorter_than_its_delays_gives_zero():
+    model = fill(network('VGG5', dataset='DIGITS', timesteps=5).double(), 3)
+    x = ternary((2, 1, 8, 8), 5, low=0)
+    model.threshold_update(1.0, [1e-3] * 5)
+    logits = model(x)
+    assert logits.abs().max() == 0
+    logits.sum().backward()
+    model.network_update(6, 1.0)
+    assert model(x).abs().max() > 0
+
+
+def test_runs_under_autocast():
+    model = fill(network('RESNET6', dataset='DIGITS', timesteps=14), 3).eval()
+    x = ternary((4, 1, 8, 8), 5, 1.25, low=0).float()
+    model.threshold_update(0.7, find_thresholds(model, x, 14))
+    exact = model(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = model(x)
+    logits.sum().backward()
+    assert logits.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert 0 < (logits - exact).norm() < 0.3 * exact.norm()
+
+
+def fits(architecture, shape):
+    halvings = int(math.log2(min(shape[1:])))
+    pools = {'VGG5': 2}.get(architecture, 4) + (shape[1] >= 224)
+    return not architecture.startswith('VGG') or pools <= halvings
+
+
+SHAPES = ['MNIST', 'CIFAR10', 'DIGITS']
+
+
+@pytest.mark.parametrize('dataset', SHAPES)
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_every_network_on_every_shape(architecture, dataset):
+    shape = INPUT_SHAPES[dataset]
+    options = dict(dataset=dataset, labels=7)
+    if not fits(architecture, shape):
+        for build in (ann, network):
+            with pytest.raises(ValueError, match=f'{architecture} halves the image . times'):
+                build(architecture, **options)
+        return
+    dense = ann(architecture, **options)
+    spiking = network(architecture, **options, timesteps=3, default_threshold=0.1)
+    x = torch.rand(2, *shape)
+    assert dense(x).shape == (2, 7)
+    dense(x).sum().backward()
+    spiking.network_update(spiking.depth + 1, 1.0)  # as few steps as reach the output
+    logits = spiking(x)
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert spiking.state_dict().keys() == dense.state_dict().keys()
+    spiking.load_state_dict(dense.state_dict())
+
+
+@pytest.mark.parametrize('architecture', ['VGG9', 'RESNET6'])
+def test_imagenet_shape(architecture):
+    dense = ann(architecture, dataset='IMAGENET', labels=5)
+    spiking = network(architecture, dataset='IMAGENET', labels=5, default_threshold=0.1)
+    x = torch.rand(1, 3, 224, 224)
+    assert dense(x).shape == (1, 5)
+    spiking.network_update(spiking.depth + 1, 1.0)
+    logits = spiking(x)
+    logits.sum().backward()
+    assert logits.shape == (1, 5)
+    assert spiking.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.mark.parametrize('architecture, names', [
+    ('VGG5', ['features.0', 'features.3', 'features.6', 'classifier.0', 'classifier.3', 'classifier.6']),
+    ('VGG9', ['features.0', 'features.3', 'features.6', 'features.9', 'features.12', 'features.15', 'features.18',
+              'classifier.0', 'classifier.3', 'classifier.6']),
+    ('RESNET6', ['pre_process.0', 'pre_process.3', 'pre_process.6', 'layer1.0.residual.0', 'layer1.0.residual.3',
+                 'layer2.0.residual.0', 'layer2.0.residual.3', 'layer2.0.identity.0', 'classifier.0'])])
+def test_published_parameter_names(architecture, names):
+    # written down from DESIGN's rule: conv, ReLU, dropout and pool count, a dropout before a pool is left out
+    assert list(ann(architecture).state_dict()) == [f'{name}.weight' for name in names]
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = VGG('VGG5')
+    assert model.features[3].weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 128)), rel=0.02)
+    assert model.classifier[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'timesteps': 0}, 'timesteps'), ({'timesteps': 2.5}, 'timesteps'), ({'leak': 0}, 'leak'), ({'leak': 1.1}, 'leak'),
+    ({'default_threshold': 0}, 'threshold'), ({'default_threshold': math.nan}, 'threshold'),
+    ({'activation': 'ReLU'}, 'activation'), ({'dataset': 'SVHN'}, 'data set')])
+def test_values_that_make_no_network(options, message):
+    with pytest.raises(ValueError, match=message):
+        network('VGG5', **options)
+
+
+def test_unknown_architecture():
+    for build in (lambda: VGG('VGG7'), lambda: ResNet('RESNET18'), lambda: network('VGG7'), lambda: network('RES')):
+        with pytest.raises(ValueError, match='unknown architecture'):
+            build()
+
+
+def test_threshold_update():
+    model = network('RESNET6', default_threshold=2.0)
+    given = [1.0, 2.0, 3.0]
+    model.threshold_update(0.5, given)
+    assert model.thresholds == [0.5, 1.0, 1.5] + [2.0] * 4
+    assert given == [1.0, 2.0, 3.0]  # the published code emptied the list
+    model.threshold_update(1.0, range(1, 8))
+    assert model.thresholds == [1, 2, 3, 4, 5, 6, 7]
+    for bad in ([1.0, 2.0], [1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.inf, 1.0]):
+        with pytest.raises(ValueError, match='threshold'):
+            model.threshold_update(1.0, bad)
+    assert model.thresholds == [1, 2, 3, 4, 5, 6, 7]
