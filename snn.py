@@ -1,11 +1,12 @@
-"""Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020), or train one from scratch.
+"""Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020).
 
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
                   --timesteps 20 --epochs 10
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_snn trained_models/snn/snn_vgg5_digits_20.pth \\
                   --test_only
 
-The best epoch's network goes to trained_models/snn/<identifier>.pth; the converted network is its epoch 0.
+Without a pretrained file it trains from scratch. The best epoch's network goes to
+trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
 import torch.nn.functional as F
 

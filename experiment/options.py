@@ -114,7 +114,8 @@ class Parser(argparse.ArgumentParser):
 def common_options(parser, learning_rate, optimizer, momentum, dropout):
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
-    add('-a', '--architecture', type=upper, default='VGG16', choices=list(self_models.ARCHITECTURES), help='default %(default)s')
+    add('-a', '--architecture', type=upper, default='VGG16', choices=list(self_models.ARCHITECTURES),
+        help='default %(default)s')
     add('--dropout', type=rate, default=dropout, metavar='P',
         help='dropout after each convolution (0.5 in the classifier); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')

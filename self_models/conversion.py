@@ -131,7 +131,7 @@ def balance(current, groups, blocks, neuron, output, bar):
             step_currents = current(group, first, stop)
             threshold = max(threshold, step_currents.max().item())
             if output is not None and threshold == at_start:
-                codes = torch.empty(step_currents.shape, dtype=lif.code_dtype(stop - first), device=step_currents.device)
+                codes = torch.empty_like(step_currents, dtype=lif.code_dtype(stop - first))
                 state = lif.integrate(step_currents.flatten(1), codes.flatten(1),
                                       neuron._replace(threshold=threshold), state)
                 spikes = SpikeTrain(codes, (), 0).spikes(slice(None), slice(0, stop - first))

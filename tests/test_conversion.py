@@ -1,10 +1,10 @@
 """Threshold balancing."""
 import pytest
-import step_by_step
 import torch
-from conftest import fill, ternary
 
 import self_models.conversion as conversion
+import step_by_step
+from conftest import fill, ternary
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
 
 

@@ -3,11 +3,11 @@ import math
 
 import numpy as np
 import pytest
-import step_by_step
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fill, ternary
 
+import step_by_step
+from conftest import ROOT, fill, ternary
 from self_models import ARCHITECTURES, INPUT_SHAPES, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, find_thresholds
 
 

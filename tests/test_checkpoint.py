@@ -1,0 +1,210 @@
+"""Checkpoints: what loads, what is refused and how, and that a file is never half written."""
+import os
+import resource
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from experiment import UserError, checkpoint
+from self_models import RESNET_SNN_STDB, ResNet
+
+
+def resnet6(labels=10):
+    return ResNet('RESNET6', labels=labels, dataset='DIGITS')
+
+
+def saved(path, **more):
+    torch.save({'accuracy': 0.5, 'epoch': 3, 'state_dict': resnet6().state_dict(), **more}, path)
+    return str(path)
+
+
+def refused(path, words, kind='ann'):
+    with pytest.raises(UserError, match=words) as caught:
+        checkpoint.load(str(path), kind)
+    assert '\n' not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_round_trip(tmp_path):
+    model = resnet6()
+    checkpoint.save({'state_dict': model.state_dict(), 'args': {'a': 1, 'b': None, 'c': 'x'}}, tmp_path / 'a.pth')
+    state = checkpoint.load(tmp_path / 'a.pth', 'ann')
+    other = resnet6()
+    assert checkpoint.load_weights(other, state, 'a.pth') == []
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert state['args'] == {'a': 1, 'b': None, 'c': 'x'}
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_missing_directory_and_empty_files_are_refused(tmp_path):
+    refused(tmp_path / 'none.pth', 'no such file')
+    refused(tmp_path, 'no such file')
+    (tmp_path / 'empty.pth').touch()
+    refused(tmp_path / 'empty.pth', 'not a checkpoint')
+    (tmp_path / 'text.pth').write_text('not a checkpoint at all')
+    refused(tmp_path / 'text.pth', 'not a checkpoint')
+
+
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.99])
+def test_truncated_files_are_refused(tmp_path, share):
+    data = open(saved(tmp_path / 'a.pth'), 'rb').read()
+    (tmp_path / 'b.pth').write_bytes(data[:int(len(data) * share)])
+    refused(tmp_path / 'b.pth', 'damaged|not a checkpoint')
+
+
+def test_code_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    refused(saved(tmp_path / 'a.pth', extra=Evil()), 'other than tensors')
+    torch.save(resnet6(), tmp_path / 'model.pth')  # a whole pickled module
+    refused(tmp_path / 'model.pth', 'other than tensors')
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_files_without_weights_are_refused(tmp_path):
+    torch.save([1, 2], tmp_path / 'list.pth')
+    refused(tmp_path / 'list.pth', 'state_dict')
+    torch.save(resnet6().state_dict(), tmp_path / 'bare.pth')
+    refused(tmp_path / 'bare.pth', 'state_dict')
+
+
+def test_an_snn_is_not_an_ann(tmp_path):
+    refused(saved(tmp_path / 'ann.pth'), '--pretrained_ann', 'snn')
+    refused(saved(tmp_path / 'snn.pth', timesteps=10), '--pretrained_snn', 'ann')
+
+
+def test_weights_that_do_not_fit_are_all_named(tmp_path):
+    state = {'state_dict': resnet6().state_dict(), 'args': {'architecture': 'RESNET6', 'dataset': 'DIGITS'}}
+    weights = state['state_dict']
+    weights['extra.weight'] = weights.pop('pre_process.0.weight')
+    weights['pre_process.3.weight'] = torch.zeros(2, 3)
+    weights['layer1.0.residual.0.weight'] = torch.full_like(weights['layer1.0.residual.0.weight'], torch.nan)
+    model = resnet6()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_weights(model, state, 'a.pth')
+    for words in ('no pre_process.0.weight', 'surplus extra.weight', 'pre_process.3.weight is 2x3, not 64x64x3x3',
+                  'layer1.0.residual.0.weight is not finite', 'RESNET6 for DIGITS', '--architecture'):
+        assert words in str(caught.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_another_data_sets_ann_keeps_all_but_its_last_layer():
+    source, target = resnet6(labels=7), resnet6()
+    head = target.classifier[0].weight.clone()
+    state = {'state_dict': source.state_dict()}
+    with pytest.raises(UserError, match='classifier.0.weight is 7x512, not 10x512'):
+        checkpoint.load_weights(target, state, 'a.pth')
+    new = checkpoint.load_weights(target, state, 'a.pth', may_differ=['classifier.0.weight'])
+    assert new == ['classifier.0.weight']
+    assert torch.equal(target.classifier[0].weight, head)
+    assert torch.equal(target.pre_process[0].weight, source.pre_process[0].weight)
+
+
+def test_published_forms_load(tmp_path):
+    # an ANN saved from DataParallel, accuracy a tensor, thresholds written into it by the published snn.py
+    weights = {f'module.{key}': value for key, value in resnet6().state_dict().items()}
+    optimizer = torch.optim.SGD(resnet6().parameters(), lr=0.1).state_dict()
+    torch.save({'accuracy': torch.tensor(0.9), 'epoch': 200, 'state_dict': weights, 'optimizer': optimizer,
+                'thresholds': [1.0, 2.0, 3.0]}, tmp_path / 'ann.pth')
+    checkpoint.load_weights(resnet6(), checkpoint.load(tmp_path / 'ann.pth', 'ann'), 'ann.pth')
+    # SNNs: the older form has leak_mem and scaling_threshold, the newer one leak; thresholds may be tensors
+    old = {'accuracy': 0.9, 'epoch': 2, 'state_dict': weights, 'optimizer': optimizer, 'timesteps': 250,
+           'thresholds': [torch.tensor(2.0), 3.0, 4.0], 'leak_mem': torch.tensor(0.99), 'scaling_threshold': 0.5}
+    new = {**{key: value for key, value in old.items() if key not in ('leak_mem', 'scaling_threshold')},
+           'leak': 1.0, 'activation': 'Linear'}
+    for name, state, thresholds, leak in (('old', old, [1.0, 1.5, 2.0], 0.99), ('new', new, [2.0, 3.0, 4.0], 1.0)):
+        torch.save(state, tmp_path / name)
+        loaded = checkpoint.load(tmp_path / name, 'snn')
+        settings = checkpoint.snn_settings(loaded, name)
+        assert settings['thresholds'] == thresholds
+        assert settings['leak'] == pytest.approx(leak)
+        assert settings['timesteps'] == 250
+        model = RESNET_SNN_STDB('RESNET6', dataset='DIGITS')
+        checkpoint.load_weights(model, loaded, name)
+        model.threshold_update(1.0, settings['thresholds'])
+        assert model.thresholds == [*thresholds, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize('missing', ['thresholds', 'leak'])
+def test_half_an_snn_is_refused(missing):
+    state = {'timesteps': 10, 'thresholds': [1.0], 'leak': 1.0}
+    del state[missing]
+    with pytest.raises(UserError, match='not a whole SNN checkpoint'):
+        checkpoint.snn_settings(state, 'a.pth')
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'a.pth'
+    saved(path)
+    before = path.read_bytes()
+
+    def write(file):
+        file.write(b'half')
+        raise OSError(28, 'No space left on device')
+
+    with pytest.raises(UserError, match='No space left on device.*untouched'):
+        checkpoint.write_atomically(path, write)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
+    # RLIMIT_FSIZE stands in for a full disk; in a process of its own, since it cannot be raised again
+    path = tmp_path / 'a.pth'
+    saved(path)
+    before = path.read_bytes()
+    script = ('import sys, torch; from experiment import checkpoint, UserError; from pathlib import Path\n'
+              'try: checkpoint.save({"x": torch.zeros(1 << 20)}, Path(sys.argv[1]))\n'
+              'except UserError as error: print(error)')
+
+    def limit():
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run([sys.executable, '-c', script, str(path)], cwd=ROOT, text=True, capture_output=True,
+                          preexec_fn=limit, env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1'})
+    assert 'cannot be written' in done.stdout and done.stdout.count('\n') == 1, done.stderr
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_identifiers():
+    args = SimpleNamespace(name=None, architecture='VGG16', dataset='CIFAR10', timesteps=100)
+    assert checkpoint.identifier('ann', args) == 'ann_vgg16_cifar10'
+    assert checkpoint.identifier('snn', args) == 'snn_vgg16_cifar10_100'
+    assert checkpoint.identifier('snn', SimpleNamespace(name='mine')) == 'mine'
+
+
+def test_an_earlier_run_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    best, last = checkpoint.paths('ann', 'x')
+    assert checkpoint.prepare(best, last) is None
+    best.write_text('old best')
+    last.write_text('old last')
+    assert 'kept as previous.x.pth' in checkpoint.prepare(best, last)
+    assert sorted(os.listdir(best.parent)) == ['previous.x.last.pth', 'previous.x.pth']
+
+
+def test_threshold_cache_is_refused_when_anything_changed(tmp_path):
+    path, model = str(tmp_path / 'a.pth'), RESNET_SNN_STDB('RESNET6', dataset='DIGITS')
+    settings = {'samples': 512, 'timesteps': 1000}
+    key = checkpoint.thresholds_key(model, settings)
+    assert checkpoint.cached_thresholds(path, key)[0] is None
+    checkpoint.cache_thresholds(path, key, [1.25, 2.5])
+    assert checkpoint.cached_thresholds(path, key)[0] == [1.25, 2.5]
+    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, {**settings, 'timesteps': 10}))
+    assert found is None and 'timesteps' in note
+    with torch.no_grad():
+        model.classifier[0].weight[0, 0] += 1
+    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, settings))
+    assert found is None and 'weights' in note
+    (tmp_path / 'a.pth.thresholds.json').write_text('{"half')
+    found, note = checkpoint.cached_thresholds(path, key)
+    assert found is None and 'cannot be read' in note

@@ -1,0 +1,342 @@
+"""ann.py and snn.py as their user runs them, on the digits that scikit-learn ships."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import ann
+import snn
+from experiment import UserError, engine, options
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
+SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
+CALIBRATION = ['--calibration_samples', '20', '--calibration_timesteps', '30']
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(module, *flags):
+    module.main(module.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Whether two checkpoints' values are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The checkpoint of an ANN that has learned something."""
+    folder, before = tmp_path_factory.mktemp('trained'), os.getcwd()
+    os.chdir(folder)
+    try:
+        run(ann, '-a', 'RESNET6', '--dataset', 'DIGITS', '--epochs', 4, '--optimizer', 'Adam', '-lr', '1e-3', '--no-gpu')
+    finally:
+        os.chdir(before)
+    return str(folder / 'trained_models' / 'ann' / 'ann_resnet6_digits.pth')
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = {  # of both scripts
+    'seed': 0, 'dataset': 'CIFAR10', 'batch_size': 64, 'architecture': 'VGG16', 'epochs': 300,
+    'lr_interval': '0.60 0.80 0.90', 'lr_reduce': 10, 'weight_decay': 5e-4, 'amsgrad': True, 'kernel_size': 3,
+    'devices': '0', 'log': False, 'test_only': False, 'pretrained_ann': None}
+
+
+@pytest.mark.parametrize('module, more', [
+    (ann, {'learning_rate': 1e-2, 'optimizer': 'SGD', 'momentum': 0.9, 'dropout': 0.2}),
+    (snn, {'learning_rate': 1e-4, 'optimizer': 'Adam', 'momentum': 0.95, 'dropout': 0.3, 'pretrained_snn': None,
+           'timesteps': 100, 'leak': 1.0, 'scaling_factor': 0.7, 'default_threshold': 1.0, 'activation': 'STDB',
+           'alpha': 0.3, 'beta': 0.01, 'gamma': 0.3, 'test_acc_every_batch': False, 'train_acc_batches': 200,
+           'calibration_samples': 512, 'calibration_timesteps': 1000})])
+def test_published_defaults(module, more):
+    args = vars(module.get_args_parser().parse_args([]))
+    assert {**PUBLISHED, **more}.items() <= args.items()
+    assert args['given'] == set()
+
+
+def test_published_short_names():
+    args = ann.get_args_parser().parse_args(['-s', '3', '-a', 'vgg5', '-lr', '0.5'])
+    assert (args.seed, args.architecture, args.learning_rate) == (3, 'VGG5', 0.5)
+    assert args.given == {'seed', 'architecture', 'learning_rate'}
+
+
+@pytest.mark.parametrize('words, value', [
+    ([], None), (['--gpu'], True), (['--no-gpu'], False), (['--gpu', 'False'], False), (['--gpu', 'true'], True),
+    (['--gpu', '0'], False), (['--no-gpu', '--gpu'], True)])
+def test_booleans_do_what_they_say(words, value):
+    assert ann.get_args_parser().parse_args(words).gpu is value
+
+
+@pytest.mark.parametrize('script, flags', [
+    ('ann.py', ['--architecture', 'VGG7']), ('ann.py', ['--dataset', 'SVHN']), ('ann.py', ['--epochs', '0']),
+    ('ann.py', ['--epochs', '2.5']), ('ann.py', ['--batch_size', '-1']), ('ann.py', ['--learning_rate', 'nan']),
+    ('ann.py', ['--learning_rate', '0']), ('ann.py', ['--dropout', '1']), ('ann.py', ['--kernel_size', '2']),
+    ('ann.py', ['--lr_interval', '0.5 x']), ('ann.py', ['--lr_interval', '1.5']), ('ann.py', ['--gpu', 'maybe']),
+    ('ann.py', ['--no-gpu', 'True']), ('ann.py', ['--optimizer', 'RMSprop']), ('ann.py', ['--seed', '-1']),
+    ('ann.py', ['--name', '../x']), ('ann.py', ['--devices', 'a']), ('ann.py', ['--epoch', '3']),
+    ('ann.py', ['--timesteps', '5']), ('ann.py', ['--momentum', '2']), ('ann.py', ['--weight_decay', '-1']),
+    ('ann.py', ['--train_samples', '0']), ('ann.py', ['--lr_reduce', '0']), ('ann.py', ['--seed']),
+    ('snn.py', ['--timesteps', '0']), ('snn.py', ['--leak', '0']), ('snn.py', ['--leak', '1.01']),
+    ('snn.py', ['--scaling_factor', '0']), ('snn.py', ['--scaling_factor', '-0.7']),
+    ('snn.py', ['--default_threshold', '0']), ('snn.py', ['--activation', 'ReLU']), ('snn.py', ['--alpha', 'inf']),
+    ('snn.py', ['--beta', '-1']), ('snn.py', ['--calibration_samples', '0']), ('snn.py', ['--train_acc_batches', '0']),
+    ('snn.py', ['--pretrained_ann', 'a', '--pretrained_snn', 'b'])])
+def test_bad_flags_end_with_status_2(script, flags, capsys):
+    module = {'ann.py': ann, 'snn.py': snn}[script]
+    with pytest.raises(SystemExit) as caught:
+        module.get_args_parser().parse_args(flags)
+    assert caught.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f'{script}: error: ') and flags[0] in message
+
+
+# -- what goes wrong ends in one line ---------------------------------------------------------------------------------
+
+def fails(module, words, *flags):
+    with pytest.raises(UserError, match=words) as caught:
+        run(module, *flags)
+    assert '\n' not in str(caught.value)
+
+
+def test_user_errors_are_one_line_and_status_1(command):
+    done = command('snn.py', *SPIKING, '--pretrained_ann', 'none.pth')
+    assert done.returncode == 1
+    assert done.stderr == 'snn.py: error: none.pth: there is no such file; give the path of a checkpoint that ann.py wrote\n'
+    done = command('ann.py', '--dataset', 'FOLDER', '--data_dir', 'nowhere')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'nowhere' in done.stderr
+
+
+def test_network_and_data_that_do_not_go_together():
+    fails(ann, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
+    fails(snn, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
+
+
+def test_more_samples_than_there_are():
+    fails(ann, 'there are 1437 train images', *SMALL, '--train_samples', 2000)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is present')
+def test_cuda_asked_for_and_absent():
+    fails(ann, 'no CUDA device', *SMALL[:-1], '--gpu')
+
+
+def test_checkpoints_of_other_networks(trained):
+    fails(snn, r'RESNET6 for DIGITS.*no features\.0\.weight', '-a', 'VGG5', '--dataset', 'DIGITS', '--pretrained_ann',
+          trained)
+    fails(ann, r'no layer3\.0\.', '-a', 'RESNET12', '--dataset', 'DIGITS', '--pretrained_ann', trained)
+    fails(snn, 'holds an ANN.*--pretrained_ann', *SPIKING, '--pretrained_snn', trained)
+
+
+def test_a_loss_that_is_not_finite():
+    fails(ann, 'loss became (nan|inf).*--learning_rate', *SMALL, '-lr', '1e30', '--epochs', 3)
+
+
+def test_no_progress_stops_the_run(monkeypatch):
+    monkeypatch.setattr(engine, 'test', lambda *_: engine.Metrics(2.3, 0.1))
+    fails(snn, 'does not progress.*10.00%', *SPIKING, '--epochs', 10, '--train_samples', 8, '--timesteps', 6)
+    assert load('trained_models/snn/snn_resnet6_digits_6.last.pth')['epoch'] == 6
+
+
+@pytest.mark.parametrize('module, flags', [(ann, SMALL), (snn, SPIKING)])
+def test_a_folder_that_cannot_be_written(module, flags):
+    Path('trained_models').write_text('in the way')
+    fails(module, 'trained_models.*cannot write', *flags, '--epochs', 1)
+
+
+def test_operating_system_errors_are_one_line(command, tmp_path):
+    (tmp_path / 'logs').write_text('in the way')
+    done = command('ann.py', *SMALL, '--epochs', 1, '--log')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'logs' in done.stderr
+
+
+def test_resume_without_a_checkpoint(trained):
+    fails(ann, 'there is no trained_models/ann/ann_resnet6_digits.last.pth', *SMALL, '--resume')
+    fails(ann, 'no such file', *SMALL, '--resume', 'none.pth')
+    fails(ann, 'was trained with Adam', *SMALL, '--resume', trained)
+
+
+def test_a_dead_layer_is_named_with_its_flag(trained):
+    fails(snn, r'pre_process\.3 never receives a spike.*--calibration_timesteps', *SPIKING, '--pretrained_ann', trained,
+          '--calibration_timesteps', 1)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+def test_learning_rate_schedule():
+    args = ann.get_args_parser().parse_args(['--epochs', '10', '-lr', '1'])
+    rates = [engine.learning_rate_at(epoch, args) for epoch in range(1, 11)]
+    assert rates == pytest.approx([1] * 5 + [0.1] * 2 + [0.01] + [0.001] * 2)
+    args.epochs = 1
+    assert engine.learning_rate_at(1, args) == 1
+
+
+def test_ann_run_writes_what_it_says(command, tmp_path):
+    done = command('ann.py', *SMALL, '--epochs', 2, '--log', '--name', 'mine')
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / 'logs/ann/mine.log').read_text()
+    assert '\r' not in log  # no trace of a progress bar
+    for words in ('architecture: RESNET6', 'kernel_size: 3', '(pre_process)', 'train loss', 'best test accuracy'):
+        assert words in log
+    lines = re.findall(r'^ +(\d+) +0\.\d+ +\d\.\d{4} +[\d.]+% +\d\.\d{4} +[\d.]+% +[\d.]+% +\d+s$', log, re.M)
+    assert lines == ['1', '2']  # exactly --epochs of them
+    state = load(tmp_path / 'trained_models/ann/mine.pth')
+    assert {'accuracy', 'epoch', 'state_dict', 'optimizer', 'args'} <= state.keys()
+    assert 0 <= state['accuracy'] <= 1 and state['args']['architecture'] == 'RESNET6'
+    assert sorted(os.listdir(tmp_path / 'trained_models/ann')) == ['mine.last.pth', 'mine.pth']
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_in_epoch(monkeypatch, number):
+    calls, original = [], engine.train_epoch
+
+    def train_epoch(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(engine, 'train_epoch', train_epoch)
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, monkeypatch):
+    flags = [*SMALL, '--epochs', 4] if module is ann else [
+        *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--epochs', 4]
+    run(module, *flags, '--name', 'whole')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 3)
+        run(module, *flags, '--name', 'killed')
+    torch.rand(7)  # a new process would not go on with this generator either
+    run(module, *flags, '--name', 'killed', '--resume')
+    folder = Path('trained_models', module.__name__)
+    for kind in ('.pth', '.last.pth'):
+        whole, killed = load(folder / f'whole{kind}'), load(folder / f'killed{kind}')
+        assert whole['epoch'] == killed['epoch']
+        for key in ('state_dict', 'optimizer', 'accuracy', 'best'):
+            assert same(whole[key], killed[key]), key
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(capsys):
+    run(ann, *SMALL, '--epochs', 1, '--resume', 'auto')
+    assert 'resumed' not in capsys.readouterr().out
+    run(ann, *SMALL, '--epochs', 2, '--resume', 'auto')
+    assert 'resumed from trained_models/ann/ann_resnet6_digits.last.pth, after epoch 1' in capsys.readouterr().out
+
+
+def test_test_only_says_the_logged_accuracy_and_writes_nothing(trained, capsys, tmp_path):
+    before = Path(trained).read_bytes()
+    accuracy = load(trained)['accuracy']
+    run(ann, '-a', 'RESNET6', '--dataset', 'DIGITS', '--pretrained_ann', trained, '--test_only', '--no-gpu')
+    assert f'test accuracy {accuracy:.2%} on 360 images' in capsys.readouterr().out
+    assert Path(trained).read_bytes() == before and os.listdir(tmp_path) == []
+
+
+def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
+    before = Path(trained).read_bytes()
+    flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--no-gpu', '--default_threshold', '0.3', '--train_samples', 200,
+             '--test_samples', 100]
+    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--leak', '0.99', '--epochs', 2)
+    out = capsys.readouterr().out
+    ann_accuracy, converted = (float(re.search(rf'^{what} .*?test accuracy ([\d.]+)%', out, re.M)[1])
+                               for what in ('ANN', 'converted SNN:'))
+    assert ann_accuracy > 60
+    assert re.search(r'^thresholds:( [\d.]+){7}$', out, re.M)
+    path = tmp_path / 'trained_models/snn/snn_resnet6_digits_12.pth'
+    state = load(path)
+    assert state['accuracy'] * 100 >= converted  # fine-tuning never ends below its start
+    assert (state['timesteps'], state['leak'], state['activation']) == (12, 0.99, 'STDB')
+    assert state['thresholds'][3:] == [0.3] * 4
+    assert Path(trained).read_bytes() == before
+
+    # balanced thresholds are cached beside the ANN, unscaled, and found there again
+    cached = json.loads(Path(f'{trained}.thresholds.json').read_text())['thresholds']
+    assert [0.7 * value for value in cached] == pytest.approx(state['thresholds'][:3])
+    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--test_only', '--name', 'again')
+    assert 'thresholds taken from' in capsys.readouterr().out
+    assert os.listdir(path.parent) == ['snn_resnet6_digits_12.pth', 'snn_resnet6_digits_12.last.pth'] or \
+        sorted(os.listdir(path.parent)) == ['snn_resnet6_digits_12.last.pth', 'snn_resnet6_digits_12.pth']
+
+    # evaluated alone, it runs as it was trained, and says so
+    content = path.read_bytes()
+    run(snn, *flags, '--pretrained_snn', path, '--test_only')
+    out = capsys.readouterr().out
+    assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in out
+    assert 'timesteps 12, leak 0.99, activation STDB' in out
+    run(snn, *flags, '--pretrained_snn', path, '--test_only', '--timesteps', 9)
+    out = capsys.readouterr().out
+    assert 'timesteps 9 as the flag says, leak 0.99' in out and 'at T = 9' in out
+    assert path.read_bytes() == content
+
+
+def test_train_from_scratch_and_go_on_from_an_snn(capsys):
+    run(snn, *SPIKING, '--epochs', 1, '--activation', 'Linear', '--train_acc_batches', 1, '--test_acc_every_batch')
+    out = capsys.readouterr().out
+    assert 'batch 1: train loss' in out and 'test batch 1: accuracy' in out
+    run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--epochs', 1, '--name', 'b')
+    out = capsys.readouterr().out
+    assert 'timesteps 8, leak 1.0, activation Linear' in out
+    assert load('trained_models/snn/b.pth')['activation'] == 'Linear'
+
+
+def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
+    state = load(trained)
+    state['state_dict']['classifier.0.weight'] = torch.zeros(4, 512)
+    torch.save(state, 'other.pth')
+    run(ann, *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 1)
+    assert 'classifier.0.weight is for other classes, so that one starts anew' in capsys.readouterr().out
+
+
+def test_too_few_steps_are_said(capsys):
+    run(snn, *SPIKING, '--timesteps', 4, '--test_only')
+    assert 'no spike reaches the output of RESNET6 in fewer than 6' in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / 'ann.py', *SMALL, '--epochs', '5000'], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in process.stdout:
+        if re.match(r' +2 ', line):
+            break
+    process.send_signal(2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'stopped; the last checkpoint is whole' in errors and 'Traceback' not in errors
+    assert load(tmp_path / 'trained_models/ann/ann_resnet6_digits.last.pth')['epoch'] >= 2
+
+
+@pytest.mark.parametrize('module', ['ann', 'snn', 'ann_script', 'snn_script'])
+def test_importing_has_no_side_effects(module, tmp_path):
+    done = subprocess.run([sys.executable, '-c', f'import {module}'], cwd=tmp_path, text=True, capture_output=True,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, '', '', [])
+
+
+def test_options_list_no_flag_twice():
+    for module in (ann, snn):
+        flags = [flag for action in module.get_args_parser()._actions for flag in action.option_strings]
+        assert len(flags) == len(set(flags))
+    assert options.number(float, 0, 1, open_low=True)('0.5') == 0.5
