@@ -122,6 +122,8 @@ def balance(current, groups, blocks, neuron, output, bar):
     are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. Beginning
     with the groups that look largest in a few steps, few have to run again.
     """
+    if not blocks:  # the delays of the layers before have used up every step
+        return 0.0
     middle = len(blocks) // 2
     probe = blocks[middle][0], min(blocks[middle][1], blocks[middle][0] + max(1, blocks[-1][1] // 16))
 

@@ -162,6 +162,8 @@ def currents(branches, weights, samples, dtype, compute_dtype):
     total = None
     for branch, weight in zip(branches, weights, strict=True):
         delay = branch.train.start - start
+        if delay == steps:  # its first spike comes too late for this window
+            continue
         x = branch.train.floats(samples, slice(0, steps - delay), compute_dtype)
         current = flatten(branch.output(x, weight), steps - delay).to(dtype)
         if total is None:
@@ -267,6 +269,8 @@ class _LIFLayer(torch.autograd.Function):
             g = g.to(compute_dtype)
             for i, (branch, weight) in enumerate(zip(branches, prepared, strict=True)):
                 rows = slice(0, steps - (branch.train.start - start))
+                if not rows.stop:
+                    continue
                 out = unflatten(g[branch.train.start - start:], train.shape)
                 if wanted[i][1]:
                     x = branch.train.floats(samples, rows, compute_dtype)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from experiment import UserError, checkpoint
 from self_models import RESNET_SNN_STDB, ResNet
 
