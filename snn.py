@@ -8,6 +8,8 @@
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
+import tempfile
+
 import torch.nn.functional as F
 
 from experiment import UserError, checkpoint, engine, log, options
@@ -63,6 +65,9 @@ def balanced_thresholds(model, data, args, say):
             thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True)
         except ValueError as error:
             raise UserError(f'{error} (--calibration_timesteps, --calibration_samples)') from error
+        except OSError as error:
+            raise UserError(f'{tempfile.gettempdir()}: no room for the spikes of a layer ({error.strerror}); set TMPDIR '
+                            'to a larger place, or lower --calibration_samples or --calibration_timesteps') from error
         try:
             checkpoint.cache_thresholds(args.pretrained_ann, key, thresholds)
         except UserError as error:

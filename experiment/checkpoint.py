@@ -120,8 +120,8 @@ def load_weights(model, state, path, may_differ=()):
     if problems:
         known = state.get('args') if isinstance(state.get('args'), dict) else {}
         known = f' (it holds a {known["architecture"]} for {known["dataset"]})' if 'architecture' in known else ''
-        raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset and --kernel_size '
-                        f'as it was trained: {", ".join(sorted(problems))}')
+        raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
+                        f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
     model.load_state_dict({**weights, **{key: wanted[key] for key in kept}})
     return kept
 

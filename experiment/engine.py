@@ -58,12 +58,13 @@ def train_epoch(model, loader, optimizer, loss_function, device, say=None, every
         optimizer.zero_grad()
         logits = model(images)
         loss = loss_function(logits, labels)
-        if not math.isfinite(loss.item()):
-            raise UserError(f'the loss became {loss.item()} at batch {number}: lower --learning_rate, or for an SNN '
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
                             'the gradient with --alpha or --gamma')
         loss.backward()
         optimizer.step()
-        total_loss += loss.item() * len(labels)
+        total_loss += value * len(labels)
         correct += (logits.argmax(1) == labels).sum().item()
         seen += len(labels)
         bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)

@@ -219,8 +219,10 @@ def run(main, args, script):
     except KeyboardInterrupt:
         print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on from it', file=sys.stderr)
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        sys.exit(f'{script}: error: the GPU is out of memory; lower --batch_size, or --timesteps of an SNN')
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and 'allocate memory' not in str(error) and 'out of memory' not in str(error):
+            raise
+        sys.exit(f'{script}: error: out of memory; lower --batch_size, or --timesteps of an SNN')
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
         sys.exit(f'{script}: error: {where}{error.strerror or error}')
