@@ -66,8 +66,8 @@ def balanced_thresholds(model, data, args, say):
         except ValueError as error:
             raise UserError(f'{error} (--calibration_timesteps, --calibration_samples)') from error
         except OSError as error:
-            raise UserError(f'{tempfile.gettempdir()}: no room for the spikes of a layer ({error.strerror}); set TMPDIR '
-                            'to a larger place, or lower --calibration_samples or --calibration_timesteps') from error
+            raise UserError(f'{tempfile.gettempdir()}: no room for spikes ({error.strerror}); set TMPDIR to '
+                            'a larger place, or lower --calibration_samples or --calibration_timesteps') from error
         try:
             checkpoint.cache_thresholds(args.pretrained_ann, key, thresholds)
         except UserError as error:

@@ -219,8 +219,10 @@ def run(main, args, script):
     except KeyboardInterrupt:
         print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on from it', file=sys.stderr)
         sys.exit(130)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and 'allocate memory' not in str(error) and 'out of memory' not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        memory = isinstance(error, MemoryError) or any(
+            words in str(error) for words in ('out of memory', 'allocate memory'))
+        if not memory:
             raise
         sys.exit(f'{script}: error: out of memory; lower --batch_size, or --timesteps of an SNN')
     except OSError as error:
