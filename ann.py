@@ -18,7 +18,7 @@ def get_args_parser():
 
 
 def main(args):
-    device = options.device_of(args)
+    device = options.set_up_device(args)
     data = options.load_data(args)
     engine.seed_all(args.seed)
     model = options.build_ann(args, data).to(device)

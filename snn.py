@@ -99,7 +99,7 @@ def adopt(args, state, path):
 
 
 def main(args):
-    device = options.device_of(args)
+    device = options.set_up_device(args)
     data = options.load_data(args)
     notes, state = [], None
     if args.pretrained_snn:
