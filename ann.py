@@ -13,7 +13,7 @@ from experiment import checkpoint, engine, log, options
 def get_args_parser():
     parser = options.Parser(prog='ann.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
-    parser.add_argument('--pretrained_ann', metavar='FILE', help='start from the weights of this checkpoint')
+    parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE', help='start from the weights of this checkpoint')
     return parser
 
 
@@ -38,19 +38,20 @@ def main(args):
         new = checkpoint.load_weights(model, loaded, args.pretrained_ann, may_differ=[last_layer])
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
-    if not args.test_only and not state:
-        notes.append(checkpoint.prepare(*files))
+    if not args.test_only:
+        checkpoint.check_writable(files)
 
-    say = log.open_log('ann', name, args.log, append=state is not None)
+    say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))
-    for note in filter(None, notes):
+    for note in notes:
         say(note)
     if args.test_only:
         tested = engine.test(model, data, F.cross_entropy, device, args)
         say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
+    own = checkpoint.is_own(source, files)
     best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, files, {}, say, patience=30,
-                      done=state['epoch'] if state else 0, best=state['best'] if state else None)
+                      fresh=not own, done=state['epoch'] if state else 0, best=state['best'] if own else None)
     say(f'best test accuracy {best[0]:.2%}, of epoch {best[1]}: {files[0]}')
 
 

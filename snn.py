@@ -21,8 +21,8 @@ def get_args_parser():
     parser = options.Parser(prog='snn.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
-    add('--pretrained_ann', metavar='FILE', help='convert the ANN of this checkpoint')
-    add('--pretrained_snn', metavar='FILE', help='go on from, or evaluate, the SNN of this checkpoint')
+    add('--pretrained_ann', type=options.file, metavar='FILE', help='convert the ANN of this checkpoint')
+    add('--pretrained_snn', type=options.file, metavar='FILE', help='go on from, or evaluate, the SNN of this checkpoint')
     add = parser.add_argument_group('spiking').add_argument
     add('--timesteps', type=options.positive_int, default=100, metavar='T', help='default %(default)s')
     add('--leak', type=options.fraction, default=1.0, metavar='L', help='in (0, 1]; 1 is IF; default %(default)s')
@@ -50,12 +50,13 @@ def get_args_parser():
 
 def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
-    settings = {'architecture': args.architecture, 'dataset': args.dataset, 'image_size': args.image_size,
+    settings = {'architecture': args.architecture, 'dataset': args.dataset, 'data_dir': args.data_dir,
+                'image_size': args.image_size,
                 'train_samples': args.train_samples, 'samples': args.calibration_samples,
                 'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
                 'seed': args.seed}
     key = checkpoint.thresholds_key(model, settings)
-    thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key)
+    thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
     say(note)
     if thresholds is None:
         seed = engine.seed_for(args.seed, 0)
@@ -94,7 +95,7 @@ def adopt(args, state, path):
     taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
              if key in settings and key not in args.given}
     vars(args).update(taken)
-    return f'{path}: runs at ' + ', '.join(f'{key} {getattr(args, key)}{"" if key in taken else " as the flag says"}'
+    return f'{path}: runs at ' + ', '.join(f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
                                            for key in ('timesteps', 'leak', 'activation'))
 
 
@@ -111,6 +112,8 @@ def main(args):
     if source:
         state = checkpoint.load(source, 'snn')
         notes.append(f'resumed after epoch {state.get("epoch")}; ' + adopt(args, state, source))
+        name = checkpoint.identifier('snn', args)
+        files = checkpoint.paths('snn', name)
 
     engine.seed_all(args.seed)
     model = options.build_snn(args, data).to(device)
@@ -124,15 +127,15 @@ def main(args):
             raise UserError(f'{path}: {error}') from error
     if source:
         engine.resume_optimizer(optimizer, state, source, args)
-    elif not args.test_only:
-        notes.append(checkpoint.prepare(*files))
+    if not args.test_only:
+        checkpoint.check_writable(files)
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
 
-    say = log.open_log('snn', name, args.log, append=source is not None)
+    say = log.open_log('snn', name, args.log)
     say(log.header(args, model, device))
-    for note in filter(None, notes):
+    for note in notes:
         say(note)
 
     def loss_function(logits, labels):
@@ -148,21 +151,21 @@ def main(args):
     if not source and args.pretrained_ann:
         results.append(('ANN', convert(model, data, device, args, say)))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
-    if source:
-        done, best = state['epoch'], state['best']
-    else:
-        done, best = 0, None
-        if args.pretrained_ann or args.pretrained_snn or args.test_only:
-            start = engine.test(model, data, loss_function, device, args, test_say)
-            what = 'converted' if args.pretrained_ann else 'loaded' if args.pretrained_snn else 'untrained'
-            results.append((f'{what} SNN', start.accuracy))
-            say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-            best = [start.accuracy, 0]
+    own = checkpoint.is_own(source, files)
+    done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
+    if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
+        start = engine.test(model, data, loss_function, device, args, test_say)
+        what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
+        results.append((f'{what} SNN', start.accuracy))
+        say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
+        if not args.test_only:
+            best, fresh = [start.accuracy, 0], False
+            checkpoint.set_aside(files, say)
+            engine.save(files, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra())
     if not args.test_only:
-        if best and not source:
-            engine.save(files, True, best, model, optimizer, args, accuracy=best[0], epoch=0, **extra())
         best = engine.fit(model, optimizer, data, loss_function, device, args, files, extra(), say, patience=5,
-                          done=done, best=best, train_say_every=args.train_acc_batches, test_say=test_say)
+                          fresh=fresh, done=done, best=best, train_say_every=args.train_acc_batches,
+                          test_say=test_say)
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
     say('\n'.join(['', f'{"":<24}{"test accuracy":>14}{"time steps":>12}',
                    *(f'{what:<24}{accuracy:>14.2%}{"-" if what == "ANN" else args.timesteps:>12}'

@@ -1,8 +1,11 @@
 """Checkpoints: written atomically, loaded as tensors only, weights matched name by name; the cache of thresholds."""
 import hashlib
 import json
+import math
 import os
 import pickle
+import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -25,24 +28,33 @@ def paths(kind, name):
     return folder / f'{name}.pth', folder / f'{name}.last.pth'
 
 
-def prepare(best, last):
-    """Make sure, before hours of training, that checkpoints can be written; keep an earlier run's best.
+def is_own(source, files):
+    """Whether the checkpoint `source` that a run resumes from is that run's own last one."""
+    return source is not None and os.path.realpath(source) == os.path.realpath(files[1])
 
-    Returns a line to say, or None. Raises UserError.
-    """
-    probe = best.with_suffix('.tmp')
+
+def check_writable(files):
+    """Raise UserError, before hours of training, where checkpoints cannot be written."""
+    folder = files[0].parent
     try:
-        best.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        if best.exists() or last.exists():
-            for path in (best, last):
-                if path.exists():
-                    os.replace(path, path.with_name(f'previous.{path.name}'))
-            return f'{best} is there from an earlier run; it is kept as previous.{best.name}'
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UserError(f'{best.parent}: cannot write checkpoints there ({error.strerror}); '
+        raise UserError(f'{folder}: cannot write checkpoints there ({error.strerror}); '
                         'make the folder writable or start in another one') from error
+
+
+def set_aside(files, say):
+    """Keep the checkpoints that an earlier run of the same name left, as previous.N.<name>."""
+    number = 1
+    while any(path.with_name(f'previous.{number}.{path.name}').exists() for path in files):
+        number += 1
+    for path in files:
+        if path.exists():
+            kept = path.with_name(f'previous.{number}.{path.name}')
+            os.replace(path, kept)
+            say(f'{path} is of an earlier run: kept as {kept.name}')
 
 
 def write_atomically(path, write):
@@ -72,13 +84,17 @@ def load(path, kind):
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # torch's advice on other kinds of files comes to nothing here
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'Weights only load failed' in str(error) and _is_pickle(path):
             raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
                             'code; save its state_dict and numbers with torch.save anew') from error
         raise UserError(f'{path}: is not a checkpoint') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
         raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy') from error
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
         raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
@@ -102,28 +118,36 @@ def load_weights(model, state, path, may_differ=()):
     may_differ: names of weights that keep their present values where their shapes differ; those that did are
     returned. Any other missing, surplus or misshapen weight raises a UserError that lists them.
     """
-    weights = {key.removeprefix('module.'): value for key, value in state['state_dict'].items()}
+    weights = {str(key).removeprefix('module.'): value for key, value in state['state_dict'].items()}
     wanted = model.state_dict()
-    problems = [f'no {key}' for key in wanted if key not in weights]
+    problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
+    problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
     kept = []
     for key in wanted.keys() & weights.keys():
-        if not isinstance(weights[key], torch.Tensor):
-            problems.append(f'{key} is no tensor')
+        if not is_dense(weights[key]):
+            problems.append(f'{key} is no dense tensor of floats')
         elif weights[key].shape != wanted[key].shape:
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
             else:
                 problems.append(f'{key} is {shape(weights[key])}, not {shape(wanted[key])}')
-        elif not torch.isfinite(weights[key]).all():
+        elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
             problems.append(f'{key} is not finite')
     if problems:
         known = state.get('args') if isinstance(state.get('args'), dict) else {}
-        known = f' (it holds a {known["architecture"]} for {known["dataset"]})' if 'architecture' in known else ''
+        known = (f' (it holds a {known["architecture"]} for {known["dataset"]})'
+                 if {'architecture', 'dataset'} <= known.keys() else '')
         raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
                         f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
     model.load_state_dict({**weights, **{key: wanted[key] for key in kept}})
     return kept
+
+
+def is_dense(value):
+    """Whether a value is a plain tensor of floating-point numbers."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point()
+            and not value.is_meta and not value.is_quantized)
 
 
 def shape(tensor):
@@ -131,17 +155,24 @@ def shape(tensor):
 
 
 def snn_settings(state, path):
-    """{thresholds, timesteps, leak, activation} of an SNN checkpoint, the published code's older keys included."""
+    """{thresholds, timesteps, leak, activation} of an SNN checkpoint, the published code's older keys included.
+
+    activation is left out where the checkpoint has none. Raises UserError for values that make no network.
+    """
     try:
         scale = float(state.get('scaling_threshold', 1.0))
         settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
                     'timesteps': int(state['timesteps']),
                     'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f'{path}: is not a whole SNN checkpoint: thresholds, timesteps or leak are missing') from error
-    if 'activation' in state:
-        settings['activation'] = state['activation']
-    return settings
+        whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
+                 and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
+                 and state.get('activation', 'STDB') in ('STDB', 'Linear'))
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: is not a whole SNN checkpoint; it needs thresholds above 0, timesteps of 1 or more, '
+                        "a leak in (0, 1], and 'STDB' or 'Linear' where it names an activation")
+    return {**settings, **({'activation': state['activation']} if 'activation' in state else {})}
 
 
 def thresholds_key(model, settings):
@@ -153,13 +184,15 @@ def thresholds_key(model, settings):
     return {'weights': digest.hexdigest(), **settings}
 
 
-def cached_thresholds(path, key):
-    """(thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
+def cached_thresholds(path, key, count):
+    """(`count` thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
         differing = [name for name in key if entry['key'].get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
+        if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
+            raise ValueError
     except FileNotFoundError:
         return None, f'no thresholds of this ANN are cached yet; {cache} will hold them'
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

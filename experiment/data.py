@@ -229,6 +229,8 @@ def _folders(name, root):
     for folder, pictures in ((root / 'train', train), (test_dir, test)):
         if not any(pictures.values()):
             raise UserError(f'{name}: no pictures ({" ".join(_EXTENSIONS)}) in sub-folders of {folder}; {wanted}')
+    if len(train) < 2:
+        raise UserError(f'{root / "train"}: holds one class only, so there is nothing to learn; {wanted}')
     empty = [label for label, files in train.items() if not files]
     if empty:
         raise UserError(f'{root / "train"}: no pictures of class {", ".join(empty)}; add some or delete the folder')

@@ -98,14 +98,17 @@ def test(model, data, loss_function, device, args, say=None):
     return evaluate(model, loader, loss_function, device, say)
 
 
-def fit(model, optimizer, data, loss_function, device, args, files, extra, say, patience, done=0, best=None,
+def fit(model, optimizer, data, loss_function, device, args, files, extra, say, patience, fresh, done=0, best=None,
         train_say_every=None, test_say=None):
     """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch).
 
     files: (best, last), the checkpoints' paths. extra: what goes into them beside the weights. best: (accuracy,
     epoch) so far. patience: epochs after which a network no better than chance stops the run with a UserError.
+    fresh: checkpoints of this name are an earlier run's, to be set aside before the first is written.
     """
     best = best or (-1.0, 0)
+    if done >= args.epochs:
+        say(f'{done} epochs are done already; a larger --epochs trains on')
     pin_memory = device.type == 'cuda'
     say(log.heading())
     for epoch in range(done + 1, args.epochs + 1):
@@ -120,6 +123,8 @@ def fit(model, optimizer, data, loss_function, device, args, files, extra, say, 
         improved = tested.accuracy > best[0]
         if improved:
             best = tested.accuracy, epoch
+        if fresh and epoch == done + 1:
+            checkpoint.set_aside(files, say)
         save(files, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
         say(log.epoch_line(epoch, optimizer.param_groups[0]['lr'], *trained, *tested, best[0],
                            time.perf_counter() - start))
@@ -139,10 +144,23 @@ def save(files, improved, best, model, optimizer, args, **state):
 
 
 def resume_optimizer(optimizer, state, path, args):
-    """Put the optimizer back to where the checkpoint `path` left it. Raises UserError."""
-    if not {'optimizer', 'best', 'args', 'epoch'} <= state.keys():
+    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError."""
+    best, saved = state.get('best'), state.get('args')
+    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
+            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
-    if state['args'].get('optimizer') != args.optimizer:
-        raise UserError(f"{path}: was trained with {state['args'].get('optimizer')}; say --optimizer "
-                        f"{state['args'].get('optimizer')} to go on with it")
-    optimizer.load_state_dict(state['optimizer'])
+    for flag in ('optimizer', 'amsgrad'):
+        if saved.get(flag) != getattr(args, flag):
+            raise UserError(f'{path}: was trained with --{flag} {saved.get(flag)}; say that to go on with it')
+    settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state['optimizer'])
+        whole = all(key == 'step' or (checkpoint.is_dense(value) and value.shape == weight.shape)
+                    for weight, values in optimizer.state.items() for key, value in values.items() if value is not None)
+    except Exception:  # load_state_dict raises whatever a wrong form leads it to
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: its optimizer state does not fit this network; start anew from its weights with '
+                        '--pretrained_ann or --pretrained_snn')
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)

@@ -9,13 +9,13 @@ COLUMNS = [  # heading, width, how the value is written
     ('test loss', 11, '{:.4f}'), ('test acc', 10, '{:.2%}'), ('best', 9, '{:.2%}'), ('time', 8, '{:.0f}s')]
 
 
-def open_log(kind, identifier, to_file, append):
-    """A function say(text) that prints a line, to the log file where `to_file`. Raises OSError."""
+def open_log(kind, identifier, to_file):
+    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError."""
     if not to_file:
         return lambda text: print(text, flush=True)
     path = Path('logs', kind, f'{identifier}.log')
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, 'a' if append else 'w', encoding='utf-8', buffering=1)  # line by line, for `tail -f`
+    file = open(path, 'a', encoding='utf-8', buffering=1)  # after what is there; line by line, for `tail -f`
     print(f'this run writes to {path}', flush=True)
     return lambda text: print(text, file=file)
 

@@ -30,12 +30,13 @@ def number(kind, low=None, high=None, open_low=False):
     return parse
 
 
-positive_int, natural_int = number(int, 1), number(int, 0)
+positive_int, natural_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
+image_size = number(int, 1, 4096)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 fraction = number(float, 0, 1, open_low=True)
 
 
-def rate(text):
+def probability(text):
     """A dropout probability in [0, 1)."""
     value = number(float, 0)(text)
     if value >= 1:
@@ -65,8 +66,17 @@ def devices(text):
 
 
 def name(text):
-    if not text or '/' in text or text.startswith('.'):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a file name (no "/", no leading ".")')
+    """A part of file names that no other run's files can be mistaken for."""
+    if (not text.isprintable() or '/' in text or text.startswith(('.', 'previous.')) or text.endswith('.last')
+            or not 0 < len(text.encode()) <= 200):
+        raise argparse.ArgumentTypeError(f"{text!r} does not serve as a file name: 1 to 200 bytes, no '/', not "
+                                         "beginning with '.' or 'previous.', not ending in '.last'")
+    return text
+
+
+def file(text):
+    if not text:
+        raise argparse.ArgumentTypeError('is empty; give a path, or leave the flag out')
     return text
 
 
@@ -102,6 +112,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')  # without the usage: one line
+
     def parse_known_args(self, args=None, namespace=None):
         unset = object()
         probe = argparse.Namespace(**{action.dest: unset for action in self._actions})
@@ -116,14 +129,14 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add = parser.add_argument_group('network').add_argument
     add('-a', '--architecture', type=upper, default='VGG16', choices=list(self_models.ARCHITECTURES),
         help='default %(default)s')
-    add('--dropout', type=rate, default=dropout, metavar='P',
+    add('--dropout', type=probability, default=dropout, metavar='P',
         help='dropout after each convolution (0.5 in the classifier); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
     add('--dataset', type=upper, default='CIFAR10', choices=list(data.DATASETS), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
-    add('--image_size', type=positive_int, default=32, metavar='PIXELS',
+    add('--image_size', type=image_size, default=32, metavar='PIXELS',
         help='height and width that FOLDER pictures are brought to; default %(default)s')
     add('--num_workers', type=natural_int, default=2, metavar='N',
         help='processes that load data, 0 for none; default %(default)s')
@@ -149,7 +162,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
-    add('--resume', nargs='?', const='last', metavar='FILE|auto',
+    add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
@@ -216,20 +229,22 @@ def resume_file(args, last):
 
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors='backslashreplace')  # a terminal that cannot show a letter is no reason to stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
     try:
         main(args)
     except UserError as error:
-        sys.exit(f'{script}: error: {error}')
+        sys.exit(f'{script}: error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
-        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on from it', file=sys.stderr)
+        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one', file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or any(
             words in str(error) for words in ('out of memory', 'allocate memory'))
         if not memory:
             raise
-        sys.exit(f'{script}: error: out of memory; lower --batch_size, or --timesteps of an SNN')
+        sys.exit(f'{script}: error: out of memory; lower --batch_size, --timesteps or --image_size')
     except OSError as error:
         where = f'{error.filename}: ' if error.filename else ''
         sys.exit(f'{script}: error: {where}{error.strerror or error}')

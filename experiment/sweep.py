@@ -70,6 +70,9 @@ class Values(argparse.Action):
 def script_path(text):
     if not text.endswith('.sh'):
         raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; what is there would be replaced')
+    path = Path(text)
+    if path.is_file() and '\n# Runs of ' not in path.read_text(errors='replace')[:200]:
+        raise argparse.ArgumentTypeError(f'{text!r} is no script that this command wrote; choose another name')
     return text
 
 

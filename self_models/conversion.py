@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 from self_models import neuron as lif
-from self_models.spiking import CHUNK_BYTES, Branch, SpikeTrain, currents, flatten
+from self_models.spiking import CHUNK_BYTES, Branch, SpikeTrain, currents, flatten, prepare
 
 SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
 
@@ -54,13 +54,27 @@ def find_thresholds(model, images, timesteps, progress=False):
 
     model: VGG_SNN_STDB or RESNET_SNN_STDB; it is left at the thresholds found, else as it was.
     images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
-    Raises DeadLayerError, a ValueError, for a layer whose input never exceeds 0, ValueError for timesteps < 1.
+    Raises DeadLayerError, a ValueError, for a layer whose input never exceeds 0 or is not finite, and ValueError for
+    timesteps < 1 and for images that are no floats of that shape.
 
     Memory does not grow with B: images go through a few at a time, and a layer's spikes wait for the next layer as
     bits, in a temporary file where they are many (B T N / 8 bytes).
     """
+    if images.dim() != 4 or not len(images) or not images.is_floating_point():
+        raise ValueError(f'images must be floats of shape (B, C, H, W) with B of 1 or more, not {tuple(images.shape)} '
+                         f'of {images.dtype}')
     before = model.timesteps, model.leak
     model.network_update(timesteps, 1.0)
+    try:
+        thresholds = _balance_all(model, images, timesteps, progress)
+    finally:
+        model.network_update(*before)
+    model.threshold_update(1.0, thresholds)
+    return thresholds
+
+
+def _balance_all(model, images, timesteps, progress):
+    """The thresholds, one layer after another; find_thresholds without its care for the model."""
     # few images a group, for one group of a layer always runs twice (see balance); the steps make up the batch
     size = max(1, min(8, len(images) // 32))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
@@ -72,39 +86,30 @@ def find_thresholds(model, images, timesteps, progress=False):
             store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
     train = SpikeTrain(None, tuple(images.shape[1:]), 0, binary=True)
     thresholds = []
-    try:
-        with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
-              torch.autocast(stages[0][0].weight.device.type, enabled=False)):
-            for index, (synapse, _, pools) in enumerate(stages):
-                current = current_source(store, train, signs if index == 0 else None, synapse)
-                shape = Branch(train, synapse).output_shape()
-                output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
-                block = max(1, CHUNK_BYTES[synapse.weight.device.type] // (
-                    size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
-                blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
-                threshold = balance(current, groups, blocks, model.neuron(index), output, bar)
-                if not threshold > 0:
-                    name = model.layer_names[index]
-                    raise DeadLayerError(
-                        f'{name} never receives a spike within {timesteps} time steps: balance over more steps or '
-                        'images, or train the ANN further' if not store.spiked else
-                        f'the input of {name} never exceeds 0, so no threshold can be found: train the ANN further')
-                thresholds.append(threshold)
-                store, train = output, SpikeTrain(None, shape, 0, binary=True, pools=pools)
-    finally:
-        model.network_update(*before)
-    model.threshold_update(1.0, thresholds)
+    with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
+          torch.autocast(stages[0][0].weight.device.type, enabled=False)):
+        for index, (synapse, _, pools) in enumerate(stages):
+            current = current_source(store, train, signs if index == 0 else None, synapse)
+            shape = Branch(train, synapse).output_shape()
+            output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
+            block = max(1, CHUNK_BYTES[synapse.weight.device.type] // (
+                size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
+            blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
+            threshold = balance(current, groups, blocks, model.neuron(index), output, bar)
+            if not 0 < threshold < math.inf:
+                raise DeadLayerError(f'{model.layer_names[index]} ' + (
+                    f'never receives a spike within {timesteps} time steps: balance over more steps or images, or '
+                    'train the ANN further' if not store.spiked else
+                    f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'))
+            thresholds.append(threshold)
+            store, train = output, SpikeTrain(None, shape, 0, binary=True, pools=pools)
     return thresholds
-
-
-
-    return model.classifier[-1].weight.device
 
 
 def current_source(store, train, signs, synapse):
     """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`."""
     dtype, device = synapse.weight.dtype, synapse.weight.device
-    weight = Branch(train, synapse).weight(dtype)
+    weight = prepare(synapse.weight, dtype)
 
     def current(group, first, stop):
         codes = store.read(group, first, stop).to(device)
@@ -131,7 +136,10 @@ def balance(current, groups, blocks, neuron, output, bar):
         at_start, state = threshold, None
         for first, stop in blocks:
             step_currents = current(group, first, stop)
-            threshold = max(threshold, step_currents.max().item())
+            largest = step_currents.max().item()
+            if math.isnan(largest):
+                return math.inf
+            threshold = max(threshold, largest)
             if output is not None and threshold == at_start:
                 codes = torch.empty_like(step_currents, dtype=lif.code_dtype(stop - first))
                 state = lif.integrate(step_currents.flatten(1), codes.flatten(1),
@@ -148,7 +156,7 @@ def balance(current, groups, blocks, neuron, output, bar):
         before, threshold = threshold, run(group, threshold)
         valid = [*valid, group] if threshold == before else []
         bar.update()
-    if output is not None and threshold > 0:
+    if output is not None and 0 < threshold < math.inf:
         for group in order:
             if group not in valid:
                 run(group, threshold)

@@ -115,12 +115,9 @@ class Branch:
         sizes = zip(shape[1:], self.synapse.padding, self.synapse.kernel_size, self.synapse.stride, strict=True)
         return (self.synapse.out_channels, *((size + 2 * p - k) // s + 1 for size, p, k, s in sizes))
 
-    def weight(self, dtype):
-        """The synapse's weight as convolutions like it best: of `dtype`, channels-last."""
-        if self.synapse is None:
-            return None
-        weight = self.synapse.weight.detach().to(dtype)
-        return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
+    @property
+    def weight(self):
+        return None if self.synapse is None else self.synapse.weight
 
     def output(self, x, weight):
         """W s of spikes (m * b, ...)."""
@@ -147,6 +144,14 @@ class Branch:
                                      padding=self.synapse.padding)
 
 
+def prepare(weight, dtype):
+    """A weight as convolutions like it best: of `dtype`, channels-last. None stays None."""
+    if weight is None:
+        return None
+    weight = weight.detach().to(dtype)
+    return weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
+
+
 def window(branches):
     """(start, steps): the steps at which a layer has all its input; before `start` it has none."""
     start = min(branch.train.start for branch in branches)
@@ -162,7 +167,7 @@ def currents(branches, weights, samples, dtype, compute_dtype):
     total = None
     for branch, weight in zip(branches, weights, strict=True):
         delay = branch.train.start - start
-        if delay == steps:  # its first spike comes too late for this window
+        if delay >= steps:  # its first spike comes too late for this window
             continue
         x = branch.train.floats(samples, slice(0, steps - delay), compute_dtype)
         current = flatten(branch.output(x, weight), steps - delay).to(dtype)
@@ -181,7 +186,7 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
     """
     start, steps = window(branches)
     source, shape = branches[0].train, branches[0].output_shape()
-    weights = [branch.synapse.weight for branch in branches if branch.synapse is not None]
+    weights = [branch.weight for branch in branches if branch.weight is not None]
     dtype, compute_dtype, device = *dtypes(weights[0]), weights[0].device
     batch, size = source.codes.shape[1], math.prod(shape)
     codes = torch.empty(steps, batch, size, dtype=lif.code_dtype(steps), device=device)
@@ -190,7 +195,7 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
     # LinearSpike's gradient needs the potentials; STDB's is in the codes
     factor = torch.empty(codes.shape, dtype=dtype, device=device) if learns and neuron.activation == 'Linear' else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        prepared = [branch.weight(compute_dtype) for branch in branches]
+        prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
         for samples in chunks(batch, working_bytes(branches, dtype), device):
             current = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
             lif.integrate(current, codes[:, samples].flatten(1), neuron)
@@ -201,7 +206,7 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
             mask = F.dropout(torch.ones(batch, size, dtype=dtype, device=device), dropout.p)
     train = SpikeTrain(codes, shape, start + 1, mask=mask, pools=pools)
     if learns:
-        inputs = [t for b in branches for t in (b.train.link, None if b.synapse is None else b.synapse.weight)]
+        inputs = [t for b in branches for t in (b.train.link, b.weight)]
         train.link = _LIFLayer.apply(train, factor, branches, neuron, compute_dtype, *inputs)
     return train
 
@@ -250,7 +255,7 @@ class _LIFLayer(torch.autograd.Function):
         start, steps = window(branches)
         dtype = next(w for w in weights if w is not None).dtype
         wanted = list(zip(ctx.needs_input_grad[5::2], ctx.needs_input_grad[6::2], strict=True))
-        prepared = [branch.weight(compute_dtype) for branch in branches]
+        prepared = [prepare(weight, compute_dtype) for weight in weights]
         link_grads, weight_grads = [None] * len(branches), [None] * len(branches)
         for i, branch in enumerate(branches):
             if wanted[i][0]:
@@ -269,7 +274,7 @@ class _LIFLayer(torch.autograd.Function):
             g = g.to(compute_dtype)
             for i, (branch, weight) in enumerate(zip(branches, prepared, strict=True)):
                 rows = slice(0, steps - (branch.train.start - start))
-                if not rows.stop:
+                if rows.stop <= 0:
                     continue
                 out = unflatten(g[branch.train.start - start:], train.shape)
                 if wanted[i][1]:
@@ -369,7 +374,7 @@ class SpikingNetwork(nn.Module):
         return SpikeTrain(codes, tuple(x.shape[1:]), 0, binary=True, mask=flatten(x.sign().to(dtype), 1)[0])
 
     def forward(self, x):
-        """(B, C, H, W) images -> (B, labels): the output currents W s summed over all time steps."""
+        """(B, C, H, W) float images -> (B, labels): the output currents W s summed over all time steps."""
         # a layer delays by one step, so of T input steps the last `depth` cannot reach the output
         steps = self.timesteps - self.depth
         weight = self.classifier[-1].weight

@@ -131,10 +131,14 @@ def test_published_forms_load(tmp_path):
         assert model.thresholds == [*thresholds, 1.0, 1.0, 1.0, 1.0]
 
 
-@pytest.mark.parametrize('missing', ['thresholds', 'leak'])
-def test_half_an_snn_is_refused(missing):
-    state = {'timesteps': 10, 'thresholds': [1.0], 'leak': 1.0}
-    del state[missing]
+@pytest.mark.parametrize('change', [
+    {'thresholds': None}, {'thresholds': []}, {'thresholds': [0.0]}, {'thresholds': [float('nan')]}, {'leak': None},
+    {'leak': 2.0}, {'leak': 0}, {'timesteps': 0}, {'timesteps': 2.5}, {'timesteps': float('inf')},
+    {'timesteps': 'many'}, {'activation': 'ReLU'}])
+def test_half_an_snn_is_refused(change):
+    state = {'timesteps': 10, 'thresholds': [1.0], 'leak': 1.0, 'activation': 'STDB'}
+    assert checkpoint.snn_settings(state, 'a.pth') == state
+    state.update(change)
     with pytest.raises(UserError, match='not a whole SNN checkpoint'):
         checkpoint.snn_settings(state, 'a.pth')
 
@@ -182,29 +186,49 @@ def test_identifiers():
     assert checkpoint.identifier('snn', SimpleNamespace(name='mine')) == 'mine'
 
 
-def test_an_earlier_run_is_kept(tmp_path, monkeypatch):
+def test_earlier_runs_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    best, last = checkpoint.paths('ann', 'x')
-    assert checkpoint.prepare(best, last) is None
-    best.write_text('old best')
-    last.write_text('old last')
-    assert 'kept as previous.x.pth' in checkpoint.prepare(best, last)
-    assert sorted(os.listdir(best.parent)) == ['previous.x.last.pth', 'previous.x.pth']
+    files, said = checkpoint.paths('ann', 'x'), []
+    checkpoint.check_writable(files)
+    checkpoint.set_aside(files, said.append)
+    assert said == [] and os.listdir(files[0].parent) == []
+    for number in (1, 2):
+        for path in files:
+            path.write_text(f'run {number}')
+        checkpoint.set_aside(files, said.append)
+    assert {name: (files[0].parent / name).read_text() for name in os.listdir(files[0].parent)} == {
+        'previous.1.x.pth': 'run 1', 'previous.1.x.last.pth': 'run 1',
+        'previous.2.x.pth': 'run 2', 'previous.2.x.last.pth': 'run 2'}
+    assert 'kept as previous.1.x.pth' in said[0]
 
 
 def test_threshold_cache_is_refused_when_anything_changed(tmp_path):
     path, model = str(tmp_path / 'a.pth'), RESNET_SNN_STDB('RESNET6', dataset='DIGITS')
     settings = {'samples': 512, 'timesteps': 1000}
     key = checkpoint.thresholds_key(model, settings)
-    assert checkpoint.cached_thresholds(path, key)[0] is None
+    assert checkpoint.cached_thresholds(path, key, 2)[0] is None
     checkpoint.cache_thresholds(path, key, [1.25, 2.5])
-    assert checkpoint.cached_thresholds(path, key)[0] == [1.25, 2.5]
-    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, {**settings, 'timesteps': 10}))
+    assert checkpoint.cached_thresholds(path, key, 2)[0] == [1.25, 2.5]
+    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, {**settings, 'timesteps': 10}), 2)
     assert found is None and 'timesteps' in note
     with torch.no_grad():
         model.classifier[0].weight[0, 0] += 1
-    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, settings))
+    found, note = checkpoint.cached_thresholds(path, checkpoint.thresholds_key(model, settings), 2)
     assert found is None and 'weights' in note
     (tmp_path / 'a.pth.thresholds.json').write_text('{"half')
-    found, note = checkpoint.cached_thresholds(path, key)
+    found, note = checkpoint.cached_thresholds(path, key, 2)
     assert found is None and 'cannot be read' in note
+    for bad in ([1.0], [1.0, -1.0], [1.0, float('nan')]):
+        checkpoint.cache_thresholds(path, key, bad)
+        assert checkpoint.cached_thresholds(path, key, 2)[0] is None
+
+
+@pytest.mark.parametrize('bad', [
+    'text', 3, torch.zeros(64, 1, 3, 3, dtype=torch.int64), torch.zeros(64, 1, 3, 3).to_sparse(),
+    torch.full((64, 1, 3, 3), 1e300, dtype=torch.float64)])
+def test_weights_that_are_no_floats_are_named(bad):
+    state = {'state_dict': {**resnet6().state_dict(), 'pre_process.0.weight': bad}}
+    with pytest.raises(UserError, match=r'pre_process\.0\.weight is (no dense tensor|not finite)'):
+        checkpoint.load_weights(resnet6(), state, 'a.pth')
+    with pytest.raises(UserError, match='surplus 7'):
+        checkpoint.load_weights(resnet6(), {'state_dict': {**resnet6().state_dict(), 7: torch.zeros(1)}}, 'a.pth')

@@ -95,7 +95,8 @@ def test_booleans_do_what_they_say(words, value):
     ('ann.py', ['--learning_rate', '0']), ('ann.py', ['--dropout', '1']), ('ann.py', ['--kernel_size', '2']),
     ('ann.py', ['--lr_interval', '0.5 x']), ('ann.py', ['--lr_interval', '1.5']), ('ann.py', ['--gpu', 'maybe']),
     ('ann.py', ['--no-gpu', 'True']), ('ann.py', ['--optimizer', 'RMSprop']), ('ann.py', ['--seed', '-1']),
-    ('ann.py', ['--name', '../x']), ('ann.py', ['--devices', 'a']), ('ann.py', ['--epoch', '3']),
+    ('ann.py', ['--name', '../x']), ('ann.py', ['--name', 'x.last']), ('ann.py', ['--name', 'a\nb']),
+    ('ann.py', ['--pretrained_ann', '']), ('ann.py', ['--seed', '9' * 30]), ('ann.py', ['--resume', '']), ('ann.py', ['--devices', 'a']), ('ann.py', ['--epoch', '3']),
     ('ann.py', ['--timesteps', '5']), ('ann.py', ['--momentum', '2']), ('ann.py', ['--weight_decay', '-1']),
     ('ann.py', ['--train_samples', '0']), ('ann.py', ['--lr_reduce', '0']), ('ann.py', ['--seed']),
     ('snn.py', ['--timesteps', '0']), ('snn.py', ['--leak', '0']), ('snn.py', ['--leak', '1.01']),
@@ -108,7 +109,8 @@ def test_bad_flags_end_with_status_2(script, flags, capsys):
     with pytest.raises(SystemExit) as caught:
         module.get_args_parser().parse_args(flags)
     assert caught.value.code == 2
-    message = capsys.readouterr().err.splitlines()[-1]
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1
     assert message.startswith(f'{script}: error: ') and flags[0] in message
 
 
@@ -175,7 +177,7 @@ def test_operating_system_errors_are_one_line(command, tmp_path):
 def test_resume_without_a_checkpoint(trained):
     fails(ann, 'there is no trained_models/ann/ann_resnet6_digits.last.pth', *SMALL, '--resume')
     fails(ann, 'no such file', *SMALL, '--resume', 'none.pth')
-    fails(ann, 'was trained with Adam', *SMALL, '--resume', trained)
+    fails(ann, 'was trained with --optimizer Adam', *SMALL, '--resume', trained)
 
 
 def test_a_dead_layer_is_named_with_its_flag(trained):
@@ -240,6 +242,61 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, mo
         assert whole['epoch'] == killed['epoch']
         for key in ('state_dict', 'optimizer', 'accuracy', 'best'):
             assert same(whole[key], killed[key]), key
+
+
+@pytest.mark.parametrize('change', [
+    {'optimizer': None}, {'optimizer': {}}, {'optimizer': 'text'}, {'epoch': 'one'}, {'epoch': -1}, {'best': None},
+    {'best': [0.1]}, {'args': []}])
+def test_a_training_state_that_cannot_be_resumed(change):
+    run(ann, *SMALL, '--epochs', 1)
+    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+    torch.save({**load(path), **change}, path)
+    fails(ann, 'ann_resnet6_digits.last.pth: (holds no training|its optimizer state)', *SMALL, '--resume')
+
+
+def test_an_optimizer_state_of_other_shapes_is_refused():
+    run(ann, *SMALL, '--epochs', 1)
+    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+    state = load(path)
+    state['optimizer']['state'][0]['momentum_buffer'] = torch.zeros(3)  # a fused step would write beyond it
+    torch.save(state, path)
+    fails(ann, 'its optimizer state does not fit', *SMALL, '--resume')
+
+
+def test_flags_hold_on_resume(monkeypatch):
+    run(ann, *SMALL, '--epochs', 1)
+    seen, original = [], engine.train_epoch
+    monkeypatch.setattr(engine, 'train_epoch', lambda *args: seen.append(args[2].param_groups[0]) or original(*args))
+    run(ann, *SMALL, '--epochs', 2, '--resume', '--momentum', '0.5', '--weight_decay', '0')
+    assert [(group['momentum'], group['weight_decay']) for group in seen] == [(0.5, 0)]
+
+
+def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
+    run(ann, *SMALL, '--epochs', 1)
+    run(ann, *SMALL, '--epochs', 1, '--name', 'mine')
+    folder = Path('trained_models/ann')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    run(ann, *SMALL, '--epochs', 2, '--name', 'mine', '--resume', folder / 'ann_resnet6_digits.last.pth')
+    assert load(folder / 'mine.pth')['epoch'] == 2
+    assert (folder / 'previous.1.mine.pth').read_bytes() == before['mine.pth']
+    for name in ('ann_resnet6_digits.pth', 'ann_resnet6_digits.last.pth'):
+        assert (folder / name).read_bytes() == before[name]
+
+
+def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
+    run(snn, *SPIKING, '--epochs', 1)
+    folder = Path('trained_models/snn')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    fails(snn, 'no such file', *SPIKING, '--pretrained_ann', 'typo.pth')
+    fails(snn, 'loss became', *SPIKING, '--epochs', 2, '-lr', '1e38', '--train_samples', 96, '--batch_size', 8)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_test_only_evaluates_what_it_resumes(capsys):
+    run(snn, *SPIKING, '--epochs', 1)
+    capsys.readouterr()
+    run(snn, *SPIKING, '--test_only', '--resume')
+    assert re.search(r'^loaded SNN: test accuracy', capsys.readouterr().out, re.M)
 
 
 def test_resume_auto_starts_anew_where_there_is_nothing(capsys):

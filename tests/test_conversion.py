@@ -56,13 +56,21 @@ def test_layers_that_get_no_spike_or_no_current_are_named():
         find_thresholds(model, x, 3)
     with torch.no_grad():
         model.features[3].weight.abs_().neg_()
-    with pytest.raises(conversion.DeadLayerError, match=r'input of features\.3 never exceeds 0'):
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.3 has an input of 0.0 at most'):
         find_thresholds(model, x, 12)
     with pytest.raises(conversion.DeadLayerError, match=r'features\.0'):
         find_thresholds(model, torch.zeros(2, 1, 8, 8, dtype=torch.float64), 12)
     assert model.timesteps == 100  # restored after the error
     with pytest.raises(ValueError, match='timesteps'):
         find_thresholds(model, x, 0)
+    for images in (x[:0], x[0], x.to(torch.uint8)):
+        with pytest.raises(ValueError, match='images must be floats'):
+            find_thresholds(model, images, 12)
+    with torch.no_grad():
+        model.features[0].weight[0] = torch.nan
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.0 has an input of inf'):
+        find_thresholds(model, x, 12)
+    assert model.timesteps == 100
 
 
 def test_a_poisson_input_gives_the_published_estimate():
