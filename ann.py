@@ -13,7 +13,8 @@ from experiment import checkpoint, engine, log, options
 def get_args_parser():
     parser = options.Parser(prog='ann.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
-    parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE', help='start from the weights of this checkpoint')
+    parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
+                        help='start from the weights of this checkpoint')
     return parser
 
 

@@ -22,7 +22,8 @@ def get_args_parser():
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
     add('--pretrained_ann', type=options.file, metavar='FILE', help='convert the ANN of this checkpoint')
-    add('--pretrained_snn', type=options.file, metavar='FILE', help='go on from, or evaluate, the SNN of this checkpoint')
+    add('--pretrained_snn', type=options.file, metavar='FILE',
+        help='go on from, or evaluate, the SNN of this checkpoint')
     add = parser.add_argument_group('spiking').add_argument
     add('--timesteps', type=options.positive_int, default=100, metavar='T', help='default %(default)s')
     add('--leak', type=options.fraction, default=1.0, metavar='L', help='in (0, 1]; 1 is IF; default %(default)s')
@@ -95,8 +96,9 @@ def adopt(args, state, path):
     taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
              if key in settings and key not in args.given}
     vars(args).update(taken)
-    return f'{path}: runs at ' + ', '.join(f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-                                           for key in ('timesteps', 'leak', 'activation'))
+    return f'{path}: runs at ' + ', '.join(
+        f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
+        for key in ('timesteps', 'leak', 'activation'))
 
 
 def main(args):

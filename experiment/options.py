@@ -237,7 +237,8 @@ def run(main, args, script):
     except UserError as error:
         sys.exit(f'{script}: error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
-        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one', file=sys.stderr)
+        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
+              file=sys.stderr)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or any(

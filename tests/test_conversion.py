@@ -52,8 +52,12 @@ def test_resnet_blocks_keep_the_default_threshold():
 
 def test_layers_that_get_no_spike_or_no_current_are_named():
     model, x = vgg5(), ternary((2, 1, 8, 8), 1, low=0)
-    with pytest.raises(conversion.DeadLayerError, match=r'classifier\.0 never receives a spike within 3 time steps'):
-        find_thresholds(model, x, 3)
+    # at a threshold that is its largest current, a layer fires on its third step at the earliest: the first at t = 2,
+    # the second at t = 4
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.3 never receives a spike within 2 time steps'):
+        find_thresholds(model, x, 2)
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.6 never receives a spike within 4 time steps'):
+        find_thresholds(model, x, 4)
     with torch.no_grad():
         model.features[3].weight.abs_().neg_()
     with pytest.raises(conversion.DeadLayerError, match=r'features\.3 has an input of 0.0 at most'):
