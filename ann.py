@@ -5,9 +5,7 @@
 
 The best epoch's weights go to trained_models/ann/<identifier>.pth, which snn.py takes as --pretrained_ann.
 """
-import torch.nn.functional as F
-
-from experiment import checkpoint, engine, log, options
+from experiment import options
 
 
 def get_args_parser():
@@ -19,16 +17,20 @@ def get_args_parser():
 
 
 def main(args):
-    device = options.set_up_device(args)
-    data = options.load_data(args)
+    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
+
+    from experiment import checkpoint, engine, files, log, setup
+
+    device = setup.set_up_device(args)
+    data = setup.load_data(args)
     engine.seed_all(args.seed)
-    model = options.build_ann(args, data).to(device)
+    model = setup.build_ann(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
-    name = checkpoint.identifier('ann', args)
-    files = checkpoint.paths('ann', name)
+    name = files.identifier('ann', args)
+    paths = files.paths('ann', name)
     notes, state = [], None
 
-    if source := options.resume_file(args, files[1]):
+    if source := setup.resume_file(args, paths[1]):
         state = checkpoint.load(source, 'ann')
         checkpoint.load_weights(model, state, source)
         engine.resume_optimizer(optimizer, state, source, args)
@@ -40,7 +42,7 @@ def main(args):
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
     if not args.test_only:
-        checkpoint.check_writable(files)
+        files.check_writable(paths)
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))
@@ -50,10 +52,10 @@ def main(args):
         tested = engine.test(model, data, F.cross_entropy, device, args)
         say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
-    own = checkpoint.is_own(source, files)
-    best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, files, {}, say, patience=30,
+    own = files.is_own(source, paths)
+    best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, paths, {}, say, patience=30,
                       fresh=not own, done=state['epoch'] if state else 0, best=state['best'] if own else None)
-    say(f'best test accuracy {best[0]:.2%}, of epoch {best[1]}: {files[0]}')
+    say(f'best test accuracy {best[0]:.2%}, of epoch {best[1]}: {paths[0]}')
 
 
 if __name__ == '__main__':

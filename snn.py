@@ -8,13 +8,7 @@
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
-import tempfile
-
-import torch.nn.functional as F
-
-from experiment import UserError, checkpoint, engine, log, options
-from experiment.data import epoch_loader
-from self_models.conversion import find_thresholds
+from experiment import options
 
 
 def get_args_parser():
@@ -49,88 +43,36 @@ def get_args_parser():
     return parser
 
 
-def balanced_thresholds(model, data, args, say):
-    """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
-    settings = {'architecture': args.architecture, 'dataset': args.dataset, 'data_dir': args.data_dir,
-                'image_size': args.image_size,
-                'train_samples': args.train_samples, 'samples': args.calibration_samples,
-                'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
-                'seed': args.seed}
-    key = checkpoint.thresholds_key(model, settings)
-    thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
-    say(note)
-    if thresholds is None:
-        seed = engine.seed_for(args.seed, 0)
-        engine.seed_all(seed)
-        images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=seed, shuffle=True)))
-        try:
-            thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True)
-        except ValueError as error:
-            raise UserError(f'{error} (--calibration_timesteps, --calibration_samples)') from error
-        except OSError as error:
-            raise UserError(f'{tempfile.gettempdir()}: no room for spikes ({error.strerror}); set TMPDIR to '
-                            'a larger place, or lower --calibration_samples or --calibration_timesteps') from error
-        try:
-            checkpoint.cache_thresholds(args.pretrained_ann, key, thresholds)
-        except UserError as error:
-            say(f'thresholds are not cached: {error}')
-    return thresholds
-
-
-def convert(model, data, device, args, say):
-    """Load the ANN's weights, balance and scale the thresholds; says and returns the ANN's accuracy."""
-    state = checkpoint.load(args.pretrained_ann, 'ann')
-    checkpoint.load_weights(model, state, args.pretrained_ann)
-    ann = options.build_ann(args, data).to(device)
-    checkpoint.load_weights(ann, state, args.pretrained_ann)
-    accuracy = engine.test(ann, data, F.cross_entropy, device, args).accuracy
-    say(f'ANN {args.pretrained_ann}: test accuracy {accuracy:.2%}')
-    thresholds = balanced_thresholds(model, data, args, say)
-    model.threshold_update(args.scaling_factor, thresholds)
-    return accuracy
-
-
-def adopt(args, state, path):
-    """Take timesteps, leak and activation from an SNN checkpoint where no flag was given; returns a line to say."""
-    settings = checkpoint.snn_settings(state, path)
-    taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
-             if key in settings and key not in args.given}
-    vars(args).update(taken)
-    return f'{path}: runs at ' + ', '.join(
-        f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-        for key in ('timesteps', 'leak', 'activation'))
-
-
 def main(args):
-    device = options.set_up_device(args)
-    data = options.load_data(args)
+    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
+
+    from experiment import checkpoint, engine, files, log, setup
+    from experiment.convert import convert
+
+    device = setup.set_up_device(args)
+    data = setup.load_data(args)
     notes, state = [], None
     if args.pretrained_snn:
         state = checkpoint.load(args.pretrained_snn, 'snn')
-        notes.append(adopt(args, state, args.pretrained_snn))
-    name = checkpoint.identifier('snn', args)
-    files = checkpoint.paths('snn', name)
-    source = options.resume_file(args, files[1])
+        notes.append(setup.adopt(args, state, args.pretrained_snn))
+    name = files.identifier('snn', args)
+    paths = files.paths('snn', name)
+    source = setup.resume_file(args, paths[1])
     if source:
         state = checkpoint.load(source, 'snn')
-        notes.append(f'resumed after epoch {state.get("epoch")}; ' + adopt(args, state, source))
-        name = checkpoint.identifier('snn', args)
-        files = checkpoint.paths('snn', name)
+        notes.append(f'resumed after epoch {state.get("epoch")}; ' + setup.adopt(args, state, source))
+        name = files.identifier('snn', args)
+        paths = files.paths('snn', name)
 
     engine.seed_all(args.seed)
-    model = options.build_snn(args, data).to(device)
+    model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
     if state:
-        path = source or args.pretrained_snn
-        checkpoint.load_weights(model, state, path)
-        try:
-            model.threshold_update(1.0, checkpoint.snn_settings(state, path)['thresholds'])
-        except ValueError as error:
-            raise UserError(f'{path}: {error}') from error
+        checkpoint.load_snn(model, state, source or args.pretrained_snn)
     if source:
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
-        checkpoint.check_writable(files)
+        files.check_writable(paths)
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
@@ -153,7 +95,7 @@ def main(args):
     if not source and args.pretrained_ann:
         results.append(('ANN', convert(model, data, device, args, say)))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
-    own = checkpoint.is_own(source, files)
+    own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         start = engine.test(model, data, loss_function, device, args, test_say)
@@ -162,10 +104,10 @@ def main(args):
         say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
-            checkpoint.set_aside(files, say)
-            engine.save(files, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra())
+            files.set_aside(paths, say)
+            engine.save(paths, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra())
     if not args.test_only:
-        best = engine.fit(model, optimizer, data, loss_function, device, args, files, extra(), say, patience=5,
+        best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra(), say, patience=5,
                           fresh=fresh, done=done, best=best, train_say_every=args.train_acc_batches,
                           test_say=test_say)
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
@@ -173,7 +115,7 @@ def main(args):
                    *(f'{what:<24}{accuracy:>14.2%}{"-" if what == "ANN" else args.timesteps:>12}'
                      for what, accuracy in results)]))
     if not args.test_only:
-        say(f'saved in {files[0]}')
+        say(f'saved in {paths[0]}')
 
 
 if __name__ == '__main__':

@@ -11,8 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from experiment import UserError
-
-DATASETS = ('MNIST', 'FASHIONMNIST', 'CIFAR10', 'CIFAR100', 'IMAGENET', 'FOLDER', 'DIGITS')
+from self_models.architectures import INPUT_SHAPES
 
 _IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
 _CIFAR10 = [f'data_batch_{n}' for n in range(1, 6)] + ['test_batch', 'batches.meta']
@@ -88,7 +87,7 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
     elif name in ('IMAGENET', 'FOLDER'):
         train, test, classes = _folders(name, root)
     else:
-        raise UserError(f'{name}: no such data set; choose one of {", ".join(DATASETS)}')
+        raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
     train, test = _subset(*train, train_samples, seed, 'train'), _subset(*test, test_samples, seed, 'test')
 
     if name == 'IMAGENET':

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, log
+from experiment import UserError, checkpoint, files, log
 from experiment.data import epoch_loader
 
 
@@ -98,11 +98,11 @@ def test(model, data, loss_function, device, args, say=None):
     return evaluate(model, loader, loss_function, device, say)
 
 
-def fit(model, optimizer, data, loss_function, device, args, files, extra, say, patience, fresh, done=0, best=None,
+def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, done=0, best=None,
         train_say_every=None, test_say=None):
     """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch).
 
-    files: (best, last), the checkpoints' paths. extra: what goes into them beside the weights. best: (accuracy,
+    paths: (best, last), of the checkpoints. extra: what goes into them beside the weights. best: (accuracy,
     epoch) so far. patience: epochs after which a network no better than chance stops the run with a UserError.
     fresh: checkpoints of this name are an earlier run's, to be set aside before the first is written.
     """
@@ -124,8 +124,8 @@ def fit(model, optimizer, data, loss_function, device, args, files, extra, say, 
         if improved:
             best = tested.accuracy, epoch
         if fresh and epoch == done + 1:
-            checkpoint.set_aside(files, say)
-        save(files, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
+            files.set_aside(paths, say)
+        save(paths, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
         say(log.epoch_line(epoch, optimizer.param_groups[0]['lr'], *trained, *tested, best[0],
                            time.perf_counter() - start))
         # 0.15 for ten classes, as published
@@ -135,11 +135,11 @@ def fit(model, optimizer, data, loss_function, device, args, files, extra, say, 
     return best
 
 
-def save(files, improved, best, model, optimizer, args, **state):
+def save(paths, improved, best, model, optimizer, args, **state):
     """Write the checkpoint to resume from and, where this epoch is the best, first that of the best."""
     state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
              'args': log.arguments(args)}
-    for path in files if improved else files[1:]:
+    for path in paths if improved else paths[1:]:
         checkpoint.save(state, path)
 
 

@@ -1,12 +1,10 @@
-"""The flags that ann.py and snn.py have in common, their types, and how a script ends."""
+"""The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
 import signal
 import sys
 
-import torch
-
-import self_models
-from experiment import UserError, data
+from experiment import UserError
+from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
 
 def number(kind, low=None, high=None, open_low=False):
@@ -127,14 +125,14 @@ class Parser(argparse.ArgumentParser):
 def common_options(parser, learning_rate, optimizer, momentum, dropout):
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
-    add('-a', '--architecture', type=upper, default='VGG16', choices=list(self_models.ARCHITECTURES),
+    add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES),
         help='default %(default)s')
     add('--dropout', type=probability, default=dropout, metavar='P',
         help='dropout after each convolution (0.5 in the classifier); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', type=upper, default='CIFAR10', choices=list(data.DATASETS), help='default %(default)s')
+    add('--dataset', type=upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
     add('--image_size', type=image_size, default=32, metavar='PIXELS',
         help='height and width that FOLDER pictures are brought to; default %(default)s')
@@ -164,67 +162,6 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
     add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
-
-
-def set_up_device(args):
-    """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there.
-
-    To be called before torch computes anything: threads take over the setting below when they start.
-    """
-    # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
-    torch.set_flush_denormal(True)
-    wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
-    if not wanted:
-        return torch.device('cpu')
-    if not torch.cuda.is_available():
-        raise UserError('--gpu: torch finds no CUDA device here; leave the flag out or say --no-gpu to use the CPU')
-    numbers = [int(n) for n in args.devices.split(',')]
-    if max(numbers) >= torch.cuda.device_count():
-        raise UserError(f'--devices {args.devices}: this machine has {torch.cuda.device_count()} CUDA device(s), '
-                        'numbered from 0')
-    if len(numbers) > 1:
-        raise UserError(f'--devices {args.devices}: a run uses one device; choose one of them')
-    return torch.device('cuda', numbers[0])
-
-
-def load_data(args):
-    """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
-    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
-
-
-def build_ann(args, data):
-    """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
-    common = dict(labels=len(data.classes), dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
-    try:
-        if args.architecture.startswith('VGG'):
-            return self_models.VGG(args.architecture, kernel_size=args.kernel_size, **common)
-        return self_models.ResNet(args.architecture, **common)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def build_snn(args, data):
-    """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
-    common = dict(activation=args.activation, labels=len(data.classes), timesteps=args.timesteps, leak=args.leak,
-                  default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma,
-                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
-    try:
-        if args.architecture.startswith('VGG'):
-            return self_models.VGG_SNN_STDB(args.architecture, kernel_size=args.kernel_size, **common)
-        return self_models.RESNET_SNN_STDB(args.architecture, **common)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def resume_file(args, last):
-    """The checkpoint that --resume asks for, or None. last: where this run keeps its own. Raises UserError."""
-    if args.resume == 'auto':
-        return last if last.exists() else None
-    if args.resume == 'last':
-        if not last.exists():
-            raise UserError(f'--resume: there is no {last}; say --resume FILE, or leave it out to start anew')
-        return last
-    return args.resume
 
 
 def run(main, args, script):

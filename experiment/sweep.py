@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from experiment import UserError
-from experiment.checkpoint import identifier, paths, write_atomically
+from experiment.files import identifier, paths, write_atomically
 from experiment.options import positive_int
 
 # Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.

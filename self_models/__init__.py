@@ -1,11 +1,18 @@
 """Networks and neurons of hybrid ANN-SNN conversion and STDB (Rathi et al., ICLR 2020)."""
-from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
-from self_models.conversion import find_thresholds
-from self_models.neuron import STDB, LinearSpike, PoissonGenerator
-from self_models.resnet import ResNet, ResNet6, ResNet12, ResNet20, ResNet34
-from self_models.resnet_spiking import RESNET_SNN_STDB
-from self_models.vgg import VGG
-from self_models.vgg_spiking import VGG_SNN_STDB
+import importlib
 
-__all__ = ['ARCHITECTURES', 'INPUT_SHAPES', 'LinearSpike', 'PoissonGenerator', 'RESNET_SNN_STDB', 'ResNet', 'ResNet6',
-           'ResNet12', 'ResNet20', 'ResNet34', 'STDB', 'VGG', 'VGG_SNN_STDB', 'find_thresholds']
+from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
+
+_HOMES = {
+    'LinearSpike': 'neuron', 'PoissonGenerator': 'neuron', 'STDB': 'neuron', 'VGG': 'vgg',
+    'VGG_SNN_STDB': 'vgg_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet', 'ResNet20': 'resnet',
+    'ResNet34': 'resnet', 'RESNET_SNN_STDB': 'resnet_spiking', 'find_thresholds': 'conversion'}
+
+__all__ = ['ARCHITECTURES', 'INPUT_SHAPES', *_HOMES]
+
+
+def __getattr__(name):
+    """Import a network on its first use, so that the tables can be had without waiting for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)

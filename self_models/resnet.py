@@ -1,7 +1,7 @@
 """ResNet as an ANN."""
 from torch import nn
 
-from self_models.architectures import initialize, resnet_layers
+from self_models.layers import initialize, resnet_layers
 
 
 class ResNet(nn.Module):

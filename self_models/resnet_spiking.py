@@ -1,5 +1,5 @@
 """ResNet as a spiking network."""
-from self_models.architectures import resnet_layers
+from self_models.layers import resnet_layers
 from self_models.spiking import Branch, SpikingNetwork, lif_layer, stages_of
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from self_models import neuron as lif
-from self_models.architectures import initialize
+from self_models.layers import initialize
 from self_models.neuron import PoissonGenerator
 
 CHUNK_BYTES = {'cpu': 32 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache

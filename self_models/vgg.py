@@ -1,7 +1,7 @@
 """VGG as an ANN."""
 from torch import nn
 
-from self_models.architectures import initialize, vgg_layers
+from self_models.layers import initialize, vgg_layers
 
 
 class VGG(nn.Module):

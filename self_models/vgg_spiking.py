@@ -1,5 +1,5 @@
 """VGG as a spiking network."""
-from self_models.architectures import vgg_layers
+from self_models.layers import vgg_layers
 from self_models.spiking import SpikingNetwork, stages_of
 
 

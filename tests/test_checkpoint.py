@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from experiment import UserError, checkpoint
+from experiment import UserError, checkpoint, files
 from self_models import RESNET_SNN_STDB, ResNet
 
 
@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         raise OSError(28, 'No space left on device')
 
     with pytest.raises(UserError, match='No space left on device.*untouched'):
-        checkpoint.write_atomically(path, write)
+        files.write_atomically(path, write)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ['a.pth']
 
@@ -181,22 +181,22 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path):
 
 def test_identifiers():
     args = SimpleNamespace(name=None, architecture='VGG16', dataset='CIFAR10', timesteps=100)
-    assert checkpoint.identifier('ann', args) == 'ann_vgg16_cifar10'
-    assert checkpoint.identifier('snn', args) == 'snn_vgg16_cifar10_100'
-    assert checkpoint.identifier('snn', SimpleNamespace(name='mine')) == 'mine'
+    assert files.identifier('ann', args) == 'ann_vgg16_cifar10'
+    assert files.identifier('snn', args) == 'snn_vgg16_cifar10_100'
+    assert files.identifier('snn', SimpleNamespace(name='mine')) == 'mine'
 
 
 def test_earlier_runs_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files, said = checkpoint.paths('ann', 'x'), []
-    checkpoint.check_writable(files)
-    checkpoint.set_aside(files, said.append)
-    assert said == [] and os.listdir(files[0].parent) == []
+    paths, said = files.paths('ann', 'x'), []
+    files.check_writable(paths)
+    files.set_aside(paths, said.append)
+    assert said == [] and os.listdir(paths[0].parent) == []
     for number in (1, 2):
-        for path in files:
+        for path in paths:
             path.write_text(f'run {number}')
-        checkpoint.set_aside(files, said.append)
-    assert {name: (files[0].parent / name).read_text() for name in os.listdir(files[0].parent)} == {
+        files.set_aside(paths, said.append)
+    assert {name: (paths[0].parent / name).read_text() for name in os.listdir(paths[0].parent)} == {
         'previous.1.x.pth': 'run 1', 'previous.1.x.last.pth': 'run 1',
         'previous.2.x.pth': 'run 2', 'previous.2.x.last.pth': 'run 2'}
     assert 'kept as previous.1.x.pth' in said[0]

@@ -1,0 +1,77 @@
+"""What the flags of a run ask for: its device, data, networks, and checkpoint to resume from."""
+import torch
+
+import self_models
+from experiment import UserError, checkpoint, data
+
+
+def set_up_device(args):
+    """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there.
+
+    To be called before torch computes anything: threads take over the setting below when they start.
+    """
+    # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
+    torch.set_flush_denormal(True)
+    wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
+    if not wanted:
+        return torch.device('cpu')
+    if not torch.cuda.is_available():
+        raise UserError('--gpu: torch finds no CUDA device here; leave the flag out or say --no-gpu to use the CPU')
+    numbers = [int(n) for n in args.devices.split(',')]
+    if max(numbers) >= torch.cuda.device_count():
+        raise UserError(f'--devices {args.devices}: this machine has {torch.cuda.device_count()} CUDA device(s), '
+                        'numbered from 0')
+    if len(numbers) > 1:
+        raise UserError(f'--devices {args.devices}: a run uses one device; choose one of them')
+    return torch.device('cuda', numbers[0])
+
+
+def load_data(args):
+    """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
+    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
+
+
+def build_ann(args, data):
+    """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
+    common = dict(labels=len(data.classes), dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
+    try:
+        if args.architecture.startswith('VGG'):
+            return self_models.VGG(args.architecture, kernel_size=args.kernel_size, **common)
+        return self_models.ResNet(args.architecture, **common)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def build_snn(args, data):
+    """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
+    common = dict(activation=args.activation, labels=len(data.classes), timesteps=args.timesteps, leak=args.leak,
+                  default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma,
+                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
+    try:
+        if args.architecture.startswith('VGG'):
+            return self_models.VGG_SNN_STDB(args.architecture, kernel_size=args.kernel_size, **common)
+        return self_models.RESNET_SNN_STDB(args.architecture, **common)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def resume_file(args, last):
+    """The checkpoint that --resume asks for, or None. last: where this run keeps its own. Raises UserError."""
+    if args.resume == 'auto':
+        return last if last.exists() else None
+    if args.resume == 'last':
+        if not last.exists():
+            raise UserError(f'--resume: there is no {last}; say --resume FILE, or leave it out to start anew')
+        return last
+    return args.resume
+
+
+def adopt(args, state, path):
+    """Take timesteps, leak and activation from an SNN checkpoint where no flag was given; returns a line to say."""
+    settings = checkpoint.snn_settings(state, path)
+    taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
+             if key in settings and key not in args.given}
+    vars(args).update(taken)
+    return f'{path}: runs at ' + ', '.join(
+        f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
+        for key in ('timesteps', 'leak', 'activation'))
