@@ -98,10 +98,13 @@ def main(args):
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
-        start = engine.test(model, data, loss_function, device, args, test_say)
+        # a curve costs nothing: logits after t steps are W times the spikes so far
+        at = sorted({max(1, args.timesteps * i // 10) for i in range(1, 11)})
+        start, curve = engine.test_over_time(model, data, loss_function, device, args, test_say, at)
         what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
         results.append((f'{what} SNN', start.accuracy))
         say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
+        say('test accuracy after time steps: ' + ', '.join(f'{t}: {value:.2%}' for t, value in zip(at, curve)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
             files.set_aside(paths, say)

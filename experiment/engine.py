@@ -44,10 +44,16 @@ def make_optimizer(model, args):
     return torch.optim.Adam(model.parameters(), amsgrad=args.amsgrad, **common)
 
 
-def train_epoch(model, loader, optimizer, loss_function, device, say=None, every=None):
+def lowered(device, amp):
+    """The context of a forward pass: where `amp`, convolutions and matrix products run in bfloat16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=amp)
+
+
+def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=None, every=None):
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
-    say, every: a function that prints a line, and after how many batches it says how training goes.
+    amp: whether in bfloat16. say, every: a function that prints a line, and after how many batches it says how
+    training goes.
     Raises UserError at the first loss that is not finite.
     """
     model.train()
@@ -56,8 +62,9 @@ def train_epoch(model, loader, optimizer, loss_function, device, say=None, every
     for number, (images, labels) in enumerate(bar, 1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        logits = model(images)
-        loss = loss_function(logits, labels)
+        with lowered(device, amp):
+            logits = model(images)
+            loss = loss_function(logits, labels)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
@@ -74,28 +81,39 @@ def train_epoch(model, loader, optimizer, loss_function, device, say=None, every
 
 
 @torch.no_grad()
-def evaluate(model, loader, loss_function, device, say=None):
-    """One pass over a loader without training; returns its Metrics. say: prints the accuracy after every batch."""
+def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None):
+    """One pass over a loader without training; returns (its Metrics, accuracies after each of `at` time steps).
+
+    say: prints the accuracy after every batch. at: of a spiking network, time steps in ascending order, of which the
+    last gives the Metrics; None for all of them at once.
+    """
     model.eval()
     total_loss, correct, seen = 0.0, 0, 0
     bar = tqdm(loader, desc='test', leave=False, disable=None)
     for number, (images, labels) in enumerate(bar, 1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        logits = model(images)
-        total_loss += loss_function(logits, labels).item() * len(labels)
-        correct += (logits.argmax(1) == labels).sum().item()
+        with lowered(device, amp):
+            outputs = model.curve(images, at) if at else model(images)[None]  # (len(at), B, labels)
+            total_loss += loss_function(outputs[-1], labels).item() * len(labels)
+        correct = correct + (outputs.argmax(2) == labels).sum(1).cpu()
         seen += len(labels)
-        bar.set_postfix_str(f'accuracy {correct / seen:.2%}', refresh=False)
+        accuracies = [count / seen for count in correct.tolist()]
+        bar.set_postfix_str(f'accuracy {accuracies[-1]:.2%}', refresh=False)
         if say:
-            say(f'  test batch {number}: accuracy {correct / seen:.2%} of {seen} images')
-    return Metrics(total_loss / seen, correct / seen)
+            say(f'  test batch {number}: accuracy {accuracies[-1]:.2%} of {seen} images')
+    return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
 def test(model, data, loss_function, device, args, say=None):
-    """Evaluate on all test images, always with the same random draws: a checkpoint gives its logged accuracy again."""
+    """The Metrics on all test images, always with the same random draws: a checkpoint gives its accuracy again."""
+    return test_over_time(model, data, loss_function, device, args, say)[0]
+
+
+def test_over_time(model, data, loss_function, device, args, say=None, at=None):
+    """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
     seed_all(seed_for(args.seed, 0))
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
-    return evaluate(model, loader, loss_function, device, say)
+    return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
 def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, done=0, best=None,
@@ -118,7 +136,7 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         seed = seed_for(args.seed, epoch)
         seed_all(seed)
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed, shuffle=True, pin_memory=pin_memory)
-        trained = train_epoch(model, loader, optimizer, loss_function, device, say, train_say_every)
+        trained = train_epoch(model, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
         tested = test(model, data, loss_function, device, args, test_say)
         improved = tested.accuracy > best[0]
         if improved:

@@ -156,6 +156,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add = parser.add_argument_group('run').add_argument
     add('-s', '--seed', type=natural_int, default=0, metavar='N', help='default %(default)s')
     add('--gpu', action=Switch, default=None, help='use CUDA; without it, CUDA is used where it is present')
+    add('--amp', action=Switch, help='convolutions and matrix products in bfloat16 (autocast)')
     add('--devices', type=devices, default='0', metavar='N', help='number of the CUDA device; default %(default)s')
     add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')

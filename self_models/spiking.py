@@ -65,6 +65,15 @@ class SpikeTrain:
             x = F.avg_pool2d(x, 2)
         return x
 
+    def total(self, rows, dtype):
+        """floats() of all samples, summed over the steps of `rows`, a slice: (B, N')."""
+        counts = torch.zeros(self.codes.shape[1:], dtype=dtype, device=self.codes.device)
+        for k in range(rows.start, rows.stop):
+            counts += self.spikes(slice(None), slice(k, k + 1))[0]
+        if self.mask is not None:
+            counts *= self.mask
+        return flatten(self.pool(unflatten(counts[None], self.shape)), 1)[0]
+
     def pull_back(self, grad, samples, dtype):
         """The gradient of floats(), (n, b, N'), taken back through pools and mask: a new (n, b, N) of `dtype`."""
         steps, batch, _ = grad.shape
@@ -292,12 +301,7 @@ class _SpikeCounts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, link, train, dtype):
         ctx.steps = train.steps
-        total = torch.zeros(train.codes.shape[1:], dtype=dtype, device=train.codes.device)
-        for k in range(train.steps):
-            total += train.spikes(slice(None), slice(k, k + 1))[0]
-        if train.mask is not None:
-            total *= train.mask
-        return flatten(train.pool(unflatten(total[None], train.shape)), 1)[0]
+        return train.total(slice(0, train.steps), dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -375,14 +379,37 @@ class SpikingNetwork(nn.Module):
 
     def forward(self, x):
         """(B, C, H, W) float images -> (B, labels): the output currents W s summed over all time steps."""
-        # a layer delays by one step, so of T input steps the last `depth` cannot reach the output
-        steps = self.timesteps - self.depth
         weight = self.classifier[-1].weight
-        if steps < 1:
+        if self.timesteps <= self.depth:
             return F.linear(weight.new_zeros(len(x), weight.shape[1]), weight)
-        train = self.hidden(self.encode(x, steps))
+        train = self.last_spikes(x)
         counts = _SpikeCounts.apply(train.link, train, weight.dtype)
         return self.readout(unflatten(counts[None], train.pooled_shape))
+
+    @torch.no_grad()
+    def curve(self, x, at):
+        """The outputs after each of `at` time steps: (len(at), B, labels), from one pass over `timesteps`.
+
+        (B, C, H, W) float images; at: whole numbers in ascending order, from 1 to timesteps. The outputs after t steps
+        are those of the same network at timesteps = t, given the same random draws.
+        """
+        if list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
+            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, not {at}')
+        weight = self.classifier[-1].weight
+        outputs, counts, row = weight.new_zeros(len(at), len(x), len(weight)), 0, 0
+        if self.timesteps <= self.depth:
+            return outputs
+        train = self.last_spikes(x)
+        for i, steps in enumerate(at):
+            stop = max(0, steps - train.start)
+            counts = counts + train.total(slice(row, stop), weight.dtype)
+            outputs[i], row = self.readout(unflatten(counts[None], train.pooled_shape)), stop
+        return outputs
+
+    def last_spikes(self, x):
+        """The spikes that the output layer receives from images x (B, C, H, W)."""
+        # a layer delays by one step, so of T input steps the last `depth` cannot reach the output
+        return self.hidden(self.encode(x, self.timesteps - self.depth))
 
     def chain(self, train):
         """The balanced LIF layers, one after the other."""

@@ -315,6 +315,23 @@ def test_test_only_says_the_logged_accuracy_and_writes_nothing(trained, capsys, 
     assert Path(trained).read_bytes() == before and os.listdir(tmp_path) == []
 
 
+def test_amp_trains_and_tests_in_bfloat16(monkeypatch):
+    seen, convolve = set(), torch.nn.functional.conv2d
+
+    def conv2d(x, weight, **options):
+        seen.add(weight.dtype)
+        return convolve(x, weight, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', conv2d)
+    run(snn, *SPIKING, '--epochs', 1, '--amp', '--name', 'a')
+    assert seen == {torch.bfloat16}
+    seen.clear()
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'b')
+    assert seen == {torch.float32}
+    state = load('trained_models/snn/a.pth')
+    assert all(weight.dtype == torch.float32 for weight in state['state_dict'].values())
+
+
 def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     before = Path(trained).read_bytes()
     flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--no-gpu', '--default_threshold', '0.3', '--train_samples', 200,

@@ -170,6 +170,24 @@ def test_shorter_than_its_delays_gives_zero():
     assert model(x).abs().max() > 0
 
 
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_the_curve_holds_the_outputs_of_fewer_steps(architecture):
+    model = fill(network(architecture, dataset='DIGITS', timesteps=14, default_threshold=0.3).double(), 4).eval()
+    x = ternary((3, 1, 8, 8), 1, 1.0 if architecture == 'VGG5' else 1.25, low=0)
+    find_thresholds(model, x, 14)
+    at = [1, model.depth + 1, 11, 14]
+    curve = model.curve(x, at)
+    for steps, outputs in zip(at, curve, strict=True):
+        model.network_update(steps, 1.0)
+        assert torch.allclose(outputs, model(x), rtol=1e-12, atol=1e-12)
+    assert curve[0].abs().max() == 0 and curve[-1].abs().max() > 0
+    model.network_update(model.depth, 1.0)
+    assert not model.curve(x, [1, model.depth]).any()
+    for wrong in ([0, 1], [2, 1], [model.depth + 1]):
+        with pytest.raises(ValueError, match='at must ascend'):
+            model.curve(x, wrong)
+
+
 def test_runs_under_autocast():
     model = fill(network('RESNET6', dataset='DIGITS', timesteps=14), 3).eval()
     x = ternary((4, 1, 8, 8), 5, 1.25, low=0).float()
