@@ -29,6 +29,8 @@ def get_args_parser():
     add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
     add('--output', default='mean', choices=['mean', 'sum'],
         help='what the loss sees of the output over time; the published code summed; default %(default)s')
+    add('--backend', choices=['torch', 'triton'],
+        help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
     add('--scaling_factor', type=options.positive, default=0.7, metavar='X',
         help='balanced thresholds are multiplied by it; default %(default)s')
@@ -50,6 +52,7 @@ def main(args):
     from experiment.convert import convert
 
     device = setup.set_up_device(args)
+    setup.choose_backend(args, device)
     data = setup.load_data(args)
     notes, state = [], None
     if args.pretrained_snn:

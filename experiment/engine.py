@@ -58,6 +58,19 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
     """
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
+
+    def account(number, size, loss, hits):
+        nonlocal total_loss, correct, seen
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
+                            'the gradient with --alpha or --gamma')
+        total_loss, correct, seen = total_loss + value * size, correct + hits.item(), seen + size
+        bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
+        if every and number % every == 0:
+            say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
+
+    last = None
     bar = tqdm(loader, desc='train', leave=False, disable=None)
     for number, (images, labels) in enumerate(bar, 1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -65,18 +78,12 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
         with lowered(device, amp):
             logits = model(images)
             loss = loss_function(logits, labels)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
-                            'the gradient with --alpha or --gamma')
         loss.backward()
         optimizer.step()
-        total_loss += value * len(labels)
-        correct += (logits.argmax(1) == labels).sum().item()
-        seen += len(labels)
-        bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
-        if every and number % every == 0:
-            say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
+        if last:  # read a batch later, so that the host does not wait for a GPU within a step
+            account(*last)
+        last = number, len(labels), loss.detach(), (logits.detach().argmax(1) == labels).sum()
+    account(*last)
     return Metrics(total_loss / seen, correct / seen)
 
 

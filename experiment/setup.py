@@ -1,4 +1,6 @@
 """What the flags of a run ask for: its device, data, networks, and checkpoint to resume from."""
+import importlib.util
+
 import torch
 
 import self_models
@@ -26,6 +28,17 @@ def set_up_device(args):
     return torch.device('cuda', numbers[0])
 
 
+def choose_backend(args, device):
+    """What runs the neurons: --backend or, without it, Triton's kernels on CUDA. Raises UserError.
+
+    Goes into the arguments, which the log shows.
+    """
+    there = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
+    if args.backend == 'triton' and not there:
+        raise UserError('--backend triton: needs a CUDA device and the package triton; leave the flag out')
+    args.backend = args.backend or ('triton' if there else 'torch')
+
+
 def load_data(args):
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
     return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
@@ -46,7 +59,7 @@ def build_snn(args, data):
     """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
     common = dict(activation=args.activation, labels=len(data.classes), timesteps=args.timesteps, leak=args.leak,
                   default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma,
-                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
+                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape, backend=args.backend)
     try:
         if args.architecture.startswith('VGG'):
             return self_models.VGG_SNN_STDB(args.architecture, kernel_size=args.kernel_size, **common)

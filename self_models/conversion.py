@@ -4,6 +4,7 @@ import tempfile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from self_models import neuron as lif
@@ -34,14 +35,27 @@ class SpikeStore:
         """spikes: (m, b, size) bool, of steps first ... first + m - 1."""
         self.spiked = self.spiked or bool(spikes.any())
         self._seek(group, first)
-        self.file.write(np.packbits(spikes.cpu().numpy(), axis=-1).data)
+        if spikes.is_cuda:  # pack before the copy, which is the slow part
+            padded = F.pad(spikes.view(torch.uint8), (0, 8 * self.row - self.size))
+            bits = (padded.unflatten(-1, (-1, 8)) << _shifts(spikes.device)).sum(-1, dtype=torch.uint8).cpu().numpy()
+        else:
+            bits = np.packbits(spikes.numpy(), axis=-1)
+        self.file.write(bits.data)
 
-    def read(self, group, first, stop):
-        """(m, b, size) uint8, 0 and 1."""
+    def read(self, group, first, stop, device):
+        """(m, b, size) uint8 on `device`, 0 and 1."""
         self._seek(group, first)
         shape = (stop - first, group.stop - group.start, self.row)
         bits = np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
+        if device.type == 'cuda':
+            bits = torch.from_numpy(bits.copy()).to(device)
+            return (bits.unsqueeze(-1) >> _shifts(device) & 1).flatten(-2)[..., :self.size]
         return torch.from_numpy(np.unpackbits(bits, axis=-1, count=self.size))
+
+
+def _shifts(device):
+    """Of the bits in a byte, the first one highest, as in numpy.packbits."""
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
 
 
 @torch.no_grad()
@@ -112,7 +126,7 @@ def current_source(store, train, signs, synapse):
     weight = prepare(synapse.weight, dtype)
 
     def current(group, first, stop):
-        codes = store.read(group, first, stop).to(device)
+        codes = store.read(group, first, stop, device)
         mask = None if signs is None else signs[group].to(device, dtype)
         part = SpikeTrain(codes, train.shape, 0, binary=True, mask=mask, pools=train.pools)
         return currents([Branch(part, synapse)], [weight], slice(None), dtype, dtype)

@@ -16,6 +16,7 @@ from self_models.architectures import (
 
 
 def conv(inputs, outputs, kernel_size, stride=1):
+    """A convolution without bias that, at stride 1 and an odd kernel, keeps height and width."""
     return nn.Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=False)
 
 

@@ -78,13 +78,22 @@ class LinearSpike(torch.autograd.Function):
 
 
 class Neuron(NamedTuple):
-    """What an LIF layer needs to know. activation: 'STDB' (alpha, beta) or 'Linear' (gamma)."""
+    """What an LIF layer needs to know. activation: 'STDB' (alpha, beta) or 'Linear' (gamma).
+
+    backend: 'torch', or 'triton' for the kernels of kernels.py.
+    """
     threshold: float
     leak: float
     activation: str
     alpha: float
     beta: float
     gamma: float
+    backend: str = 'torch'
+
+
+def surrogate_scale(neuron):
+    """The surrogate's height with respect to the potential: z = u / theta - 1, so dz/du = 1 / theta."""
+    return (neuron.alpha if neuron.activation == 'STDB' else neuron.gamma) / neuron.threshold
 
 
 def code_dtype(steps):
@@ -99,6 +108,9 @@ def integrate(current, codes, neuron, state=None):
     Row k of the codes holds the spikes that current[:k+1] causes; they leave one step later than row k's current.
     state: what the call on the steps before returned, (u, spikes), each (M,); None at the start.
     """
+    if neuron.backend == 'triton':
+        from self_models import kernels
+        return kernels.integrate(current, codes, neuron, state)
     u, spikes = state or (torch.zeros_like(current[0]), torch.zeros_like(current[0]))
     fired = torch.empty_like(u, dtype=torch.bool)
     number = fired.view(torch.uint8) if codes.dtype == torch.uint8 else fired  # bytes multiply faster
@@ -131,13 +143,20 @@ def linear_factor(potentials, threshold):
     return (1 - (potentials / threshold - 1).abs_()).clamp_(min=0)
 
 
-def integrate_backward(grad, factor, scale, leak):
+def integrate_backward(grad, state, start, neuron):
     """Turn the gradient of the spikes, `grad` (n, M), into that of the currents, in place.
 
-    factor (n, M) times scale is do/du. From u(t) = lambda u(t-1) + I(t) - theta o(t), the reset without gradient:
+    state (n, M): the codes for STDB, linear_factor() of the potentials for Linear. start: the step of row 0.
+    With do/du = scale factor, from u(t) = lambda u(t-1) + I(t) - theta o(t), the reset without gradient:
         g[k] = lambda g[k+1] + scale factor[k] grad[k]
     """
+    if neuron.backend == 'triton':
+        from self_models import kernels
+        return kernels.integrate_backward(grad, state, start, neuron)
+    stdb, scale, leak = neuron.activation == 'STDB', surrogate_scale(neuron), neuron.leak
+    factor = spike_factor(state, start, neuron.beta, grad.dtype) if stdb else state
     carried = torch.zeros_like(grad[0])
     for k in reversed(range(len(grad))):
         torch.addcmul(carried, factor[k], grad[k], value=scale, out=grad[k])
         carried = grad[k] if leak == 1 else torch.mul(grad[k], leak, out=carried)
+    return None

@@ -26,16 +26,20 @@ class ResNet(nn.Module):
 
 
 def ResNet6(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    """ResNet('RESNET6', ...): [1, 1, 0, 0] basic blocks."""
     return ResNet('RESNET6', labels, dropout, dataset, input_shape)
 
 
 def ResNet12(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    """ResNet('RESNET12', ...): [1, 1, 1, 1] basic blocks."""
     return ResNet('RESNET12', labels, dropout, dataset, input_shape)
 
 
 def ResNet20(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    """ResNet('RESNET20', ...): [2, 2, 2, 2] basic blocks."""
     return ResNet('RESNET20', labels, dropout, dataset, input_shape)
 
 
 def ResNet34(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+    """ResNet('RESNET34', ...): [3, 4, 6, 3] basic blocks."""
     return ResNet('RESNET34', labels, dropout, dataset, input_shape)

@@ -9,12 +9,14 @@ class RESNET_SNN_STDB(SpikingNetwork):
     resnet_name, labels, dataset, input_shape: as for ResNet, as are the parameters' names, so that its state_dict
     fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T; leak in (0, 1];
     default_threshold: of every LIF layer until threshold_update, of those in blocks thereafter. dropout: one mask a
-    sample, held over all steps. Raises ValueError for values that make no network.
+    sample, held over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. Raises ValueError for values
+    that make no network.
     """
 
     def __init__(self, resnet_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
-                 alpha=0.3, beta=0.01, dropout=0.2, dataset='CIFAR10', gamma=0.3, input_shape=None):
-        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, rate=0.9)
+                 alpha=0.3, beta=0.01, dropout=0.2, dataset='CIFAR10', gamma=0.3, input_shape=None,
+                 backend='torch'):
+        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=0.9)
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
          self.classifier) = resnet_layers(resnet_name, labels, dataset, dropout, input_shape)
         blocks = [f'{name}.{i}' for name in ('layer1', 'layer2', 'layer3', 'layer4')

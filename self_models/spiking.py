@@ -273,13 +273,7 @@ class _LIFLayer(torch.autograd.Function):
                 link_grads[i][steps - (branch.train.start - start):] = 0  # spikes after the window reach nothing
         for samples in chunks(grad.shape[1], working_bytes(branches, dtype), grad.device):
             g = train.pull_back(grad[:, samples], samples, dtype)
-            if neuron.activation == 'Linear':
-                factor, scale = state[:, samples].flatten(1), neuron.gamma / neuron.threshold
-            else:
-                factor = lif.spike_factor(state[:, samples].flatten(1), train.start, neuron.beta, dtype)
-                scale = neuron.alpha / neuron.threshold
-            lif.integrate_backward(g.flatten(1), factor, scale, neuron.leak)
-            del factor
+            lif.integrate_backward(g.flatten(1), state[:, samples].flatten(1), train.start, neuron)
             g = g.to(compute_dtype)
             for i, (branch, weight) in enumerate(zip(branches, prepared, strict=True)):
                 rows = slice(0, steps - (branch.train.start - start))
@@ -330,8 +324,11 @@ class SpikingNetwork(nn.Module):
     forward pass to the next.
     """
 
-    def __init__(self, activation, timesteps, leak, default_threshold, alpha, beta, gamma, rate):
+    def __init__(self, activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate):
         super().__init__()
+        if backend not in ('torch', 'triton'):
+            raise ValueError(f"unknown backend {backend!r}: choose 'torch' or 'triton'")
+        self.backend = backend
         if activation not in ('STDB', 'Linear'):
             raise ValueError(f"unknown activation {activation!r}: choose 'STDB' or 'Linear'")
         self.activation, self.alpha, self.beta, self.gamma = activation, alpha, beta, gamma
@@ -367,7 +364,8 @@ class SpikingNetwork(nn.Module):
 
     def neuron(self, index):
         """The Neuron of LIF layer `index`."""
-        return lif.Neuron(self.thresholds[index], self.leak, self.activation, self.alpha, self.beta, self.gamma)
+        return lif.Neuron(self.thresholds[index], self.leak, self.activation, self.alpha, self.beta, self.gamma,
+                          self.backend)
 
     def encode(self, x, steps):
         """Poisson spikes of images x (B, C, H, W) at `steps` steps; a pixel's sign goes into the mask."""

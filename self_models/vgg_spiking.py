@@ -9,12 +9,14 @@ class VGG_SNN_STDB(SpikingNetwork):
     vgg_name, labels, dataset, kernel_size, input_shape: as for VGG, as are the parameters' names, so that its
     state_dict fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T;
     leak in (0, 1]; default_threshold: of every LIF layer until threshold_update. dropout: one mask a sample, held
-    over all steps. Raises ValueError for values that make no network.
+    over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. Raises ValueError for values that make no
+    network.
     """
 
     def __init__(self, vgg_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
-                 alpha=0.3, beta=0.01, dropout=0.2, kernel_size=3, dataset='CIFAR10', gamma=0.3, input_shape=None):
-        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, rate=1.0)
+                 alpha=0.3, beta=0.01, dropout=0.2, kernel_size=3, dataset='CIFAR10', gamma=0.3, input_shape=None,
+                 backend='torch'):
+        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=1.0)
         self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape)
         names = [f'{part}.{i}' for part in ('features', 'classifier')
                  for i, module in enumerate(getattr(self, part)) if hasattr(module, 'weight')]

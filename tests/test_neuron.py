@@ -104,7 +104,7 @@ def test_stdb_gradient_of_a_layer_by_hand():
     expected = [math.exp(-0.1 * dt) for dt in (1000, 1, 2, 1)]
     assert factor.flatten().tolist() == pytest.approx(expected)
     grad = torch.ones(4, 1, dtype=torch.float64)
-    lif.integrate_backward(grad, factor, 1 / 2, neuron.leak)
+    lif.integrate_backward(grad, codes, 1, neuron)
     want, carried = [], 0.0
     for value in reversed(expected):
         carried = 0.5 * carried + value / 2

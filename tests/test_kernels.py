@@ -1,0 +1,83 @@
+"""The Triton kernels against the plain scans; without a GPU under Triton's interpreter."""
+import os
+
+import pytest
+import torch
+
+from conftest import fill, ternary
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
+from self_models import neuron as lif
+
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+if DEVICE == 'cpu':
+    os.environ['TRITON_INTERPRET'] = '1'  # read when the kernels are imported, which their first use does
+pytest.importorskip('triton')
+
+
+def both(steps, neurons, dtype=torch.float64, codes=torch.uint8, **options):
+    """(torch, triton), of each: potentials, codes and gradient of the currents of one run, and its last state."""
+    values = {'threshold': 0.7, 'leak': 0.9, 'activation': 'STDB', 'alpha': 0.3, 'beta': 0.04, 'gamma': 0.3, **options}
+    results = []
+    for backend in ('torch', 'triton'):
+        generator = torch.Generator().manual_seed(steps)
+        current, grad = (torch.randn(steps, neurons, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
+                         for _ in range(2))
+        neuron = lif.Neuron(**values, backend=backend)
+        # rows apart from one another, as those of a few samples among many are
+        found = torch.full((steps, neurons + 5), 99, dtype=codes, device=DEVICE)
+        state = lif.integrate(current, found[:, 2:neurons + 2], neuron)
+        linear = lif.linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else found[:, 2:-3]
+        lif.integrate_backward(grad, linear, 3, neuron)
+        results.append((current, found, grad, *state))
+    return results
+
+
+@pytest.mark.parametrize('steps, neurons', [(1, 1), (1, 300), (7, 256), (40, 513)])
+@pytest.mark.parametrize('options', [{}, {'leak': 1.0}, {'activation': 'Linear'}, {'codes': torch.int16}])
+def test_against_the_plain_scans(steps, neurons, options):
+    plain, fused = both(steps, neurons, **options)
+    assert torch.equal(plain[1], fused[1])  # the spikes, and nothing beside them
+    for want, got in zip(plain, fused, strict=True):
+        assert torch.allclose(want.double(), got.double(), rtol=1e-12, atol=1e-12)
+
+
+def test_float32_is_close_to_float64():
+    (potentials, codes, grad, *_), _ = both(30, 400)
+    _, (potentials32, codes32, grad32, *_) = both(30, 400, dtype=torch.float32)
+    same = (codes == codes32).all(0)[2:402]  # a potential at the threshold may round to either side
+    assert potentials32.dtype == torch.float32 and same.float().mean() > 0.99
+    assert torch.allclose(grad32[:, same].double(), grad[:, same], rtol=1e-4, atol=1e-5)
+
+
+def test_state_goes_on_from_call_to_call():
+    neuron = lif.Neuron(0.7, 0.9, 'STDB', 0.3, 0.04, 0.3, 'triton')
+    current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
+    codes = torch.zeros(12, 50, dtype=torch.uint8, device=DEVICE)
+    whole = current.clone()
+    lif.integrate(whole, codes, neuron)
+    state = lif.integrate(current[:5], codes[:5], neuron)
+    lif.integrate(current[5:], codes[5:], neuron, state)
+    assert torch.equal(whole, current)
+
+
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+@pytest.mark.parametrize('kind, architecture', [(VGG_SNN_STDB, 'VGG5'), (RESNET_SNN_STDB, 'RESNET6')])
+def test_networks_agree(kind, architecture, activation):
+    results = []
+    x = ternary((2, 1, 8, 8), 5, 1.25, low=0).to(DEVICE)
+    for backend in ('torch', 'triton'):
+        model = fill(kind(architecture, activation=activation, dataset='DIGITS', timesteps=12, backend=backend,
+                          default_threshold=0.5).double(), 3).to(DEVICE)
+        thresholds = find_thresholds(model, x, 12)
+        model.threshold_update(0.7, thresholds)
+        model.eval()
+        model(x).logsumexp(1).sum().backward()
+        results.append([torch.tensor(thresholds), model(x).detach(), *(p.grad for p in model.parameters())])
+    for want, got in zip(*results, strict=True):
+        assert want.abs().max() > 0
+        assert torch.allclose(want, got, rtol=1e-9, atol=1e-12 * want.abs().max().item())
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="choose 'torch' or 'triton'"):
+        VGG_SNN_STDB('VGG5', backend='cupy')
