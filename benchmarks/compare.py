@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 IMPLEMENTATIONS = ('ours', 'step_by_step', 'spikingjelly', 'snntorch')
-BALANCE_IMPLEMENTATIONS = ('ours', 'forward', 'step_by_step')  # forward: one evaluation pass on the same images
+BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: one evaluation pass of ours on the same images and steps
 BALANCE_SAMPLES = 64
 
 
@@ -187,9 +187,8 @@ def task_of(name, task, row, device, amp):
         'snntorch': lambda: build_snntorch(model, device)}[name]()
     net.train(task in ('train', 'shares', 'growth'))
     lowered = torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
-    if task == 'balance' and name != 'forward':
-        find = find_thresholds if name == 'ours' else step_by_step.find_thresholds
-        return lambda: find(model, images, steps)
+    if task == 'balance' and name == 'ours':
+        return lambda: find_thresholds(model, images, steps)
     if not net.training:
         def test():
             with torch.no_grad(), lowered:
@@ -338,8 +337,7 @@ def main():
                 found[task] = measure(row, task, installed, args)
                 table(found[task])
             elif task == 'balance':
-                names = [name for name in BALANCE_IMPLEMENTATIONS if name == 'forward' or name in installed]
-                found[task] = measure(row, task, names, args)
+                found[task] = measure(row, task, BALANCE_IMPLEMENTATIONS, args)
                 table(found[task])
             elif task == 'shares':
                 found[task] = measure(row, task, ['ours'], args)

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -393,11 +394,13 @@ def test_too_few_steps_are_said(capsys):
 
 def test_ctrl_c_leaves_a_whole_checkpoint(tmp_path):
     process = subprocess.Popen([sys.executable, ROOT / 'ann.py', *SMALL, '--epochs', '5000'], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # a shell starts background jobs with the signal ignored, these tests perhaps too
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if re.match(r' +2 ', line):
             break
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert 'stopped; the last checkpoint is whole' in errors and 'Traceback' not in errors
