@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -194,7 +193,7 @@ def task_of(name, task, row, device, amp):
             with torch.no_grad(), lowered:
                 forward(images)
         return test
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
 
     def train():
         optimizer.zero_grad()
@@ -231,7 +230,7 @@ def clock_parts(device):
         clock(F, name, 'convolutions and matrix products')
     for name in ('input_gradient', 'weight_gradient'):
         clock(spiking.Branch, name, 'convolutions and matrix products')
-    for name in ('integrate', 'spike_factor', 'linear_factor', 'integrate_backward'):
+    for name in ('integrate', 'linear_factor', 'integrate_backward'):
         clock(neuron, name, 'scan over time')
     clock(torch.optim.SGD, 'step', 'optimizer')
     return parts
@@ -247,6 +246,7 @@ def work(args):
     run = task_of(name, task, (architecture, int(steps), int(batch)), device, args.amp)
     memory, parts = Memory(device), clock_parts(device) if task == 'shares' else {}
     run()
+    print('ready', flush=True)
     for _ in sys.stdin:
         memory.reset()
         parts.clear()
@@ -265,7 +265,8 @@ def measure(row, task, names, args):
     for name in names:
         command = [sys.executable, __file__, '--worker', f'{name}:{task}', '--rows', row, '--device', args.device]
         workers[name] = subprocess.Popen(command + ['--amp'] * args.amp, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True, env={**os.environ, 'OMP_WAIT_POLICY': 'PASSIVE'})
+                                         text=True)
+        workers[name].stdout.readline()  # warmed up; the next one is not started beside it
     results = {name: {'seconds': [], 'bytes': 0, 'parts': {}} for name in names}
     for _ in range(args.repeats if task != 'growth' else 1):
         for name in list(workers):

@@ -43,14 +43,14 @@ class SpikeStore:
         self.file.write(bits.data)
 
     def read(self, group, first, stop, device):
-        """(m, b, size) uint8 on `device`, 0 and 1."""
+        """(m, b, size) bool on `device`."""
         self._seek(group, first)
         shape = (stop - first, group.stop - group.start, self.row)
         bits = np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
         if device.type == 'cuda':
             bits = torch.from_numpy(bits.copy()).to(device)
-            return (bits.unsqueeze(-1) >> _shifts(device) & 1).flatten(-2)[..., :self.size]
-        return torch.from_numpy(np.unpackbits(bits, axis=-1, count=self.size))
+            return (bits.unsqueeze(-1) >> _shifts(device) & 1).flatten(-2)[..., :self.size].bool()
+        return torch.from_numpy(np.unpackbits(bits, axis=-1, count=self.size)).view(torch.bool)
 
 
 def _shifts(device):
@@ -98,7 +98,7 @@ def _balance_all(model, images, timesteps, progress):
     for group in groups:
         for t in range(timesteps):
             store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
-    train = SpikeTrain(None, tuple(images.shape[1:]), 0, binary=True)
+    train = SpikeTrain(None, tuple(images.shape[1:]), 0)
     thresholds = []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(stages[0][0].weight.device.type, enabled=False)):
@@ -116,7 +116,7 @@ def _balance_all(model, images, timesteps, progress):
                     'train the ANN further' if not store.spiked else
                     f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'))
             thresholds.append(threshold)
-            store, train = output, SpikeTrain(None, shape, 0, binary=True, pools=pools)
+            store, train = output, SpikeTrain(None, shape, 0, pools=pools)
     return thresholds
 
 
@@ -126,9 +126,9 @@ def current_source(store, train, signs, synapse):
     weight = prepare(synapse.weight, dtype)
 
     def current(group, first, stop):
-        codes = store.read(group, first, stop, device)
+        fired = store.read(group, first, stop, device)
         mask = None if signs is None else signs[group].to(device, dtype)
-        part = SpikeTrain(codes, train.shape, 0, binary=True, mask=mask, pools=train.pools)
+        part = SpikeTrain(fired, train.shape, 0, mask=mask, pools=train.pools)
         return currents([Branch(part, synapse)], [weight], slice(None), dtype, dtype)
 
     return current
@@ -155,11 +155,10 @@ def balance(current, groups, blocks, neuron, output, bar):
                 return math.inf
             threshold = max(threshold, largest)
             if output is not None and threshold == at_start:
-                codes = torch.empty_like(step_currents, dtype=lif.code_dtype(stop - first))
-                state = lif.integrate(step_currents.flatten(1), codes.flatten(1),
+                fired = torch.empty_like(step_currents, dtype=torch.bool)
+                state = lif.integrate(step_currents.flatten(1), fired.flatten(1),
                                       neuron._replace(threshold=threshold), state)
-                spikes = SpikeTrain(codes, (), 0).spikes(slice(None), slice(0, stop - first))
-                output.write(group, first, spikes[:output.steps - first])
+                output.write(group, first, fired[:output.steps - first])
         return threshold
 
     order = groups

@@ -3,56 +3,62 @@
 They do what `integrate` and `integrate_backward` of neuron.py do, which stay the reference, on CUDA, or on a CPU
 under Triton's interpreter (TRITON_INTERPRET=1 set before this is imported).
 """
+import math
+
 import torch
 import triton
 import triton.language as tl
+
+from self_models.neuron import NEVER
 
 BLOCK = 256  # neurons of a program
 
 
 @triton.jit(do_not_specialize=['steps'])
-def _forward(current, codes, u, spikes, scalars, steps, neurons, current_stride, code_stride, BLOCK: tl.constexpr):
+def _forward(current, fired, u, spikes, scalars, steps, neurons, current_stride, fired_stride, BLOCK: tl.constexpr):
     # u(t) = leak u(t-1) + I(t) - threshold o(t), o(t) = [u(t-1) > threshold]
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < neurons
     leak, threshold = tl.load(scalars), tl.load(scalars + 1)
     potential = tl.load(u + i, inside, other=0)
-    fired = tl.load(spikes + i, inside, other=0) > 0
-    code = tl.zeros([BLOCK], tl.int32)
-    for k in range(steps):
+    spike = tl.load(spikes + i, inside, other=0) > 0
+    for _ in range(steps):
         potential = leak * potential + tl.load(current + i, inside, other=0)
-        potential = tl.where(fired, potential - threshold, potential)
-        fired = potential > threshold
-        code = tl.where(fired, k + 1, code)
+        potential = tl.where(spike, potential - threshold, potential)
+        spike = potential > threshold
         tl.store(current + i, potential, inside)
-        tl.store(codes + i, code.to(codes.dtype.element_ty), inside)
+        tl.store(fired + i, spike.to(tl.uint8), inside)
         current += current_stride  # not k * stride, which can pass 2^31
-        codes += code_stride
+        fired += fired_stride
     tl.store(u + i, potential, inside)
-    tl.store(spikes + i, fired.to(spikes.dtype.element_ty), inside)
+    tl.store(spikes + i, spike.to(spikes.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=['steps', 'never'])  # not a new compilation for each layer and T
-def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, never, STDB: tl.constexpr,
-              BLOCK: tl.constexpr):
-    # g[k] = leak g[k+1] + scale f[k] grad[k]; f is exp(-beta dt) for STDB, else it stands in `state`
+@triton.jit(do_not_specialize=['steps'])
+def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, STDB: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < neurons
-    leak, scale, beta = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
+    leak, factor, decay = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
     last = (steps - 1).to(tl.int64)
+    if STDB:
+        # f[k] = exp(-beta) max(f[k-1], s[k-1]) is known from the past, the gradient from the future: two passes
+        ahead, spikes = grad, state
+        factors = tl.zeros([BLOCK], grad.dtype.element_ty) + factor
+        for _ in range(steps):
+            tl.store(ahead + i, factors * tl.load(ahead + i, inside, other=0), inside)
+            spike = tl.load(spikes + i, inside, other=0) > 0
+            factors = decay * tl.where(spike, 1.0, factors)
+            ahead += grad_stride
+            spikes += state_stride
+    # g[k] = leak g[k+1] + f[k] grad[k]
     grad += last * grad_stride
     state += last * state_stride
     carried = tl.zeros([BLOCK], grad.dtype.element_ty)
-    for j in range(steps):
-        k = steps - 1 - j
-        if STDB:
-            # the last spike before row k stands in row k - 1; without one, dt reaches back to step -999
-            code = tl.load(state - state_stride + i, inside & (k > 0), other=0).to(tl.int32)
-            dt = tl.where(code > 0, k + 1 - code, k + never)
-            factor = tl.exp(-beta * dt.to(carried.dtype))
-        else:
-            factor = tl.load(state + i, inside, other=0)
-        carried = leak * carried + scale * factor * tl.load(grad + i, inside, other=0)
+    for _ in range(steps):
+        value = tl.load(grad + i, inside, other=0)
+        if not STDB:
+            value *= tl.load(state + i, inside, other=0)
+        carried = leak * carried + value
         tl.store(grad + i, carried, inside)
         grad -= grad_stride
         state -= state_stride
@@ -63,20 +69,21 @@ def _scalars(tensor, *values):
     return torch.stack([torch.full((), value, dtype=tensor.dtype, device=tensor.device) for value in values])
 
 
-def integrate(current, codes, neuron, state=None):
-    """neuron.integrate: fills codes and turns current (n, M) into potentials in place; returns (u, spikes)."""
+def integrate(current, fired, neuron, state=None):
+    """neuron.integrate: fills `fired` and turns current (n, M) into potentials in place; returns (u, spikes)."""
     steps, neurons = current.shape
     u, spikes = state or (torch.zeros_like(current[0]), torch.zeros_like(current[0]))
     _forward[(triton.cdiv(neurons, BLOCK),)](
-        current, codes, u, spikes, _scalars(current, neuron.leak, neuron.threshold), steps, neurons,
-        current.stride(0), codes.stride(0), BLOCK=BLOCK)
+        current, fired.view(torch.uint8), u, spikes, _scalars(current, neuron.leak, neuron.threshold), steps, neurons,
+        current.stride(0), fired.stride(0), BLOCK=BLOCK)
     return u, spikes
 
 
 def integrate_backward(grad, state, start, neuron):
     """neuron.integrate_backward: turns the gradient of the spikes, grad (n, M), into that of the currents in place."""
-    from self_models.neuron import NEVER, surrogate_scale
     steps, neurons = grad.shape
+    stdb = neuron.activation == 'STDB'
+    first, decay = math.exp(-neuron.beta * (start + NEVER)), math.exp(-neuron.beta)
     _backward[(triton.cdiv(neurons, BLOCK),)](
-        grad, state, _scalars(grad, neuron.leak, surrogate_scale(neuron), neuron.beta), steps, neurons,
-        grad.stride(0), state.stride(0), start + NEVER, STDB=neuron.activation == 'STDB', BLOCK=BLOCK)
+        grad, state.view(torch.uint8) if stdb else state, _scalars(grad, neuron.leak, first, decay), steps, neurons,
+        grad.stride(0), state.stride(0), STDB=stdb, BLOCK=BLOCK)

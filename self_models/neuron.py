@@ -8,9 +8,7 @@ A neuron fires on the potential before this step's input, so each layer adds one
 run over all its steps at once: it takes currents at steps a ... b-1 and gives spikes at steps a+1 ... b, and nothing
 outside these windows can reach the output.
 
-A layer's spikes are kept as one byte for each neuron and step, the *code*: code[k] = 1 + the index of the last spike
-at or before row k, 0 where there was none yet. It says both whether a neuron fires (code[k] == k + 1) and when it
-fired before (code[k-1]), which is all that STDB's gradient needs.
+A layer's spikes are kept as one byte for each neuron and step, from which STDB's gradient follows.
 """
 import math
 from typing import NamedTuple
@@ -96,46 +94,22 @@ def surrogate_scale(neuron):
     return (neuron.alpha if neuron.activation == 'STDB' else neuron.gamma) / neuron.threshold
 
 
-def code_dtype(steps):
-    """The smallest integer type that holds codes 0 ... steps."""
-    return torch.uint8 if steps < 256 else torch.int16 if steps < 1 << 15 else torch.int32
+def integrate(current, fired, neuron, state=None):
+    """Run LIF neurons over time: fill `fired` and turn `current` into the potentials u, in place.
 
-
-def integrate(current, codes, neuron, state=None):
-    """Run LIF neurons over time: fill `codes` and turn `current` into the potentials u, in place.
-
-    current: (n, M) floats, the input W s at n successive steps. codes: (n, M) integers, rows contiguous.
-    Row k of the codes holds the spikes that current[:k+1] causes; they leave one step later than row k's current.
+    current: (n, M) floats, the input W s at n successive steps. fired: (n, M) bool, rows contiguous.
+    Row k of `fired` holds the spikes that current[:k+1] causes; they leave one step later than row k's current.
     state: what the call on the steps before returned, (u, spikes), each (M,); None at the start.
     """
     if neuron.backend == 'triton':
         from self_models import kernels
-        return kernels.integrate(current, codes, neuron, state)
+        return kernels.integrate(current, fired, neuron, state)
     u, spikes = state or (torch.zeros_like(current[0]), torch.zeros_like(current[0]))
-    fired = torch.empty_like(u, dtype=torch.bool)
-    number = fired.view(torch.uint8) if codes.dtype == torch.uint8 else fired  # bytes multiply faster
-    code = torch.zeros_like(codes[0])
-    for k in range(len(current)):
-        u = current[k].add_(u, alpha=neuron.leak).sub_(spikes, alpha=neuron.threshold)
-        torch.gt(u, neuron.threshold, out=fired)  # as u / theta - 1 > 0, to the last bit
-        code = torch.maximum(torch.mul(number, k + 1, out=codes[k]), code, out=codes[k])
-        spikes.copy_(fired)
+    for row, out in zip(current.unbind(), fired.unbind(), strict=True):
+        u = row.add_(u, alpha=neuron.leak).sub_(spikes, alpha=neuron.threshold)
+        torch.gt(u, neuron.threshold, out=spikes)  # as u / theta - 1 > 0, to the last bit
+        out.copy_(spikes)  # by way of floats, as a CPU reads bools several times slower
     return u, spikes
-
-
-def spike_factor(codes, start, beta, dtype):
-    """exp(-beta dt) for every neuron and step: (n, M) of `dtype` from (n, M) codes; `start` is the step of row 0.
-
-    dt is the time since the last *earlier* spike, so the factor of row k is, with s the spikes,
-        e[k] = exp(-beta) max(e[k-1], s[k-1]),   e[0] = exp(-beta (start + 999))
-    """
-    factor = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    factor[0] = math.exp(-beta * (start + NEVER))
-    spikes = torch.empty_like(factor[0])
-    for k in range(1, len(codes)):
-        spikes.copy_(codes[k - 1] == k)
-        torch.maximum(factor[k - 1], spikes, out=factor[k]).mul_(math.exp(-beta))
-    return factor
 
 
 def linear_factor(potentials, threshold):
@@ -144,19 +118,30 @@ def linear_factor(potentials, threshold):
 
 
 def integrate_backward(grad, state, start, neuron):
-    """Turn the gradient of the spikes, `grad` (n, M), into that of the currents, in place.
+    """Turn the gradient of the spikes into that of the currents, in place.
 
-    state (n, M): the codes for STDB, linear_factor() of the potentials for Linear. start: the step of row 0.
-    With do/du = scale factor, from u(t) = lambda u(t-1) + I(t) - theta o(t), the reset without gradient:
-        g[k] = lambda g[k+1] + scale factor[k] grad[k]
+    grad (n, M): the gradient of the spikes times surrogate_scale(neuron). state (n, M): for STDB the spikes, bool; for
+    Linear linear_factor() of the potentials. start: the step of row 0.
+
+    With do/du = scale f, from u(t) = lambda u(t-1) + I(t) - theta o(t), the reset without gradient:
+        g[k] = lambda g[k+1] + f[k] grad[k]
+    STDB's f is exp(-beta dt), dt the time since the last *earlier* spike. So, with s the spikes,
+        f[k] = exp(-beta) max(f[k-1], s[k-1]),   f[0] = exp(-beta (start + 999))
     """
     if neuron.backend == 'triton':
         from self_models import kernels
         return kernels.integrate_backward(grad, state, start, neuron)
-    stdb, scale, leak = neuron.activation == 'STDB', surrogate_scale(neuron), neuron.leak
-    factor = spike_factor(state, start, neuron.beta, grad.dtype) if stdb else state
-    carried = torch.zeros_like(grad[0])
-    for k in reversed(range(len(grad))):
-        torch.addcmul(carried, factor[k], grad[k], value=scale, out=grad[k])
-        carried = grad[k] if leak == 1 else torch.mul(grad[k], leak, out=carried)
+    rows = grad.unbind()
+    if neuron.activation == 'Linear':
+        grad.mul_(state)
+    else:
+        factor = torch.full_like(rows[0], math.exp(-neuron.beta * (start + NEVER)))
+        spikes, decay = torch.empty_like(factor), math.exp(-neuron.beta)
+        rows[0].mul_(factor)
+        for row, fired in zip(rows[1:], state.view(torch.uint8).unbind(), strict=False):
+            spikes.copy_(fired)
+            row.mul_(torch.maximum(factor, spikes, out=factor).mul_(decay))
+    later = rows[-1]
+    for row in reversed(rows[:-1]):
+        later = row.add_(later, alpha=neuron.leak)
     return None

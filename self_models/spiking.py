@@ -2,7 +2,7 @@
 
 Layer by layer: a layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over
 T * B images and a scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever held;
-what training keeps of a layer is its codes, one byte for each neuron and step (see neuron.py).
+what training keeps of a layer is its spikes, one byte for each neuron and step (see neuron.py).
 
 Inside, a feature map is stored channels-last and flat: (n, B, N) with N = H * W * C, n the steps.
 """
@@ -24,15 +24,14 @@ CHUNK_BYTES = {'cpu': 32 << 20, 'cuda': 1 << 30}  # float working memory of a la
 class SpikeTrain:
     """The spikes of a layer at steps start ... start + n - 1, with the dropout and the pools that follow it.
 
-    codes: (n, B, N); where `binary`, the spikes themselves as 0 and 1, else codes as in neuron.py
+    fired: (n, B, N) bool
     shape: (C, H, W) or (features,) of the layer; N is its product
     mask: (B, N) factors held over time, or None; pools: 2x2 average pools after it
     link: (n, B, N') with N' after the pools; holds no data (stride 0), carries the gradient of floats(); or None
     """
-    codes: torch.Tensor
+    fired: torch.Tensor
     shape: tuple
     start: int
-    binary: bool = False
     mask: torch.Tensor = None
     pools: int = 0
     link: torch.Tensor = None
@@ -43,19 +42,12 @@ class SpikeTrain:
 
     @property
     def steps(self):
-        return len(self.codes)
-
-    def spikes(self, samples, rows):
-        """(m, b, N) bool, or 0 and 1, of m rows and b samples, before mask and pools."""
-        codes = self.codes[rows, samples]
-        if self.binary:
-            return codes
-        fired = torch.arange(rows.start + 1, rows.stop + 1, dtype=torch.int32, device=codes.device).to(codes.dtype)
-        return codes == fired.view(-1, 1, 1)
+        return len(self.fired)
 
     def floats(self, samples, rows, dtype):
         """What the next layer is given: (m * b, C, H', W') or (m * b, features), for m rows and b samples."""
-        x = self.spikes(samples, rows).to(dtype)
+        # as bytes, which a CPU reads several times faster than bools
+        x = self.fired.view(torch.uint8)[rows, samples].to(dtype, memory_format=torch.contiguous_format)
         if self.mask is not None:
             x.mul_(self.mask[samples])
         return self.pool(unflatten(x, self.shape))
@@ -67,23 +59,25 @@ class SpikeTrain:
 
     def total(self, rows, dtype):
         """floats() of all samples, summed over the steps of `rows`, a slice: (B, N')."""
-        counts = torch.zeros(self.codes.shape[1:], dtype=dtype, device=self.codes.device)
-        for k in range(rows.start, rows.stop):
-            counts += self.spikes(slice(None), slice(k, k + 1))[0]
+        counts = torch.zeros(self.fired.shape[1:], dtype=dtype, device=self.fired.device)
+        spikes = torch.empty_like(counts)
+        for row in self.fired.view(torch.uint8)[rows].unbind():
+            counts += spikes.copy_(row)
         if self.mask is not None:
             counts *= self.mask
         return flatten(self.pool(unflatten(counts[None], self.shape)), 1)[0]
 
-    def pull_back(self, grad, samples, dtype):
-        """The gradient of floats(), (n, b, N'), taken back through pools and mask: a new (n, b, N) of `dtype`."""
+    def pull_back(self, grad, samples, dtype, scale=1.0):
+        """The gradient of floats(), (n, b, N'), times scale, back through pools and mask: (n, b, N) of `dtype`."""
         steps, batch, _ = grad.shape
-        grad = grad.to(dtype, copy=True)
+        # each pixel of a 2x2 window gets a quarter
+        grad = torch.mul(grad.to(dtype), scale * 0.25 ** self.pools)
         for pool in range(self.pools, 0, -1):
             (h, w), (high, wide) = ([size >> p for size in self.shape[1:]] for p in (pool, pool - 1))
-            # each pixel of a 2x2 window gets a quarter; an odd last row or column belongs to no window
-            grad = (grad.mul_(0.25).view(-1, h, 1, w, 1, self.shape[0]).expand(-1, -1, 2, -1, 2, -1)
+            grad = (grad.view(-1, h, 1, w, 1, self.shape[0]).expand(-1, -1, 2, -1, 2, -1)
                     .reshape(-1, 2 * h, 2 * w, self.shape[0]))
-            grad = F.pad(grad, (0, 0, 0, wide - 2 * w, 0, high - 2 * h))
+            if (high, wide) != (2 * h, 2 * w):  # an odd last row or column belongs to no window
+                grad = F.pad(grad, (0, 0, 0, wide - 2 * w, 0, high - 2 * h))
         grad = grad.view(steps, batch, -1)
         return grad if self.mask is None else grad.mul_(self.mask[samples])
 
@@ -145,12 +139,18 @@ class Branch:
         shape = (len(grad), *self.train.pooled_shape)
         return nn.grad.conv2d_input(shape, weight, grad, stride=self.synapse.stride, padding=self.synapse.padding)
 
-    def weight_gradient(self, x, grad):
-        """The gradient of the weight from x and that of output(x, weight)."""
+    def weight_gradient(self, x, grad, total):
+        """The gradient of the weight from x and that of output(x, weight), added to `total` unless that is None."""
+        dtype = self.synapse.weight.dtype
         if isinstance(self.synapse, nn.Linear):
-            return grad.t() @ x.flatten(1)
-        return nn.grad.conv2d_weight(x, self.synapse.weight.shape, grad, stride=self.synapse.stride,
-                                     padding=self.synapse.padding)
+            x = x.flatten(1)
+            if total is not None and grad.dtype == dtype:
+                return total.addmm_(grad.t(), x)  # a classifier's weights are large: no second copy
+            part = grad.t() @ x
+        else:
+            part = nn.grad.conv2d_weight(x, self.synapse.weight.shape, grad, stride=self.synapse.stride,
+                                         padding=self.synapse.padding)
+        return part.to(dtype) if total is None else total.add_(part)
 
 
 def prepare(weight, dtype):
@@ -197,23 +197,23 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
     source, shape = branches[0].train, branches[0].output_shape()
     weights = [branch.weight for branch in branches if branch.weight is not None]
     dtype, compute_dtype, device = *dtypes(weights[0]), weights[0].device
-    batch, size = source.codes.shape[1], math.prod(shape)
-    codes = torch.empty(steps, batch, size, dtype=lif.code_dtype(steps), device=device)
+    batch, size = source.fired.shape[1], math.prod(shape)
+    fired = torch.empty(steps, batch, size, dtype=torch.bool, device=device)
     learns = torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or any(b.train.link is not None for b in branches))
-    # LinearSpike's gradient needs the potentials; STDB's is in the codes
-    factor = torch.empty(codes.shape, dtype=dtype, device=device) if learns and neuron.activation == 'Linear' else None
+    # LinearSpike's gradient needs the potentials; STDB's follows from the spikes
+    factor = torch.empty(fired.shape, dtype=dtype, device=device) if learns and neuron.activation == 'Linear' else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
         for samples in chunks(batch, working_bytes(branches, dtype), device):
             current = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
-            lif.integrate(current, codes[:, samples].flatten(1), neuron)
+            lif.integrate(current, fired[:, samples].flatten(1), neuron)
             if factor is not None:
                 factor[:, samples] = lif.linear_factor(current, neuron.threshold).view(factor[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
             mask = F.dropout(torch.ones(batch, size, dtype=dtype, device=device), dropout.p)
-    train = SpikeTrain(codes, shape, start + 1, mask=mask, pools=pools)
+    train = SpikeTrain(fired, shape, start + 1, mask=mask, pools=pools)
     if learns:
         inputs = [t for b in branches for t in (b.train.link, b.weight)]
         train.link = _LIFLayer.apply(train, factor, branches, neuron, compute_dtype, *inputs)
@@ -238,18 +238,18 @@ class _LIFLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, train, factor, branches, neuron, compute_dtype, *inputs):
-        tensors = [train.codes if factor is None else factor, train.mask]
+        tensors = [train.fired if factor is None else factor, train.mask]
         for branch in branches:
-            tensors += [branch.train.codes, branch.train.mask]
+            tensors += [branch.train.fired, branch.train.mask]
         ctx.save_for_backward(*tensors, *inputs[1::2])
         # without their tensors, so that those are freed with the saved ones, after the backward pass
-        ctx.train, *trains = (dataclasses.replace(t, codes=None, mask=None, link=None)
+        ctx.train, *trains = (dataclasses.replace(t, fired=None, mask=None, link=None)
                               for t in (train, *(branch.train for branch in branches)))
         ctx.branches = [Branch(t, branch.synapse) for t, branch in zip(trains, branches, strict=True)]
         ctx.neuron, ctx.compute_dtype = neuron, compute_dtype
         weight = next(w for w in inputs[1::2] if w is not None)
         size = math.prod(train.pooled_shape)
-        return weight.new_zeros(1, dtype=compute_dtype).expand(train.steps, train.codes.shape[1], size)
+        return weight.new_zeros(1, dtype=compute_dtype).expand(train.steps, train.fired.shape[1], size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -258,8 +258,8 @@ class _LIFLayer(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         weights = saved[-len(ctx.branches):]
         state = saved[0]
-        train = dataclasses.replace(ctx.train, codes=saved[0], mask=saved[1])
-        branches = [Branch(dataclasses.replace(branch.train, codes=saved[2 + 2 * i], mask=saved[3 + 2 * i]),
+        train = dataclasses.replace(ctx.train, fired=saved[0], mask=saved[1])
+        branches = [Branch(dataclasses.replace(branch.train, fired=saved[2 + 2 * i], mask=saved[3 + 2 * i]),
                            branch.synapse) for i, branch in enumerate(ctx.branches)]
         start, steps = window(branches)
         dtype = next(w for w in weights if w is not None).dtype
@@ -268,11 +268,11 @@ class _LIFLayer(torch.autograd.Function):
         link_grads, weight_grads = [None] * len(branches), [None] * len(branches)
         for i, branch in enumerate(branches):
             if wanted[i][0]:
-                batch, size = branch.train.codes.shape[1], math.prod(branch.train.pooled_shape)
+                batch, size = branch.train.fired.shape[1], math.prod(branch.train.pooled_shape)
                 link_grads[i] = grad.new_empty(branch.train.steps, batch, size)
                 link_grads[i][steps - (branch.train.start - start):] = 0  # spikes after the window reach nothing
         for samples in chunks(grad.shape[1], working_bytes(branches, dtype), grad.device):
-            g = train.pull_back(grad[:, samples], samples, dtype)
+            g = train.pull_back(grad[:, samples], samples, dtype, lif.surrogate_scale(neuron))
             lif.integrate_backward(g.flatten(1), state[:, samples].flatten(1), train.start, neuron)
             g = g.to(compute_dtype)
             for i, (branch, weight) in enumerate(zip(branches, prepared, strict=True)):
@@ -282,8 +282,7 @@ class _LIFLayer(torch.autograd.Function):
                 out = unflatten(g[branch.train.start - start:], train.shape)
                 if wanted[i][1]:
                     x = branch.train.floats(samples, rows, compute_dtype)
-                    part = branch.weight_gradient(x, out)
-                    weight_grads[i] = part.to(dtype) if weight_grads[i] is None else weight_grads[i].add_(part)
+                    weight_grads[i] = branch.weight_gradient(x, out, weight_grads[i])
                 if wanted[i][0]:
                     link_grads[i][rows, samples] = flatten(branch.input_gradient(out, weight), rows.stop)
         return None, None, None, None, None, *(g for pair in zip(link_grads, weight_grads, strict=True) for g in pair)
@@ -370,10 +369,10 @@ class SpikingNetwork(nn.Module):
     def encode(self, x, steps):
         """Poisson spikes of images x (B, C, H, W) at `steps` steps; a pixel's sign goes into the mask."""
         dtype = self.classifier[-1].weight.dtype
-        codes = torch.empty(steps, len(x), x[0].numel(), dtype=torch.uint8, device=x.device)
-        for row in codes:
+        fired = torch.empty(steps, len(x), x[0].numel(), dtype=torch.bool, device=x.device)
+        for row in fired:
             row.copy_(flatten(self.input_layer.fires(x), 1)[0])
-        return SpikeTrain(codes, tuple(x.shape[1:]), 0, binary=True, mask=flatten(x.sign().to(dtype), 1)[0])
+        return SpikeTrain(fired, tuple(x.shape[1:]), 0, mask=flatten(x.sign().to(dtype), 1)[0])
 
     def forward(self, x):
         """(B, C, H, W) float images -> (B, labels): the output currents W s summed over all time steps."""

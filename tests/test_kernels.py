@@ -14,8 +14,8 @@ if DEVICE == 'cpu':
 pytest.importorskip('triton')
 
 
-def both(steps, neurons, dtype=torch.float64, codes=torch.uint8, **options):
-    """(torch, triton), of each: potentials, codes and gradient of the currents of one run, and its last state."""
+def both(steps, neurons, dtype=torch.float64, **options):
+    """(torch, triton), of each: potentials, spikes and gradient of the currents of one run, and its last state."""
     values = {'threshold': 0.7, 'leak': 0.9, 'activation': 'STDB', 'alpha': 0.3, 'beta': 0.04, 'gamma': 0.3, **options}
     results = []
     for backend in ('torch', 'triton'):
@@ -24,16 +24,16 @@ def both(steps, neurons, dtype=torch.float64, codes=torch.uint8, **options):
                          for _ in range(2))
         neuron = lif.Neuron(**values, backend=backend)
         # rows apart from one another, as those of a few samples among many are
-        found = torch.full((steps, neurons + 5), 99, dtype=codes, device=DEVICE)
-        state = lif.integrate(current, found[:, 2:neurons + 2], neuron)
-        linear = lif.linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else found[:, 2:-3]
+        fired = torch.zeros(steps, neurons + 5, dtype=torch.bool, device=DEVICE)
+        state = lif.integrate(current, fired[:, 2:neurons + 2], neuron)
+        linear = lif.linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else fired[:, 2:-3]
         lif.integrate_backward(grad, linear, 3, neuron)
-        results.append((current, found, grad, *state))
+        results.append((current, fired, grad, *state))
     return results
 
 
 @pytest.mark.parametrize('steps, neurons', [(1, 1), (1, 300), (7, 256), (40, 513)])
-@pytest.mark.parametrize('options', [{}, {'leak': 1.0}, {'activation': 'Linear'}, {'codes': torch.int16}])
+@pytest.mark.parametrize('options', [{}, {'leak': 1.0}, {'activation': 'Linear'}])
 def test_against_the_plain_scans(steps, neurons, options):
     plain, fused = both(steps, neurons, **options)
     assert torch.equal(plain[1], fused[1])  # the spikes, and nothing beside them
@@ -42,9 +42,9 @@ def test_against_the_plain_scans(steps, neurons, options):
 
 
 def test_float32_is_close_to_float64():
-    (potentials, codes, grad, *_), _ = both(30, 400)
-    _, (potentials32, codes32, grad32, *_) = both(30, 400, dtype=torch.float32)
-    same = (codes == codes32).all(0)[2:402]  # a potential at the threshold may round to either side
+    (_, fired, grad, *_), _ = both(30, 400)
+    _, (potentials32, fired32, grad32, *_) = both(30, 400, dtype=torch.float32)
+    same = (fired == fired32).all(0)[2:402]  # a potential at the threshold may round to either side
     assert potentials32.dtype == torch.float32 and same.float().mean() > 0.99
     assert torch.allclose(grad32[:, same].double(), grad[:, same], rtol=1e-4, atol=1e-5)
 
@@ -52,11 +52,11 @@ def test_float32_is_close_to_float64():
 def test_state_goes_on_from_call_to_call():
     neuron = lif.Neuron(0.7, 0.9, 'STDB', 0.3, 0.04, 0.3, 'triton')
     current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
-    codes = torch.zeros(12, 50, dtype=torch.uint8, device=DEVICE)
+    fired = torch.zeros(12, 50, dtype=torch.bool, device=DEVICE)
     whole = current.clone()
-    lif.integrate(whole, codes, neuron)
-    state = lif.integrate(current[:5], codes[:5], neuron)
-    lif.integrate(current[5:], codes[5:], neuron, state)
+    lif.integrate(whole, fired, neuron)
+    state = lif.integrate(current[:5], fired[:5], neuron)
+    lif.integrate(current[5:], fired[5:], neuron, state)
     assert torch.equal(whole, current)
 
 
