@@ -17,7 +17,7 @@ from self_models import neuron as lif
 from self_models.layers import initialize
 from self_models.neuron import PoissonGenerator
 
-CHUNK_BYTES = {'cpu': 32 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
+CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
 
 
 @dataclasses.dataclass
@@ -97,9 +97,14 @@ def flatten(x, steps):
     return x.reshape(steps, -1, math.prod(x.shape[1:]))
 
 
-def chunks(batch, sample_bytes, device):
-    """Slices over `batch` samples, each of as many as fit into the working memory, at least one."""
-    size = max(1, CHUNK_BYTES[device.type] // max(1, sample_bytes))
+def chunks(batch, sample_bytes, weights):
+    """Slices over `batch` samples, each of as many as fit into the working memory, at least one.
+
+    weights: of the layer. Its memory is no smaller than they are, or the time would go into adding up their gradients.
+    """
+    known = [weight for weight in weights if weight is not None]
+    size = max(CHUNK_BYTES[known[0].device.type], *(weight.nbytes for weight in known)) // max(1, sample_bytes)
+    size = max(1, size)
     return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
 
 
@@ -205,7 +210,7 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
     factor = torch.empty(fired.shape, dtype=dtype, device=device) if learns and neuron.activation == 'Linear' else None
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
-        for samples in chunks(batch, working_bytes(branches, dtype), device):
+        for samples in chunks(batch, working_bytes(branches, dtype), weights):
             current = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
             lif.integrate(current, fired[:, samples].flatten(1), neuron)
             if factor is not None:
@@ -271,7 +276,7 @@ class _LIFLayer(torch.autograd.Function):
                 batch, size = branch.train.fired.shape[1], math.prod(branch.train.pooled_shape)
                 link_grads[i] = grad.new_empty(branch.train.steps, batch, size)
                 link_grads[i][steps - (branch.train.start - start):] = 0  # spikes after the window reach nothing
-        for samples in chunks(grad.shape[1], working_bytes(branches, dtype), grad.device):
+        for samples in chunks(grad.shape[1], working_bytes(branches, dtype), weights):
             g = train.pull_back(grad[:, samples], samples, dtype, lif.surrogate_scale(neuron))
             lif.integrate_backward(g.flatten(1), state[:, samples].flatten(1), train.start, neuron)
             g = g.to(compute_dtype)
