@@ -89,15 +89,14 @@ def main(args):
         # the output adds up over T steps; see the README on why its mean is what trains
         return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
 
-    def extra():
-        return {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
-                'activation': model.activation}
-
     test_say = say if args.test_acc_every_batch else None
     results = []  # (what, accuracy)
     if not source and args.pretrained_ann:
         results.append(('ANN', convert(model, data, device, args, say)))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
+    # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
+    extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
+             'activation': model.activation}
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
@@ -111,9 +110,9 @@ def main(args):
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
             files.set_aside(paths, say)
-            engine.save(paths, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra())
+            engine.save(paths, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra)
     if not args.test_only:
-        best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra(), say, patience=5,
+        best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
                           fresh=fresh, done=done, best=best, train_say_every=args.train_acc_batches,
                           test_say=test_say)
         results.append((f'SNN, best epoch ({best[1]})', best[0]))

@@ -46,24 +46,23 @@ def load_data(args):
 
 def build_ann(args, data):
     """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
-    common = dict(labels=len(data.classes), dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape)
-    try:
-        if args.architecture.startswith('VGG'):
-            return self_models.VGG(args.architecture, kernel_size=args.kernel_size, **common)
-        return self_models.ResNet(args.architecture, **common)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return _build(self_models.VGG, self_models.ResNet, args, data)
 
 
 def build_snn(args, data):
     """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
-    common = dict(activation=args.activation, labels=len(data.classes), timesteps=args.timesteps, leak=args.leak,
-                  default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma,
-                  dropout=args.dropout, dataset=args.dataset, input_shape=data.input_shape, backend=args.backend)
+    return _build(self_models.VGG_SNN_STDB, self_models.RESNET_SNN_STDB, args, data,
+                  activation=args.activation, timesteps=args.timesteps, leak=args.leak, backend=args.backend,
+                  default_threshold=args.default_threshold, alpha=args.alpha, beta=args.beta, gamma=args.gamma)
+
+
+def _build(vgg, resnet, args, data, **options):
+    options |= {'labels': len(data.classes), 'dropout': args.dropout, 'dataset': args.dataset,
+                'input_shape': data.input_shape}
     try:
         if args.architecture.startswith('VGG'):
-            return self_models.VGG_SNN_STDB(args.architecture, kernel_size=args.kernel_size, **common)
-        return self_models.RESNET_SNN_STDB(args.architecture, **common)
+            return vgg(args.architecture, kernel_size=args.kernel_size, **options)
+        return resnet(args.architecture, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
 

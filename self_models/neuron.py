@@ -130,7 +130,8 @@ def integrate_backward(grad, state, start, neuron):
     """
     if neuron.backend == 'triton':
         from self_models import kernels
-        return kernels.integrate_backward(grad, state, start, neuron)
+        kernels.integrate_backward(grad, state, start, neuron)
+        return
     rows = grad.unbind()
     if neuron.activation == 'Linear':
         grad.mul_(state)
@@ -144,4 +145,3 @@ def integrate_backward(grad, state, start, neuron):
     later = rows[-1]
     for row in reversed(rows[:-1]):
         later = row.add_(later, alpha=neuron.leak)
-    return None

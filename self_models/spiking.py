@@ -103,8 +103,8 @@ def chunks(batch, sample_bytes, weights):
     weights: of the layer. Its memory is no smaller than they are, or the time would go into adding up their gradients.
     """
     known = [weight for weight in weights if weight is not None]
-    size = max(CHUNK_BYTES[known[0].device.type], *(weight.nbytes for weight in known)) // max(1, sample_bytes)
-    size = max(1, size)
+    memory = max(CHUNK_BYTES[known[0].device.type], *(weight.nbytes for weight in known))
+    size = max(1, memory // max(1, sample_bytes))
     return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
 
 
