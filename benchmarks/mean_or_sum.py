@@ -1,0 +1,48 @@
+"""Why the loss sees the output's mean: which images the gradient of a converted network's loss comes from.
+
+    python benchmarks/mean_or_sum.py --pretrained_ann trained_models/ann/ann_vgg5_mnist.pth -a VGG5 --dataset MNIST \\
+        --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0
+
+Takes the flags of snn.py. Prints, for 512 training images in training mode, how many are misclassified, what share of
+the gradient's norm at the logits those supply, and how many images have a norm below 0.05.
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import snn  # noqa: E402
+from experiment import engine, options, setup  # noqa: E402
+from experiment.convert import convert  # noqa: E402
+from experiment.data import epoch_loader  # noqa: E402
+
+IMAGES = 512
+
+
+def main(args):
+    device = setup.set_up_device(args)
+    setup.choose_backend(args, device)
+    data = setup.load_data(args)
+    engine.seed_all(args.seed)
+    model = setup.build_snn(args, data).to(device)
+    convert(model, data, device, args, print)
+    model.train()
+    seed = engine.seed_for(args.seed, 1)
+    engine.seed_all(seed)
+    images, labels = next(iter(epoch_loader(data.train, IMAGES, seed=seed, shuffle=True)))
+    with torch.no_grad():
+        logits = torch.cat([model(part.to(device)).cpu() for part in images.split(args.batch_size)])
+    wrong = logits.argmax(1) != labels
+    print(f'{len(labels)} training images, {wrong.float().mean():.0%} misclassified')
+    for output, seen in (('mean', logits / args.timesteps), ('sum', logits)):
+        # the cross-entropy's gradient at the logits: softmax - one-hot
+        norms = (seen.softmax(1) - F.one_hot(labels, logits.shape[1])).norm(dim=1)
+        print(f'{output}: loss {F.cross_entropy(seen, labels):.2f}; {norms[wrong].sum() / norms.sum():.0%} of the '
+              f'gradient from the misclassified; {(norms < 0.05).float().mean():.0%} of the images below 0.05')
+
+
+if __name__ == '__main__':
+    options.run(main, snn.get_args_parser().parse_args(), 'mean_or_sum.py')
