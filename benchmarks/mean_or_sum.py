@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import snn  # noqa: E402
-from experiment import engine, options, setup  # noqa: E402
+from experiment import UserError, engine, options, setup  # noqa: E402
 from experiment.convert import convert  # noqa: E402
 from experiment.data import epoch_loader  # noqa: E402
 
@@ -23,6 +23,8 @@ IMAGES = 512
 
 
 def main(args):
+    if not args.pretrained_ann:
+        raise UserError('--pretrained_ann: name the ANN whose conversion is to be looked at')
     device = setup.set_up_device(args)
     setup.choose_backend(args, device)
     data = setup.load_data(args)
