@@ -48,7 +48,7 @@ def get_args_parser():
 def main(args):
     import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
 
-    from experiment import checkpoint, engine, files, log, setup
+    from experiment import checkpoint, engine, files, log, metrics, setup
     from experiment.convert import convert
 
     device = setup.set_up_device(args)
@@ -60,7 +60,7 @@ def main(args):
         notes.append(setup.adopt(args, state, args.pretrained_snn))
     name = files.identifier('snn', args)
     paths = files.paths('snn', name)
-    source = setup.resume_file(args, paths[1])
+    source = setup.resume_file(args, paths.last)
     if source:
         state = checkpoint.load(source, 'snn')
         notes.append(f'resumed after epoch {state.get("epoch")}; ' + setup.adopt(args, state, source))
@@ -90,37 +90,42 @@ def main(args):
         return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
 
     test_say = say if args.test_acc_every_batch else None
+    chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
     results = []  # (what, accuracy)
     if not source and args.pretrained_ann:
-        results.append(('ANN', convert(model, data, device, args, say)))
+        results.append(('ANN', convert(model, data, chosen_on, device, args, say)))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
     # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
     extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
-             'activation': model.activation}
+             'activation': model.activation, 'classes': data.classes}
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
+    history = state['history'] if source else []
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
         at = sorted({max(1, args.timesteps * i // 10) for i in range(1, 11)})
-        start, curve = engine.test_over_time(model, data, loss_function, device, args, test_say, at)
+        start, curve = engine.test_over_time(model, getattr(data, chosen_on), loss_function, device, args, test_say, at)
         what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
         results.append((f'{what} SNN', start.accuracy))
-        say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-        say('test accuracy after time steps: ' + ', '.join(f'{t}: {value:.2%}' for t, value in zip(at, curve)))
+        say(f'{what} SNN: {chosen_on} accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
+        say(f'{chosen_on} accuracy after time steps: ' + ', '.join(f'{t}: {a:.2%}' for t, a in zip(at, curve)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
             files.set_aside(paths, say)
-            engine.save(paths, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra)
+            history.append({'epoch': 0, f'{chosen_on}_loss': start.loss, f'{chosen_on}_accuracy': start.accuracy,
+                            **({'ann_accuracy': results[0][1]} if args.pretrained_ann else {}),
+                            'curve': dict(zip(map(str, at), curve))})
+            engine.save(paths, True, best, model, optimizer, args, history, accuracy=start.accuracy, epoch=0, **extra)
     if not args.test_only:
         best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
-                          fresh=fresh, done=done, best=best, train_say_every=args.train_acc_batches,
-                          test_say=test_say)
+                          fresh=fresh, history=history, done=done, best=best, train_say_every=args.train_acc_batches,
+                          test_say=test_say, board=metrics.open_board('snn', name, args.tensorboard))
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
-    say('\n'.join(['', f'{"":<24}{"test accuracy":>14}{"time steps":>12}',
-                   *(f'{what:<24}{accuracy:>14.2%}{"-" if what == "ANN" else args.timesteps:>12}'
+    say('\n'.join(['', f'{"":<24}{f"{chosen_on} accuracy":>20}{"time steps":>12}',
+                   *(f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}'
                      for what, accuracy in results)]))
     if not args.test_only:
-        say(f'saved in {paths[0]}')
+        say(f'saved in {paths.best}')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
 import contextlib
 import io
+import math
 import os
 import socket
 from functools import partial
@@ -31,6 +32,12 @@ class Data(NamedTuple):
     test: Dataset
     classes: list       # names
     input_shape: tuple  # (C, H, W)
+    validation: Dataset = None  # held out of the training set, to choose the best epoch on
+
+    @property
+    def selection(self):
+        """The name of the set that epochs are compared on."""
+        return 'test' if self.validation is None else 'validation'
 
 
 class Pictures(Dataset):
@@ -73,11 +80,13 @@ def crop_and_flip(images, padding=4):
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
 
 
-def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0):
+def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
     train_samples, test_samples: take so many images at random, the same ones for the same seed.
+    validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
+    from its beginning, those held out are its end, so they are the same ones whatever train_samples.
     """
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:
@@ -88,23 +97,33 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
         train, test, classes = _folders(name, root)
     else:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
-    train, test = _subset(*train, train_samples, seed, 'train'), _subset(*test, test_samples, seed, 'test')
+    held_out = _subset(*train, round(validation_fraction * len(train[1])), seed, 'train', from_end=True)
+    left = len(train[1]) - len(held_out[1])
+    if left < (train_samples or 1) and validation_fraction:
+        raise UserError(f'--validation_fraction {validation_fraction} leaves {left} of {len(train[1])} train images; '
+                        'hold out a smaller part, or ask for fewer with --train_samples')
+    train = _subset(*train, train_samples or left, seed, 'train')
+    test = _subset(*test, test_samples, seed, 'test')
 
+    augment, how, test_how, shape = True, {}, {}, None
     if name == 'IMAGENET':
         from torchvision.transforms import v2
-        train = Pictures(*train, prepare=v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]))
-        test = Pictures(*test, prepare=v2.Compose([v2.Resize(256), v2.CenterCrop(224)]))
-        return Data(train, test, classes, (3, 224, 224))
-    if name == 'FOLDER':
-        resize = partial(_resize, size=image_size)
-        if (len(train[1]) + len(test[1])) * 3 * image_size ** 2 <= IN_MEMORY_BYTES:
-            train, test = [(_decode(files, resize, image_size), labels) for files, labels in (train, test)]
-        train, test = Pictures(*train, augment=True, prepare=resize), Pictures(*test, prepare=resize)
-        return Data(train, test, classes, (3, image_size, image_size))
-    plain = name in ('MNIST', 'FASHIONMNIST', 'DIGITS')
-    kind = {'top': 16 if name == 'DIGITS' else 255, 'signed': not plain}
-    train, test = Pictures(*train, augment=not plain, **kind), Pictures(*test, **kind)
-    return Data(train, test, classes, tuple(train.images.shape[1:]))
+        augment = False  # the transform does it
+        how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
+        test_how = {'prepare': v2.Compose([v2.Resize(256), v2.CenterCrop(224)])}
+        shape = (3, 224, 224)
+    elif name == 'FOLDER':
+        resize, shape = partial(_resize, size=image_size), (3, image_size, image_size)
+        if sum(len(labels) for _, labels in (train, held_out, test)) * math.prod(shape) <= IN_MEMORY_BYTES:
+            train, held_out, test = [(_decode(files, resize, image_size) if files else files, labels)
+                                     for files, labels in (train, held_out, test)]
+        how = test_how = {'prepare': resize}
+    else:
+        augment = name in ('CIFAR10', 'CIFAR100')
+        how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
+        shape = tuple(train[0].shape[1:])
+    return Data(Pictures(*train, augment=augment, **how), Pictures(*test, **test_how), classes, shape,
+                Pictures(*held_out, **test_how) if len(held_out[1]) else None)
 
 
 def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False):
@@ -157,12 +176,14 @@ def _error_as_value(make, indices):
         return error
 
 
-def _subset(images, labels, samples, seed, part):
+def _subset(images, labels, samples, seed, part, from_end=False):
+    """`samples` of the images and labels, from the beginning or the end of the order that the seed gives them."""
     if samples is None:
         return images, labels
     if samples > len(labels):
         raise UserError(f'--{part}_samples {samples}: there are {len(labels)} {part} images; ask for fewer')
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = (order[len(order) - samples:] if from_end else order[:samples]).sort().values
     images = images[chosen] if isinstance(images, torch.Tensor) else [images[index] for index in chosen.tolist()]
     return images, labels[chosen]
 

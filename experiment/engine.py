@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, files, log
+from experiment import UserError, checkpoint, files, log, metrics
 from experiment.data import epoch_loader
 
 
@@ -111,31 +111,33 @@ def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None)
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
-def test(model, data, loss_function, device, args, say=None):
-    """The Metrics on all test images, always with the same random draws: a checkpoint gives its accuracy again."""
-    return test_over_time(model, data, loss_function, device, args, say)[0]
+def test(model, dataset, loss_function, device, args, say=None):
+    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
+    return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
 
-def test_over_time(model, data, loss_function, device, args, say=None, at=None):
+def test_over_time(model, dataset, loss_function, device, args, say=None, at=None):
     """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
     seed_all(seed_for(args.seed, 0))
-    loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
+    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
-def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, done=0, best=None,
-        train_say_every=None, test_say=None):
-    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch).
+def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, history, done=0,
+        best=None, train_say_every=None, test_say=None, board=None):
+    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch), and leaves the model at that epoch.
 
-    paths: (best, last), of the checkpoints. extra: what goes into them beside the weights. best: (accuracy,
-    epoch) so far. patience: epochs after which a network no better than chance stops the run with a UserError.
-    fresh: checkpoints of this name are an earlier run's, to be set aside before the first is written.
+    Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
+    paths: of the run's files. extra: what goes into checkpoints beside the weights. history: the metrics of the epochs
+    so far, a list of dicts, which grows. best: (accuracy, epoch) so far. patience: epochs after which a network no
+    better than chance stops the run with a UserError. fresh: files of this name are an earlier run's, to be set
+    aside before the first is written. board: a SummaryWriter for TensorBoard, or None.
     """
-    best = best or (-1.0, 0)
+    best, chosen_on = best or (-1.0, 0), data.selection
     if done >= args.epochs:
         say(f'{done} epochs are done already; a larger --epochs trains on')
     pin_memory = device.type == 'cuda'
-    say(log.heading())
+    say(log.heading(chosen_on))
     for epoch in range(done + 1, args.epochs + 1):
         start = time.perf_counter()
         for group in optimizer.param_groups:
@@ -144,35 +146,57 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         seed_all(seed)
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed, shuffle=True, pin_memory=pin_memory)
         trained = train_epoch(model, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
-        tested = test(model, data, loss_function, device, args, test_say)
+        tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
         improved = tested.accuracy > best[0]
         if improved:
             best = tested.accuracy, epoch
-        if fresh and epoch == done + 1:
+        if fresh:
             files.set_aside(paths, say)
-        save(paths, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
-        say(log.epoch_line(epoch, optimizer.param_groups[0]['lr'], *trained, *tested, best[0],
-                           time.perf_counter() - start))
+            fresh = False
+        history.append({
+            'epoch': epoch, 'learning_rate': optimizer.param_groups[0]['lr'],
+            'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
+            f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy,
+            'best_accuracy': best[0], 'seconds': time.perf_counter() - start})
+        save(paths, improved, best, model, optimizer, args, history, accuracy=tested.accuracy, epoch=epoch, **extra)
+        say(log.epoch_line(history[-1]))
+        if board:
+            metrics.to_board(board, history[-1])
         # 0.15 for ten classes, as published
         if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
+    if fresh:  # no epoch ran, so no file of this name is this run's
+        return best
+    checkpoint.load_weights(model, checkpoint.read(paths.best), paths.best)
+    if data.validation is not None:
+        tested = test(model, data.test, loss_function, device, args, test_say)
+        say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {best[1]}, which had the best '
+            f'validation accuracy, {best[0]:.2%}')
+        next(entry for entry in history if entry['epoch'] == best[1]).update(
+            test_loss=tested.loss, test_accuracy=tested.accuracy)
+        metrics.write(paths.metrics, args, history)
     return best
 
 
-def save(paths, improved, best, model, optimizer, args, **state):
-    """Write the checkpoint to resume from and, where this epoch is the best, first that of the best."""
+def save(paths, improved, best, model, optimizer, args, history, **state):
+    """Write the checkpoint to resume from, before it, where this epoch is the best, that of the best, and the metrics.
+
+    The history goes into the checkpoints too, so that the metrics file of a resumed run is whole.
+    """
     state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
-             'args': log.arguments(args)}
-    for path in paths if improved else paths[1:]:
+             'args': log.arguments(args), 'history': history}
+    for path in (paths.best, paths.last) if improved else (paths.last,):
         checkpoint.save(state, path)
+    metrics.write(paths.metrics, args, history)
 
 
 def resume_optimizer(optimizer, state, path, args):
     """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError."""
     best, saved = state.get('best'), state.get('args')
     if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
-            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)):
+            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
+            and isinstance(state.setdefault('history', []), list)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
     for flag in ('optimizer', 'amsgrad'):
         if saved.get(flag) != getattr(args, flag):

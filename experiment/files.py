@@ -2,6 +2,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from experiment import UserError
 
@@ -14,31 +15,38 @@ def identifier(kind, args):
     return f'{kind}_{args.architecture}_{args.dataset}'.lower() + steps
 
 
+class Paths(NamedTuple):
+    """Where a run keeps the checkpoint of its best epoch, the one to resume from, and a line of numbers an epoch."""
+    best: Path
+    last: Path
+    metrics: Path
+
+
 def paths(kind, name):
-    """(best, last): where a run keeps the checkpoint of its best epoch and the one to resume from."""
+    """The Paths of the run `name`."""
     folder = Path('trained_models', kind)
-    return folder / f'{name}.pth', folder / f'{name}.last.pth'
+    return Paths(folder / f'{name}.pth', folder / f'{name}.last.pth', Path('logs', kind, f'{name}.jsonl'))
 
 
 def is_own(source, files):
     """Whether the checkpoint `source` that a run resumes from is that run's own last one."""
-    return source is not None and os.path.realpath(source) == os.path.realpath(files[1])
+    return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
 def check_writable(files):
-    """Raise UserError, before hours of training, where checkpoints cannot be written."""
-    folder = files[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f'{folder}: cannot write checkpoints there ({error.strerror}); '
-                        'make the folder writable or start in another one') from error
+    """Raise UserError, before hours of training, where a run's files cannot be written."""
+    for folder in (files.best.parent, files.metrics.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f'{folder}: cannot write there ({error.strerror}); '
+                            'make the folder writable or start in another one') from error
 
 
 def set_aside(files, say):
-    """Keep the checkpoints that an earlier run of the same name left, as previous.N.<name>."""
+    """Keep the files that an earlier run of the same name left, as previous.N.<name>."""
     number = 1
     while any(path.with_name(f'previous.{number}.{path.name}').exists() for path in files):
         number += 1

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 
-COLUMNS = [  # heading, width, how the value is written
-    ('epoch', 7, '{}'), ('lr', 9, '{:.2g}'), ('train loss', 12, '{:.4f}'), ('train acc', 11, '{:.2%}'),
-    ('test loss', 11, '{:.4f}'), ('test acc', 10, '{:.2%}'), ('best', 9, '{:.2%}'), ('time', 8, '{:.0f}s')]
+COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value is written
+    'epoch': ('epoch', 7, '{}'), 'learning_rate': ('lr', 9, '{:.2g}'),
+    'train_loss': ('train loss', 12, '{:.4f}'), 'train_accuracy': ('train acc', 11, '{:.2%}'),
+    'validation_loss': ('val loss', 11, '{:.4f}'), 'validation_accuracy': ('val acc', 10, '{:.2%}'),
+    'test_loss': ('test loss', 11, '{:.4f}'), 'test_accuracy': ('test acc', 10, '{:.2%}'),
+    'best_accuracy': ('best', 9, '{:.2%}'), 'seconds': ('time', 8, '{:.0f}s')}
 
 
 def open_log(kind, identifier, to_file):
@@ -35,10 +38,12 @@ def arguments(args):
     return {key: value for key, value in vars(args).items() if key != 'given'}
 
 
-def heading():
-    return ''.join(f'{name:>{width}}' for name, width, _ in COLUMNS)
+def heading(selection):
+    """The heading of the lines of epoch_line(). selection: 'test' or 'validation', the set that epochs run on."""
+    other = 'test' if selection == 'validation' else 'validation'
+    return ''.join(f'{name:>{width}}' for key, (name, width, _) in COLUMNS.items() if not key.startswith(other))
 
 
-def epoch_line(*values):
-    """One line of the table whose heading is heading()."""
-    return ''.join(f'{how.format(value):>{width}}' for value, (_, width, how) in zip(values, COLUMNS, strict=True))
+def epoch_line(entry):
+    """One line of the table: an epoch's entry in the metrics."""
+    return ''.join(f'{how.format(entry[key]):>{width}}' for key, (_, width, how) in COLUMNS.items() if key in entry)

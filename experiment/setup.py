@@ -41,7 +41,8 @@ def choose_backend(args, device):
 
 def load_data(args):
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
-    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
+    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed,
+                     args.validation_fraction)
 
 
 def build_ann(args, data):
