@@ -29,8 +29,8 @@ class RESNET_SNN_STDB(SpikingNetwork):
     def balanced_stages(self):
         return stages_of(self.pre_process)
 
-    def hidden(self, train):
-        train = yield from self.chain(train)
+    def convolutional(self, train):
+        train = yield from self.chain(train, self.balanced_stages())
         index = self.balanced
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             conv1, _, dropout, conv2 = block.residual
@@ -41,6 +41,7 @@ class RESNET_SNN_STDB(SpikingNetwork):
             train = lif_layer(branches, self.neuron(index + 1))
             yield branches, train
             index += 2
+        return train
 
     def readout(self, counts):
         return super().readout(self.final_pool(counts))
