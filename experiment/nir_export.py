@@ -2,18 +2,17 @@
 
 NIR's neurons are differential equations; these constants make their Euler step of length dt that of the network:
 
-    IF    dv/dt = r I                     v <- v + dt r I
-    LIF   tau dv/dt = v_leak - v + r I    v <- v + dt/tau (v_leak - v + r I)
+    IF, where leak is 1     dv/dt = r I                    v <- v + dt r I                      = v + I
+        dt = 1, r = 1
+    LIF, elsewhere          tau dv/dt = v_leak - v + r I   v <- v + dt/tau (v_leak - v + r I)   = leak v + I
+        dt = 1e-4, tau = dt / (1 - leak), r = tau / dt = 1 / (1 - leak), v_leak = 0
 
-    IF    where leak is 1:  dt = 1, r = 1:                                                       v <- v + I
-    LIF   elsewhere:        dt = 1e-4, tau = dt / (1 - leak), r = tau / dt, v_leak = 0:          v <- leak v + I
-
-The two dt are those that importers presume: they take an IF's input as it is (snnTorch,
-Norse, sinabs), and 1e-4 for an LIF's step (snnTorch, SpikingJelly); the file names its dt.
+The two dt are what importers presume (an r of 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly), and
+the file names its own.
 
 NIR knows one reset, v <- v_reset. The network's, v <- v - threshold, and that it fires on the potential before the
-step's input, are in the graph's metadata, with the input's encoding and what the output is. This is all that is needed
-to run the file (a test does). A tool that does not read the metadata runs another network.
+step's input, are in the graph's metadata, with the input's encoding and what the output is. That is all it takes to run
+the file (a test does). A tool that does not heed the metadata runs another network.
 """
 import io
 import os
