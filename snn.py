@@ -42,15 +42,20 @@ def get_args_parser():
     add('--test_acc_every_batch', action=options.Switch, help='say the accuracy after every test batch')
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
         help='say training accuracy after every N batches; default %(default)s')
+    add = parser.add_argument_group('results').add_argument
+    add('--export_nir', type=options.file, metavar='FILE',
+        help='write the network, of the best epoch or as tested, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
     import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
 
-    from experiment import checkpoint, engine, files, log, metrics, setup
+    from experiment import checkpoint, engine, files, log, metrics, nir_export, setup
     from experiment.convert import convert
 
+    if args.export_nir:
+        nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     setup.choose_backend(args, device)
     data = setup.load_data(args)
@@ -126,6 +131,9 @@ def main(args):
                      for what, accuracy in results)]))
     if not args.test_only:
         say(f'saved in {paths.best}')
+    if args.export_nir:
+        say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
+                              dataset=args.dataset))
 
 
 if __name__ == '__main__':
