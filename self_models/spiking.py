@@ -323,9 +323,9 @@ def stages_of(modules):
 class SpikingNetwork(nn.Module):
     """What the spiking VGG and ResNet share: hyper-parameters, thresholds, input and output.
 
-    A subclass builds its modules, calls `set_layers` and defines `hidden(train) -> SpikeTrain` and
-    `balanced_stages()`. `self.thresholds` holds the threshold of every LIF layer, in order. Nothing is kept from one
-    forward pass to the next.
+    A subclass builds its modules, calls `set_layers` and defines `balanced_stages()` and `hidden(train)`, which yields
+    the inputs [Branch, ...] and the SpikeTrain of one LIF layer after another. `self.thresholds` holds the threshold of
+    every LIF layer, in order. Nothing is kept from one forward pass to the next.
     """
 
     def __init__(self, activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate):
@@ -410,13 +410,22 @@ class SpikingNetwork(nn.Module):
 
     def last_spikes(self, x):
         """The spikes that the output layer receives from images x (B, C, H, W)."""
+        for branches, train in self.layers(x):
+            del branches  # else the spikes before these would be held while the next layer runs
+        return train
+
+    def layers(self, x):
+        """Yield the inputs [Branch, ...] and the SpikeTrain of every LIF layer, in the order of `layer_names`, as
+        images x (B, C, H, W) go through. `timesteps` must be above `depth`."""
         # a layer delays by one step, so of T input steps the last `depth` cannot reach the output
         return self.hidden(self.encode(x, self.timesteps - self.depth))
 
     def chain(self, train):
-        """The balanced LIF layers, one after the other."""
+        """The balanced LIF layers, one after the other: yields what `layers` does, returns the last train."""
         for index, (synapse, dropout, pools) in enumerate(self.balanced_stages()):
-            train = lif_layer([Branch(train, synapse)], self.neuron(index), dropout, pools)
+            branches = [Branch(train, synapse)]
+            train = lif_layer(branches, self.neuron(index), dropout, pools)
+            yield branches, train
         return train
 
     def readout(self, counts):
