@@ -42,13 +42,15 @@ def get_args_parser():
     add('--test_acc_every_batch', action=options.Switch, help='say the accuracy after every test batch')
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
         help='say training accuracy after every N batches; default %(default)s')
+    add('--report', type=options.file, metavar='DIR',
+        help='write figures and report.json of the network tested, or of the best epoch, into this folder')
     return parser
 
 
 def main(args):
     import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
 
-    from experiment import checkpoint, engine, files, log, setup
+    from experiment import checkpoint, engine, files, log, report, setup
     from experiment.convert import convert
 
     device = setup.set_up_device(args)
@@ -67,6 +69,8 @@ def main(args):
         name = files.identifier('snn', args)
         paths = files.paths('snn', name)
 
+    if args.report and args.test_only and state:
+        report.adopt(args, state)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
@@ -76,6 +80,8 @@ def main(args):
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
         files.check_writable(paths)
+    if args.report:
+        report.check(args.report, model)
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
@@ -89,6 +95,9 @@ def main(args):
         # the output adds up over T steps; see the README on why its mean is what trains
         return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
 
+    def time_steps(points):
+        return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})
+
     test_say = say if args.test_acc_every_batch else None
     results = []  # (what, accuracy)
     if not source and args.pretrained_ann:
@@ -101,12 +110,13 @@ def main(args):
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
-        at = sorted({max(1, args.timesteps * i // 10) for i in range(1, 11)})
+        at = time_steps(100 if args.report else 10)
         start, curve = engine.test_over_time(model, data, loss_function, device, args, test_say, at)
         what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
         results.append((f'{what} SNN', start.accuracy))
         say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-        say('test accuracy after time steps: ' + ', '.join(f'{t}: {value:.2%}' for t, value in zip(at, curve)))
+        say('test accuracy after time steps: ' + ', '.join(
+            f'{t}: {value:.2%}' for t, value in zip(at, curve) if t in time_steps(10)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
             files.set_aside(paths, say)
@@ -121,6 +131,13 @@ def main(args):
                      for what, accuracy in results)]))
     if not args.test_only:
         say(f'saved in {paths[0]}')
+    if args.report:
+        tested = source or args.pretrained_snn
+        if not args.test_only:
+            tested, at = paths[0], time_steps(100)
+            checkpoint.load_snn(model, checkpoint.load(tested, 'snn'), tested)
+            _, curve = engine.test_over_time(model, data, loss_function, device, args, None, at)
+        report.write(args.report, model, data, device, args, at, curve, dict(results).get('ANN'), tested, say)
 
 
 if __name__ == '__main__':

@@ -25,15 +25,15 @@ def is_own(source, files):
     return source is not None and os.path.realpath(source) == os.path.realpath(files[1])
 
 
-def check_writable(files):
-    """Raise UserError, before hours of training, where checkpoints cannot be written."""
+def check_writable(files, what='checkpoints'):
+    """Raise UserError, before hours of training, where files cannot be written; the text calls them `what`."""
     folder = files[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f'{folder}: cannot write checkpoints there ({error.strerror}); '
+        raise UserError(f'{folder}: cannot write {what} there ({error.strerror}); '
                         'make the folder writable or start in another one') from error
 
 

@@ -411,8 +411,9 @@ class SpikingNetwork(nn.Module):
     def last_spikes(self, x):
         """The spikes that the output layer receives from images x (B, C, H, W)."""
         for branches, train in self.layers(x):
+            last = train
             del branches  # else the spikes before these would be held while the next layer runs
-        return train
+        return last
 
     def layers(self, x):
         """Yield the inputs [Branch, ...] and the SpikeTrain of every LIF layer, in the order of `layer_names`, as
