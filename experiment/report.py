@@ -30,10 +30,11 @@ NOTES = {
     'exact': 'Synaptic operations: each spike counts as many ACs as its neuron has outgoing connections, image '
              'borders and strides considered. They are counted from the spikes themselves.',
     'estimate': 'rate x FLOPs: the spikes of a mean input neuron times the MACs of the layer, padding included.',
-    'pooled': 'A 2x2 average pool is linear and each spike comes through it with the weight W/4, so each spike before '
-              'the pool is a binary event and counts its own ACs. Pooled first and passed on as multiples of 1/4, '
-              'fewer but not binary values would go out: that count is given as nonzero_inputs. The estimate takes a '
-              'spike before a pool for a quarter of an event.',
+    'pooled': 'An average pool is linear: each spike comes through it with a fixed part of the weight (of 2x2 pixels '
+              'W/4). So each spike before the pool is a binary event and counts its own ACs, as an AC costs what it '
+              'does only without a multiplication. Were spikes pooled first, fewer values would go out, but multiples '
+              'of 1/4: nonzero_inputs counts each of those that is not 0 once, as NeuroBench does. The estimate takes '
+              'a spike before a 2x2 pool for a quarter of an event.',
     'signed': 'A spike of the input is +1 or -1; both cost one AC for each connection.',
     'identity': 'A 1x1 convolution in the identity of a residual block counts as any other; a plain identity counts '
                 'one AC a spike, in the ANN one addition (AC) a unit.',
@@ -147,7 +148,7 @@ def output_connection(model, name, train):
 
 def spikes_by_step(train):
     """(n,) spikes of a train at each step, over all samples and neurons."""
-    return train.fired.view(torch.uint8).sum((1, 2), dtype=torch.int64).double()
+    return torch.stack([fired.count_nonzero() for fired in train.fired]).double()  # ten times as fast as sum((1, 2))
 
 
 def synaptic_operations(train, steps, outputs):
@@ -192,13 +193,14 @@ def z_values(branches, neuron):
     weights = [branch.weight for branch in branches if branch.weight is not None]
     dtype, compute_dtype = dtypes(weights[0])
     prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
-    edges, counts = torch.tensor(Z_EDGES, dtype=dtype, device=weights[0].device), 0
+    counts = 0
     with torch.autocast(weights[0].device.type, enabled=False):
         for samples in chunks(branches[0].train.fired.shape[1], working_bytes(branches, dtype), weights):
             u = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
             lif.integrate(u, torch.empty_like(u, dtype=torch.bool), neuron)
-            z = u.div_(neuron.threshold).sub_(1)
-            counts = counts + torch.bincount(torch.bucketize(z.flatten(), edges), minlength=len(Z_EDGES) + 1)
+            # the number of Z_EDGES, which are tenths, below z
+            below = u.div_(neuron.threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
+            counts = counts + torch.bincount(below.long().flatten(), minlength=len(Z_EDGES) + 1)
     return counts.double()
 
 
