@@ -42,7 +42,7 @@ def main(args):
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
     if not args.test_only:
-        files.check_writable(paths)
+        files.check_writable(paths.best.parent, paths.metrics.parent)
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))

@@ -43,15 +43,17 @@ def get_args_parser():
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
         help='say training accuracy after every N batches; default %(default)s')
     add = parser.add_argument_group('results').add_argument
+    add('--report', type=options.file, metavar='DIR',
+        help='write figures and report.json of the network tested, or of the best epoch, into this folder')
     add('--export_nir', type=options.file, metavar='FILE',
-        help='write the network, of the best epoch or as tested, for neuromorphic tools (needs the package nir)')
+        help='write the network tested, or of the best epoch, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
     import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
 
-    from experiment import checkpoint, engine, files, log, metrics, nir_export, setup
+    from experiment import checkpoint, engine, files, log, metrics, nir_export, report, setup
     from experiment.convert import convert
 
     if args.export_nir:
@@ -72,6 +74,8 @@ def main(args):
         name = files.identifier('snn', args)
         paths = files.paths('snn', name)
 
+    if args.report and args.test_only and state:
+        report.adopt(args, state)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
@@ -80,7 +84,9 @@ def main(args):
     if source:
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
-        files.check_writable(paths)
+        files.check_writable(paths.best.parent, paths.metrics.parent)
+    if args.report:
+        report.check(args.report, model)
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
@@ -93,6 +99,9 @@ def main(args):
     def loss_function(logits, labels):
         # the output adds up over T steps; see the README on why its mean is what trains
         return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
+
+    def time_steps(points):
+        return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})
 
     test_say = say if args.test_acc_every_batch else None
     chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
@@ -108,12 +117,13 @@ def main(args):
     history = state['history'] if source else []
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
-        at = sorted({max(1, args.timesteps * i // 10) for i in range(1, 11)})
+        at = time_steps(100)
         start, curve = engine.test_over_time(model, getattr(data, chosen_on), loss_function, device, args, test_say, at)
         what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
         results.append((f'{what} SNN', start.accuracy))
         say(f'{what} SNN: {chosen_on} accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-        say(f'{chosen_on} accuracy after time steps: ' + ', '.join(f'{t}: {a:.2%}' for t, a in zip(at, curve)))
+        say(f'{chosen_on} accuracy after time steps: ' + ', '.join(
+            f'{t}: {value:.2%}' for t, value in zip(at, curve) if t in time_steps(10)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
             files.set_aside(paths, say)
@@ -131,6 +141,13 @@ def main(args):
                      for what, accuracy in results)]))
     if not args.test_only:
         say(f'saved in {paths.best}')
+    if args.report:
+        tested = source or args.pretrained_snn
+        if not args.test_only:
+            tested, at = paths.best, time_steps(100)
+            _, curve = engine.test_over_time(model, data.test, loss_function, device, args, None, at)
+        ann_accuracy = dict(results).get('ANN') if chosen_on == 'test' else None
+        report.write(args.report, model, data, device, args, at, curve, ann_accuracy, tested, say)
     if args.export_nir:
         say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
                               dataset=args.dataset))

@@ -33,16 +33,16 @@ def is_own(source, files):
     return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
-def check_writable(files):
-    """Raise UserError, before hours of training, where a run's files cannot be written."""
-    for folder in (files.best.parent, files.metrics.parent):
+def check_writable(*folders):
+    """Make folders and raise UserError, before hours of work, where files cannot be written there."""
+    for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
             raise UserError(f'{folder}: cannot write there ({error.strerror}); '
-                            'make the folder writable or start in another one') from error
+                            'make the folder writable or name another') from error
 
 
 def set_aside(files, say):
