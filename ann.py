@@ -17,8 +17,7 @@ def get_args_parser():
 
 
 def main(args):
-    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
-
+    # not above: --help and the sweeps need not wait for torch
     from experiment import checkpoint, engine, files, log, metrics, setup
 
     device = setup.set_up_device(args)
@@ -49,11 +48,11 @@ def main(args):
     for note in notes:
         say(note)
     if args.test_only:
-        tested = engine.test(model, data.test, F.cross_entropy, device, args)
+        tested = engine.test(model, data.test, engine.cross_entropy, device, args)
         say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     own = files.is_own(source, paths)
-    best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, paths, {'classes': data.classes}, say,
+    best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, {'classes': data.classes}, say,
                       patience=30, fresh=not own, history=state['history'] if state else [],
                       done=state['epoch'] if state else 0, best=state['best'] if own else None,
                       board=metrics.open_board('ann', name, args.tensorboard))

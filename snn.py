@@ -8,7 +8,9 @@
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
-from experiment import options
+from functools import partial
+
+from experiment import UserError, options
 
 
 def get_args_parser():
@@ -45,21 +47,27 @@ def get_args_parser():
     add = parser.add_argument_group('results').add_argument
     add('--report', type=options.file, metavar='DIR',
         help='write figures and report.json of the network tested, or of the best epoch, into this folder')
+    add('--predict', type=options.file, nargs='+', metavar='IMAGE',
+        help='say what the network of --pretrained_snn takes these pictures for, and do nothing else')
     add('--export_nir', type=options.file, metavar='FILE',
         help='write the network tested, or of the best epoch, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
-    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
-
-    from experiment import checkpoint, engine, files, log, metrics, nir_export, report, setup
+    # not above: --help and the sweeps need not wait for torch
+    from experiment import checkpoint, distributed, engine, files, log, metrics, nir_export, predict, report, setup
     from experiment.convert import convert
 
     if args.export_nir:
         nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     setup.choose_backend(args, device)
+    if args.predict:
+        if not args.pretrained_snn:
+            raise UserError('--predict: name the network with --pretrained_snn')
+        print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
+        return
     data = setup.load_data(args)
     notes, state = [], None
     if args.pretrained_snn:
@@ -96,9 +104,8 @@ def main(args):
     for note in notes:
         say(note)
 
-    def loss_function(logits, labels):
-        # the output adds up over T steps; see the README on why its mean is what trains
-        return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
+    # the output adds up over T steps; see the README on why its mean is what trains
+    loss_function = partial(engine.cross_entropy, scale=args.timesteps if args.output == 'mean' else 1)
 
     def time_steps(points):
         return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})
@@ -126,7 +133,8 @@ def main(args):
             f'{t}: {value:.2%}' for t, value in zip(at, curve) if t in time_steps(10)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
-            files.set_aside(paths, say)
+            if distributed.is_main():
+                files.set_aside(paths, say)
             history.append({'epoch': 0, f'{chosen_on}_loss': start.loss, f'{chosen_on}_accuracy': start.accuracy,
                             **({'ann_accuracy': results[0][1]} if args.pretrained_ann else {}),
                             'curve': dict(zip(map(str, at), curve))})
@@ -147,8 +155,9 @@ def main(args):
             tested, at = paths.best, time_steps(100)
             _, curve = engine.test_over_time(model, data.test, loss_function, device, args, None, at)
         ann_accuracy = dict(results).get('ANN') if chosen_on == 'test' else None
-        report.write(args.report, model, data, device, args, at, curve, ann_accuracy, tested, say)
-    if args.export_nir:
+        if distributed.is_main():
+            report.write(args.report, model, data, device, args, at, curve, ann_accuracy, tested, say)
+    if args.export_nir and distributed.is_main():
         say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
                               dataset=args.dataset))
 

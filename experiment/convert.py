@@ -1,9 +1,7 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import tempfile
 
-import torch.nn.functional as F
-
-from experiment import UserError, checkpoint, engine, setup
+from experiment import UserError, checkpoint, distributed, engine, setup
 from experiment.data import epoch_loader
 from self_models.conversion import find_thresholds
 
@@ -46,8 +44,8 @@ def convert(model, data, chosen_on, device, args, say):
     checkpoint.load_weights(model, state, args.pretrained_ann)
     ann = setup.build_ann(args, data).to(device)
     checkpoint.load_weights(ann, state, args.pretrained_ann)
-    accuracy = engine.test(ann, getattr(data, chosen_on), F.cross_entropy, device, args).accuracy
+    accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
-    thresholds = balanced_thresholds(model, data, args, say)
+    thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     model.threshold_update(args.scaling_factor, thresholds)
     return accuracy

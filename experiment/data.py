@@ -24,6 +24,7 @@ _TORCHVISION = {
     'CIFAR100': ('CIFAR100', 'cifar_data', 'cifar-100-python', ['train', 'test', 'meta']),
 }
 _EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp', '.tif', '.tiff', '.webp')
+NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
 
 
@@ -110,7 +111,7 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
         from torchvision.transforms import v2
         augment = False  # the transform does it
         how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
-        test_how = {'prepare': v2.Compose([v2.Resize(256), v2.CenterCrop(224)])}
+        test_how = {'prepare': _imagenet_test()}
         shape = (3, 224, 224)
     elif name == 'FOLDER':
         resize, shape = partial(_resize, size=image_size), (3, image_size, image_size)
@@ -126,9 +127,12 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
                 Pictures(*held_out, **test_how) if len(held_out[1]) else None)
 
 
-def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False):
+def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, share=(0, 1)):
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
+    share: (number of this process, how many there are). Together they go through batches of so many times batch_size,
+    of which each gets an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an
+    attribute of the loader, lists how many images each batch has, over all processes.
     Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
     left as it was. Iterating raises UserError where a picture cannot be read.
     """
@@ -137,15 +141,18 @@ def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_
     seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
     # Workers take longer to hand over a batch than it takes to cut one out of memory.
     workers = 0 if getattr(dataset, 'in_memory', False) else num_workers
-    return _Loader(order, batch_size, partial(_batch, dataset, seeds), num_workers=workers, pin_memory=pin_memory,
-                   generator=generator)
+    number, processes = share
+    batches = [order[i:i + batch_size * processes] for i in range(0, len(order), batch_size * processes)]
+    return _Loader([list(batch[number::processes]) for batch in batches], partial(_batch, dataset, seeds),
+                   [len(batch) for batch in batches], num_workers=workers, pin_memory=pin_memory, generator=generator)
 
 
 class _Loader(DataLoader):
-    """Goes through indices and yields make([index, ...]): so a whole batch is cut out and augmented at once."""
+    """Yields make([index, ...]) of each of the batches: so a whole one is cut out and augmented at once."""
 
-    def __init__(self, indices, batch_size, make, **options):
-        super().__init__(indices, batch_size, collate_fn=partial(_error_as_value, make), **options)
+    def __init__(self, batches, make, sizes=(), **options):
+        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make), **options)
+        self.sizes = sizes
 
     def __iter__(self):
         try:
@@ -161,6 +168,9 @@ class _Loader(DataLoader):
 
 
 def _batch(dataset, seeds, indices):
+    if not len(indices):
+        images, labels = _batch(dataset, seeds, [0])
+        return images, torch.full_like(labels, NO_IMAGE)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(seeds[indices[0]]))
         if isinstance(dataset, Pictures):
@@ -277,6 +287,25 @@ def _resize(image, size):
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def picture(file, name, input_shape):
+    """A picture file as a sample of the test set `name`: float32 (C, H, W). Raises UserError where it cannot be read.
+
+    For sets of one channel it becomes grey; light on dark is what they hold.
+    """
+    channels, height, width = input_shape
+    image = _read(file, _imagenet_test() if name == 'IMAGENET' else partial(_resize, size=height))
+    if channels == 1:
+        from torchvision.transforms.functional import rgb_to_grayscale
+        image = rgb_to_grayscale(image)
+    images, _ = Pictures(image[None], torch.zeros(1, dtype=torch.int64), signed=channels > 1).batch([0])
+    return images[0]
+
+
+def _imagenet_test():
+    from torchvision.transforms import v2
+    return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+
+
 def _read(file, prepare):
     """A picture file as RGB, prepared: uint8 (3, H, W)."""
     import numpy as np
@@ -305,7 +334,8 @@ def _decode(files, prepare, size):
     workers = min(8, torch.get_num_threads()) if len(files) > 2000 else 0
     # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
     batch_size = max(1, 2 ** 20 // images[0].nbytes)
-    loader = _Loader(range(len(files)), batch_size, partial(_read_all, files, prepare), num_workers=workers,
+    batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
+    loader = _Loader(batches, partial(_read_all, files, prepare), num_workers=workers,
                      generator=torch.Generator())  # else it would draw from the global one
     done = 0
     with tqdm(total=len(files), desc='reading pictures', leave=False, disable=None) as bar:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from experiment import distributed
+
 COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value is written
     'epoch': ('epoch', 7, '{}'), 'learning_rate': ('lr', 9, '{:.2g}'),
     'train_loss': ('train loss', 12, '{:.4f}'), 'train_accuracy': ('train acc', 11, '{:.2%}'),
@@ -13,7 +15,12 @@ COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value
 
 
 def open_log(kind, identifier, to_file):
-    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError."""
+    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError.
+
+    Of several processes the main one prints.
+    """
+    if not distributed.is_main():
+        return lambda text: None
     if not to_file:
         return lambda text: print(text, flush=True)
     path = Path('logs', kind, f'{identifier}.log')
@@ -25,12 +32,13 @@ def open_log(kind, identifier, to_file):
 
 def header(args, model, device):
     """The lines that open a log: the command, every argument, the network, the machine."""
-    count = sum(p.numel() for p in model.parameters())
+    count, processes = sum(p.numel() for p in model.parameters()), distributed.share()[1]
     return '\n'.join([
         f'command: python {" ".join(sys.argv)}',
         *(f'  {key}: {value}' for key, value in arguments(args).items()),
         str(model),
-        f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads', ''])
+        f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads'
+        + (f', {processes} processes, each with batches of {args.batch_size}' if processes > 1 else ''), ''])
 
 
 def arguments(args):

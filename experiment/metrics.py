@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiment import UserError, log
+from experiment import UserError, distributed, log
 from experiment.files import write_atomically
 
 
@@ -51,7 +51,7 @@ def _processor():
 
 def open_board(kind, name, wanted):
     """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
-    if not wanted:
+    if not wanted or not distributed.is_main():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter

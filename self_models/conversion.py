@@ -90,8 +90,8 @@ def find_thresholds(model, images, timesteps, progress=False):
 
 def _balance_all(model, images, timesteps, progress):
     """The thresholds, one layer after another; find_thresholds without its care for the model."""
-    # few images a group, for one group of a layer always runs twice (see balance); the steps make up the batch
-    size = max(1, min(8, len(images) // 32))
+    # a group is what runs again at the least (see balance); the steps make up the batch
+    size = max(1, min(16, len(images) // 8))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     stages = model.balanced_stages()
     # of the input only the bits are stored; a pixel's sign is held as the mask of its train
@@ -107,8 +107,8 @@ def _balance_all(model, images, timesteps, progress):
             source = partial(current_source, store, train, signs if index == 0 else None, synapse)
             shape = Branch(train, synapse).output_shape()
             output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
-            block = max(1, CHUNK_BYTES[synapse.weight.device.type] // (
-                size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
+            memory = max(CHUNK_BYTES[synapse.weight.device.type], synapse.weight.nbytes)
+            block = max(1, memory // (size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
             blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
             threshold = balance(source, groups, blocks, shape[0], model.neuron(index), output, bar)
             if not 0 < threshold < math.inf:

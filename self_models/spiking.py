@@ -18,7 +18,7 @@ from self_models.layers import initialize
 from self_models.neuron import PoissonGenerator
 
 CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
-GROUP_BYTES = {'cpu': 128 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
+GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
 
 
 @dataclasses.dataclass
