@@ -332,7 +332,7 @@ def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, monkeypa
         assert (graph.metadata['architecture'], graph.metadata['timesteps']) == ('RESNET6', 8)
         for name, weight in state['state_dict'].items():
             assert np.array_equal(graph.nodes[name.removesuffix('.weight')].weight, weight)
-    assert {path.name for path in tmp_path.iterdir()} == {'trained.nir', 'tested.nir', 'trained_models'}
+    assert {path.name for path in tmp_path.iterdir()} == {'trained.nir', 'tested.nir', 'trained_models', 'logs'}
 
 
 def test_where_it_cannot_write_it_says_so_before_anything_else(tmp_path, monkeypatch):

@@ -282,12 +282,7 @@ def read(folder):
 
 
 def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys):
-    Path('logs/snn').mkdir(parents=True)
-    epoch = {'learning_rate': 1e-4, 'train_loss': 2.0, 'train_accuracy': 0.5, 'test_loss': 1.5, 'test_accuracy': 0.25,
-             'best_accuracy': 0.25, 'seconds': 1.0}
-    Path('logs/snn/mine.jsonl').write_text('\n'.join(map(json.dumps, [
-        {'command': 'snn.py', 'args': {}}, {'epoch': 1, **epoch}, {'epoch': 2, **epoch}])))
-    run(*SMALL, '--epochs', 1, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
+    run(*SMALL, '--epochs', 2, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
     capsys.readouterr()
     before = Path('trained_models/snn/mine.pth').read_bytes()
     run(*SMALL[:-4], '--test_only', '--pretrained_snn', 'trained_models/snn/mine.pth', '--report', 'c')
@@ -333,7 +328,7 @@ def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder
 
     monkeypatch.setattr(engine, 'test_over_time', evaluated)
     Path('file').write_text('in the way')
-    fails('file: cannot write a report there', 'file')
+    fails('file: cannot write there', 'file')
     fails('no spike reaches the output; take --timesteps 6', 'folder', '--timesteps', 5)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     fails('pip install matplotlib', 'folder')
