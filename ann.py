@@ -43,6 +43,7 @@ def main(args):
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
     if not args.test_only:
         files.check_writable(paths)
+        _lock = files.lock(paths)  # held until main() returns
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))

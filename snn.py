@@ -76,6 +76,7 @@ def main(args):
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
         files.check_writable(paths)
+        _lock = files.lock(paths)  # held until main() returns
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')

@@ -1,7 +1,14 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
 import os
+import socket
 import tempfile
+import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from experiment import UserError
 
@@ -35,6 +42,35 @@ def check_writable(files):
     except OSError as error:
         raise UserError(f'{folder}: cannot write checkpoints there ({error.strerror}); '
                         'make the folder writable or start in another one') from error
+
+
+def lock(files):
+    """Take the run's name for as long as the returned file is open; UserError where another process has it.
+
+    A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
+    itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
+    Windows or some network file systems, nothing is locked and None returned.
+    """
+    if fcntl is None:
+        return None
+    path = files[0].with_name(f'.{files[0].stem}.lock')
+    file = open(path, 'a+')  # not 'w', which would empty the file before it is known whose it is
+    try:
+        # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or 'which has only just started'
+        file.close()
+        raise UserError(f'{files[0]}: another run writes it ({holder}); let it end, or give this one '
+                        'another name with --name') from error
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+    file.flush()
+    return file
 
 
 def set_aside(files, say):
