@@ -346,7 +346,8 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     assert re.search(r'^thresholds:( [\d.]+){7}$', out, re.M)
     path = tmp_path / 'trained_models/snn/snn_resnet6_digits_12.pth'
     state = load(path)
-    assert state['accuracy'] * 100 >= converted  # fine-tuning never ends below its start
+    # fine-tuning never ends below its start, which is said to two decimals
+    assert state['accuracy'] * 100 >= converted - 0.005
     assert (state['timesteps'], state['leak'], state['activation']) == (12, 0.99, 'STDB')
     assert state['thresholds'][3:] == [0.3] * 4
     assert Path(trained).read_bytes() == before
