@@ -1,5 +1,6 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
 import os
+import re
 import socket
 import tempfile
 import time
@@ -47,6 +48,8 @@ def check_writable(files):
 def lock(files):
     """Take the run's name for as long as the returned file is open; UserError where another process has it.
 
+    Also deletes the half-written checkpoints of killed runs of this name.
+
     A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
     itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
     Windows or some network file systems, nothing is locked and None returned.
@@ -70,7 +73,16 @@ def lock(files):
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
+    _delete_half_written(files)
     return file
+
+
+def _delete_half_written(files):
+    """Delete what killed runs of this name were just writing; to be called by the one that holds its lock."""
+    parts = '|'.join(re.escape(path.name) for path in files)
+    for path in files[0].parent.iterdir():
+        if re.fullmatch(rf'({parts})\.\d+\.tmp', path.name):  # as write_atomically() calls it
+            path.unlink(missing_ok=True)
 
 
 def set_aside(files, say):

@@ -1,6 +1,7 @@
 """What befalls a training run from outside: a second run of its name, a kill, a full disk."""
 import errno
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -83,3 +84,35 @@ def test_without_locks_runs_run(tmp_path, monkeypatch, missing):
     else:
         monkeypatch.setattr(files.fcntl, 'lockf', lockf)
     assert files.lock((tmp_path / 'x.pth', tmp_path / 'x.last.pth')) is None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
+    own = ['x.pth.123.tmp', 'x.last.pth.123.tmp', 'x.last.pth.7.tmp']
+    others = ['x.pth', 'x.last.pth', 'y.pth.123.tmp', 'previous.1.x.pth', 'x.pth.pth.123.tmp', 'a.x.pth.123.tmp',
+              'x.pth.thresholds.json', 'x.pth.tmp', 'x-pth.123.tmp']
+    for name in own + others:
+        (tmp_path / name).touch()
+    held = files.lock((tmp_path / 'x.pth', tmp_path / 'x.last.pth'))
+    assert {path.name for path in tmp_path.iterdir()} == {*others, '.x.lock'}
+    held.close()
+
+
+@pytest.mark.parametrize('script, flags, name', RUNS)
+def test_a_disk_that_fills_while_a_run_saves(command, tmp_path, script, flags, name):
+    assert command(script, *flags, '--epochs', 1).returncode == 0
+    folder = tmp_path / 'trained_models' / script[:3]
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+    assert sorted(before) == [f'{name}.last.pth', f'{name}.pth']
+
+    def limit():  # no file beyond 1 MB, a third of a checkpoint; Python ignores the signal that comes with it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    full = command(script, *flags, '--epochs', 3, '--resume', preexec_fn=limit)
+    assert full.returncode == 1 and full.stderr.count('\n') == 1, full.stderr
+    for words in (f'{script}: error: trained_models/', name, 'cannot be written', 'untouched'):
+        assert words in full.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != f'.{name}.lock'} == before
+    again = command(script, *flags, '--epochs', 2, '--resume')  # with room again, it goes on
+    assert again.returncode == 0 and 'after epoch 1' in again.stdout
