@@ -12,9 +12,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiment import UserError
+from experiment import UserError, summary
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import positive_int
+from experiment.options import file, positive_int
 
 # Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
 FUNCTIONS = r'''
@@ -110,7 +110,7 @@ def get_args_parser(kind, target):
     parser = argparse.ArgumentParser(
         f'{kind}_script.py', allow_abbrev=False,
         usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
-              f'[flags of {kind}.py, each with one value or several]',
+              f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown]',
         description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
                     f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
     group = parser.add_mutually_exclusive_group()
@@ -124,6 +124,11 @@ def get_args_parser(kind, target):
     for flag, metavar, what in (('--gpus', 'N', 'GPUs of a task'), ('--time', 'TIME', 'the limit of a task'),
                                 ('--partition', 'NAME', 'where the tasks run')):
         group.add_argument(flag, type=slurm_value, metavar=metavar, help=f'{what}; as of sbatch')
+    group = parser.add_argument_group('results')
+    group.add_argument('--summarize', type=file, nargs='+', metavar='FILE',
+                       help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
+                            'spread over seeds')
+    group.add_argument('--markdown', action='store_true', help='the table for a README')
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -266,6 +271,16 @@ def main(module, published, argv=None):
     for flag in ('gpus', 'time', 'partition'):
         if getattr(args, flag) is not None and not args.slurm:
             error(f'argument --{flag}: goes with --slurm')
+    if args.markdown and not args.summarize:
+        error('argument --markdown: goes with --summarize')
+    if args.summarize:
+        if args.flags or args.slurm:
+            error('argument --summarize: writes no script, so the flags of one do not go with it')
+        try:
+            print(summary.summarize(args.summarize, args.markdown))
+        except UserError as reason:
+            sys.exit(f'{parser.prog}: error: {" ".join(str(reason).split())}')
+        return
     flags = args.flags or parser.parse_args(published).flags
     total = math.prod(map(len, flags.values()))
     limit = total if args.parallel else min(args.jobs or 1, total)
