@@ -17,9 +17,8 @@ def get_args_parser():
 
 
 def main(args):
-    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
-
-    from experiment import checkpoint, engine, files, log, setup
+    # not above: --help and the sweeps need not wait for torch
+    from experiment import checkpoint, distributed, engine, files, log, metrics, setup
 
     device = setup.set_up_device(args)
     data = setup.load_data(args)
@@ -30,7 +29,7 @@ def main(args):
     paths = files.paths('ann', name)
     notes, state = [], None
 
-    if source := setup.resume_file(args, paths[1]):
+    if source := setup.resume_file(args, paths.last):
         state = checkpoint.load(source, 'ann')
         checkpoint.load_weights(model, state, source)
         engine.resume_optimizer(optimizer, state, source, args)
@@ -42,21 +41,23 @@ def main(args):
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
     if not args.test_only:
-        files.check_writable(paths)
-        _lock = files.lock(paths)  # held until main() returns
+        files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))
     for note in notes:
         say(note)
     if args.test_only:
-        tested = engine.test(model, data, F.cross_entropy, device, args)
+        tested = engine.test(model, data.test, engine.cross_entropy, device, args)
         say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     own = files.is_own(source, paths)
-    best = engine.fit(model, optimizer, data, F.cross_entropy, device, args, paths, {}, say, patience=30,
-                      fresh=not own, done=state['epoch'] if state else 0, best=state['best'] if own else None)
-    say(f'best test accuracy {best[0]:.2%}, of epoch {best[1]}: {paths[0]}')
+    best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, {'classes': data.classes}, say,
+                      patience=30, fresh=not own, history=state['history'] if state else [],
+                      done=state['epoch'] if state else 0, best=state['best'] if own else None,
+                      board=metrics.open_board('ann', name, args.tensorboard))
+    say(f'best {data.selection} accuracy {best[0]:.2%}, of epoch {best[1]}: {paths.best}')
 
 
 if __name__ == '__main__':

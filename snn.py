@@ -8,7 +8,9 @@
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
-from experiment import options
+from functools import partial
+
+from experiment import UserError, options
 
 
 def get_args_parser():
@@ -42,17 +44,30 @@ def get_args_parser():
     add('--test_acc_every_batch', action=options.Switch, help='say the accuracy after every test batch')
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
         help='say training accuracy after every N batches; default %(default)s')
+    add = parser.add_argument_group('results').add_argument
+    add('--report', type=options.file, metavar='DIR',
+        help='write figures and report.json of the network tested, or of the best epoch, into this folder')
+    add('--predict', type=options.file, nargs='+', metavar='IMAGE',
+        help='say what the network of --pretrained_snn takes these pictures for, and do nothing else')
+    add('--export_nir', type=options.file, metavar='FILE',
+        help='write the network tested, or of the best epoch, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
-    import torch.nn.functional as F  # not above: --help and the sweeps need not wait for torch
-
-    from experiment import checkpoint, engine, files, log, setup
+    # not above: --help and the sweeps need not wait for torch
+    from experiment import checkpoint, distributed, engine, files, log, metrics, nir_export, predict, report, setup
     from experiment.convert import convert
 
+    if args.export_nir:
+        nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     setup.choose_backend(args, device)
+    if args.predict:
+        if not args.pretrained_snn:
+            raise UserError('--predict: name the network with --pretrained_snn')
+        print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
+        return
     data = setup.load_data(args)
     notes, state = [], None
     if args.pretrained_snn:
@@ -60,13 +75,15 @@ def main(args):
         notes.append(setup.adopt(args, state, args.pretrained_snn))
     name = files.identifier('snn', args)
     paths = files.paths('snn', name)
-    source = setup.resume_file(args, paths[1])
+    source = setup.resume_file(args, paths.last)
     if source:
         state = checkpoint.load(source, 'snn')
         notes.append(f'resumed after epoch {state.get("epoch")}; ' + setup.adopt(args, state, source))
         name = files.identifier('snn', args)
         paths = files.paths('snn', name)
 
+    if args.report and args.test_only and state:
+        report.adopt(args, state)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
@@ -75,8 +92,10 @@ def main(args):
     if source:
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
-        files.check_writable(paths)
-        _lock = files.lock(paths)  # held until main() returns
+        files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
+    if args.report:
+        report.check(args.report, model)
     if args.timesteps <= model.depth:
         notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
                      f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
@@ -86,42 +105,62 @@ def main(args):
     for note in notes:
         say(note)
 
-    def loss_function(logits, labels):
-        # the output adds up over T steps; see the README on why its mean is what trains
-        return F.cross_entropy(logits / args.timesteps if args.output == 'mean' else logits, labels)
+    # the output adds up over T steps; see the README on why its mean is what trains
+    loss_function = partial(engine.cross_entropy, scale=args.timesteps if args.output == 'mean' else 1)
+
+    def time_steps(points):
+        return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})
 
     test_say = say if args.test_acc_every_batch else None
+    chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
     results = []  # (what, accuracy)
     if not source and args.pretrained_ann:
-        results.append(('ANN', convert(model, data, device, args, say)))
+        results.append(('ANN', convert(model, data, chosen_on, device, args, say)))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
     # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
     extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
-             'activation': model.activation}
+             'activation': model.activation, 'classes': data.classes}
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
+    history = state['history'] if source else []
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
-        at = sorted({max(1, args.timesteps * i // 10) for i in range(1, 11)})
-        start, curve = engine.test_over_time(model, data, loss_function, device, args, test_say, at)
+        at = time_steps(100)
+        start, curve = engine.test_over_time(model, getattr(data, chosen_on), loss_function, device, args, test_say, at)
         what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
         results.append((f'{what} SNN', start.accuracy))
-        say(f'{what} SNN: test accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-        say('test accuracy after time steps: ' + ', '.join(f'{t}: {value:.2%}' for t, value in zip(at, curve)))
+        say(f'{what} SNN: {chosen_on} accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
+        say(f'{chosen_on} accuracy after time steps: ' + ', '.join(
+            f'{t}: {value:.2%}' for t, value in zip(at, curve) if t in time_steps(10)))
         if not args.test_only:
             best, fresh = [start.accuracy, 0], False
-            files.set_aside(paths, say)
-            engine.save(paths, True, best, model, optimizer, args, accuracy=start.accuracy, epoch=0, **extra)
+            if distributed.is_main():
+                files.set_aside(paths, say)
+            history.append({'epoch': 0, f'{chosen_on}_loss': start.loss, f'{chosen_on}_accuracy': start.accuracy,
+                            **({'ann_accuracy': results[0][1]} if args.pretrained_ann else {}),
+                            'curve': dict(zip(map(str, at), curve))})
+            engine.save(paths, True, best, model, optimizer, args, history, accuracy=start.accuracy, epoch=0, **extra)
     if not args.test_only:
         best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
-                          fresh=fresh, done=done, best=best, train_say_every=args.train_acc_batches,
-                          test_say=test_say)
+                          fresh=fresh, history=history, done=done, best=best, train_say_every=args.train_acc_batches,
+                          test_say=test_say, board=metrics.open_board('snn', name, args.tensorboard))
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
-    say('\n'.join(['', f'{"":<24}{"test accuracy":>14}{"time steps":>12}',
-                   *(f'{what:<24}{accuracy:>14.2%}{"-" if what == "ANN" else args.timesteps:>12}'
+    say('\n'.join(['', f'{"":<24}{f"{chosen_on} accuracy":>20}{"time steps":>12}',
+                   *(f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}'
                      for what, accuracy in results)]))
     if not args.test_only:
-        say(f'saved in {paths[0]}')
+        say(f'saved in {paths.best}')
+    if args.report:
+        tested = source or args.pretrained_snn
+        if not args.test_only:
+            tested, at = paths.best, time_steps(100)
+            _, curve = engine.test_over_time(model, data.test, loss_function, device, args, None, at)
+        ann_accuracy = dict(results).get('ANN') if chosen_on == 'test' else None
+        if distributed.is_main():
+            report.write(args.report, model, data, device, args, at, curve, ann_accuracy, tested, say)
+    if args.export_nir and distributed.is_main():
+        say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
+                              dataset=args.dataset))
 
 
 if __name__ == '__main__':

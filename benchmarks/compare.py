@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 IMPLEMENTATIONS = ('ours', 'step_by_step', 'spikingjelly', 'snntorch')
 BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: one evaluation pass of ours on the same images and steps
-BALANCE_SAMPLES = 64
+BALANCE_SAMPLES, BALANCE_STEPS = 32, 200  # thresholds are found over many steps: by default 512 images and 1000
 
 
 def get_args():
@@ -177,7 +177,7 @@ def task_of(name, task, row, device, amp):
     architecture, steps, batch = row
     torch.manual_seed(0)
     model = build_ours(architecture, steps, device)
-    images = torch.rand(BALANCE_SAMPLES if task == 'balance' else batch, 3, 32, 32, device=device) * 2 - 1
+    images = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1
     labels = torch.arange(len(images), device=device) % 10
     forward, net = {
         'ours': lambda: (model, model), 'forward': lambda: (model, model),
@@ -330,15 +330,17 @@ def main():
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
                   'rows': {}}
     for row in args.rows:
-        architecture, steps, batch = row.split(':')
         found = everything['rows'][row] = {}
         for task in args.tasks:
-            print(f'\n{architecture}, T = {steps}, B = {BALANCE_SAMPLES if task == "balance" else batch}: {task}')
+            architecture, steps, batch = row.split(':')
+            if task == 'balance':
+                steps, batch = str(BALANCE_STEPS), str(BALANCE_SAMPLES)
+            print(f'\n{architecture}, T = {steps}, B = {batch}: {task}')
             if task in ('train', 'test'):
                 found[task] = measure(row, task, installed, args)
                 table(found[task])
             elif task == 'balance':
-                found[task] = measure(row, task, BALANCE_IMPLEMENTATIONS, args)
+                found[task] = measure(f'{architecture}:{steps}:{batch}', task, BALANCE_IMPLEMENTATIONS, args)
                 table(found[task])
             elif task == 'shares':
                 found[task] = measure(row, task, ['ours'], args)

@@ -3,11 +3,11 @@
     python benchmarks/kill.py                       # 20 kills of ann.py and 20 of snn.py; some 15 minutes
 
 One run of each script is left alone. Another with the same flags and --resume auto is killed (SIGKILL) at a random
-moment: by turns up to the end of its first epoch, in the five epochs after that, and within the twentieth of a second
-after a save began. After each kill every checkpoint has to load as tensors only, and a run with --resume auto has to
-end the epoch after the last one saved; that run is killed then, too, and the next kill follows. What is left is
-trained to the end, where weights, optimizer and best accuracy have to equal, bit for bit, those of the run that was
-left alone. Ends with status 1 if anything was not so.
+moment: by turns up to the end of its first epoch, in the five epochs after that, and within a hundredth of a second
+after a save began. After each kill every checkpoint has to load as tensors only and every metrics file
+to be whole, and a run with --resume auto has to end the epoch after the last one saved; that run is killed then, too, and the next kill follows. What is left is
+trained to the end, where weights, optimizer, best accuracy and the metrics of each epoch, its seconds aside, have to
+equal, bit for bit, those of the run that was left alone. Ends with status 1 if anything was not so.
 """
 import argparse
 import random
@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from experiment import summary  # noqa: E402
+
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu',
          '--optimizer', 'Adam', '-lr', '1e-3']
 FLAGS = {'ann': SMALL,
@@ -55,7 +58,7 @@ def await_moment(process, number, models, first, each, draw):
         return 'while it trained'
     while process.poll() is None and not any(models.glob('*.tmp')):
         time.sleep(0.001)
-    time.sleep(draw.uniform(0, 0.05))
+    time.sleep(draw.uniform(0, 0.01))
     return 'while it saved'
 
 
@@ -80,11 +83,14 @@ def whole_run(folder, kind, epochs):
 
 
 def unreadable(folder):
-    """Which checkpoints do not load, with the reason."""
+    """Which checkpoints and metrics files do not load, with the reason."""
     problems = []
-    for path in sorted(folder.rglob('*.pth')):
+    for path in sorted([*folder.rglob('*.pth'), *folder.rglob('*.jsonl')]):
         try:
-            torch.load(path, map_location='cpu', weights_only=True)['state_dict']
+            if path.suffix == '.pth':
+                torch.load(path, map_location='cpu', weights_only=True)['state_dict']
+            else:
+                summary.read(path)
         except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
             problems.append(f'{path.relative_to(folder)} is unreadable: {error!r}')
     return problems
@@ -106,8 +112,10 @@ def differences(folder):
     problems = []
     for suffix in ('.pth', '.last.pth'):
         whole, killed = (torch.load(folder / f'{name}{suffix}', weights_only=True) for name in ('whole', 'killed'))
+        for epoch in [*whole['history'], *killed['history']]:
+            epoch.pop('seconds', None)
         problems += [f'killed{suffix}: its {key} is not that of the run that was left alone'
-                     for key in ('state_dict', 'optimizer', 'epoch', 'accuracy', 'best', 'thresholds')
+                     for key in ('state_dict', 'optimizer', 'epoch', 'accuracy', 'best', 'thresholds', 'history')
                      if not same(whole.get(key), killed.get(key))]
     return problems
 

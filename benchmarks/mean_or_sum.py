@@ -30,7 +30,7 @@ def main(args):
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
-    convert(model, data, device, args, print)
+    convert(model, data, 'test', device, args, print)
     model.train()
     seed = engine.seed_for(args.seed, 1)
     engine.seed_all(seed)

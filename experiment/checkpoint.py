@@ -23,10 +23,22 @@ def load(path, kind):
     """The dict in a checkpoint file, on the CPU, tensors only. kind: 'ann' or 'snn'. Raises UserError."""
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
+    state = read(path)
+    if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
+        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
+    is_snn = 'timesteps' in state
+    if is_snn != (kind == 'snn'):
+        other = 'snn' if is_snn else 'ann'
+        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; give it with --pretrained_{other}')
+    return state
+
+
+def read(path):
+    """What torch.save wrote to `path`, on the CPU, tensors only. Raises UserError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch's advice on other kinds of files comes to nothing here
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         if 'Weights only load failed' in str(error) and _is_pickle(path):
             raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
@@ -36,13 +48,6 @@ def load(path, kind):
         raise
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
         raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy') from error
-    if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
-        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
-    is_snn = 'timesteps' in state
-    if is_snn != (kind == 'snn'):
-        other = 'snn' if is_snn else 'ann'
-        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; give it with --pretrained_{other}')
-    return state
 
 
 def _is_pickle(path):

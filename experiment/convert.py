@@ -1,9 +1,7 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import tempfile
 
-import torch.nn.functional as F
-
-from experiment import UserError, checkpoint, engine, setup
+from experiment import UserError, checkpoint, distributed, engine, setup
 from experiment.data import epoch_loader
 from self_models.conversion import find_thresholds
 
@@ -12,7 +10,8 @@ def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
     settings = {'architecture': args.architecture, 'dataset': args.dataset, 'data_dir': args.data_dir,
                 'image_size': args.image_size,
-                'train_samples': args.train_samples, 'samples': args.calibration_samples,
+                'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction,
+                'samples': args.calibration_samples,
                 'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
                 'seed': args.seed}
     key = checkpoint.thresholds_key(model, settings)
@@ -36,14 +35,17 @@ def balanced_thresholds(model, data, args, say):
     return thresholds
 
 
-def convert(model, data, device, args, say):
-    """Load the ANN's weights, balance and scale the thresholds; says and returns the ANN's accuracy."""
+def convert(model, data, chosen_on, device, args, say):
+    """Load the ANN's weights, balance and scale the thresholds; says and returns the ANN's accuracy.
+
+    chosen_on: 'test' or 'validation', the set that the accuracy is of.
+    """
     state = checkpoint.load(args.pretrained_ann, 'ann')
     checkpoint.load_weights(model, state, args.pretrained_ann)
     ann = setup.build_ann(args, data).to(device)
     checkpoint.load_weights(ann, state, args.pretrained_ann)
-    accuracy = engine.test(ann, data, F.cross_entropy, device, args).accuracy
-    say(f'ANN {args.pretrained_ann}: test accuracy {accuracy:.2%}')
-    thresholds = balanced_thresholds(model, data, args, say)
+    accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
+    say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
+    thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     model.threshold_update(args.scaling_factor, thresholds)
     return accuracy

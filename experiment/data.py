@@ -1,6 +1,7 @@
 """The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
 import contextlib
 import io
+import math
 import os
 import socket
 from functools import partial
@@ -23,6 +24,7 @@ _TORCHVISION = {
     'CIFAR100': ('CIFAR100', 'cifar_data', 'cifar-100-python', ['train', 'test', 'meta']),
 }
 _EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp', '.tif', '.tiff', '.webp')
+NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
 
 
@@ -31,6 +33,12 @@ class Data(NamedTuple):
     test: Dataset
     classes: list       # names
     input_shape: tuple  # (C, H, W)
+    validation: Dataset = None  # held out of the training set, to choose the best epoch on
+
+    @property
+    def selection(self):
+        """The name of the set that epochs are compared on."""
+        return 'test' if self.validation is None else 'validation'
 
 
 class Pictures(Dataset):
@@ -73,11 +81,13 @@ def crop_and_flip(images, padding=4):
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
 
 
-def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0):
+def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
     train_samples, test_samples: take so many images at random, the same ones for the same seed.
+    validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
+    from its beginning, those held out are its end, so they are the same ones whatever train_samples.
     """
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:
@@ -88,28 +98,41 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
         train, test, classes = _folders(name, root)
     else:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
-    train, test = _subset(*train, train_samples, seed, 'train'), _subset(*test, test_samples, seed, 'test')
+    held_out = _subset(*train, round(validation_fraction * len(train[1])), seed, 'train', from_end=True)
+    left = len(train[1]) - len(held_out[1])
+    if left < (train_samples or 1) and validation_fraction:
+        raise UserError(f'--validation_fraction {validation_fraction} leaves {left} of {len(train[1])} train images; '
+                        'hold out a smaller part, or ask for fewer with --train_samples')
+    train = _subset(*train, train_samples or left, seed, 'train')
+    test = _subset(*test, test_samples, seed, 'test')
 
+    augment, how, test_how, shape = True, {}, {}, None
     if name == 'IMAGENET':
         from torchvision.transforms import v2
-        train = Pictures(*train, prepare=v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()]))
-        test = Pictures(*test, prepare=v2.Compose([v2.Resize(256), v2.CenterCrop(224)]))
-        return Data(train, test, classes, (3, 224, 224))
-    if name == 'FOLDER':
-        resize = partial(_resize, size=image_size)
-        if (len(train[1]) + len(test[1])) * 3 * image_size ** 2 <= IN_MEMORY_BYTES:
-            train, test = [(_decode(files, resize, image_size), labels) for files, labels in (train, test)]
-        train, test = Pictures(*train, augment=True, prepare=resize), Pictures(*test, prepare=resize)
-        return Data(train, test, classes, (3, image_size, image_size))
-    plain = name in ('MNIST', 'FASHIONMNIST', 'DIGITS')
-    kind = {'top': 16 if name == 'DIGITS' else 255, 'signed': not plain}
-    train, test = Pictures(*train, augment=not plain, **kind), Pictures(*test, **kind)
-    return Data(train, test, classes, tuple(train.images.shape[1:]))
+        augment = False  # the transform does it
+        how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
+        test_how = {'prepare': _imagenet_test()}
+        shape = (3, 224, 224)
+    elif name == 'FOLDER':
+        resize, shape = partial(_resize, size=image_size), (3, image_size, image_size)
+        if sum(len(labels) for _, labels in (train, held_out, test)) * math.prod(shape) <= IN_MEMORY_BYTES:
+            train, held_out, test = [(_decode(files, resize, image_size) if files else files, labels)
+                                     for files, labels in (train, held_out, test)]
+        how = test_how = {'prepare': resize}
+    else:
+        augment = name in ('CIFAR10', 'CIFAR100')
+        how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
+        shape = tuple(train[0].shape[1:])
+    return Data(Pictures(*train, augment=augment, **how), Pictures(*test, **test_how), classes, shape,
+                Pictures(*held_out, **test_how) if len(held_out[1]) else None)
 
 
-def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False):
+def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, share=(0, 1)):
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
+    share: (number of this process, how many there are). Together they go through batches of so many times batch_size,
+    of which each gets an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an
+    attribute of the loader, lists how many images each batch has, over all processes.
     Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
     left as it was. Iterating raises UserError where a picture cannot be read.
     """
@@ -118,15 +141,18 @@ def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_
     seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
     # Workers take longer to hand over a batch than it takes to cut one out of memory.
     workers = 0 if getattr(dataset, 'in_memory', False) else num_workers
-    return _Loader(order, batch_size, partial(_batch, dataset, seeds), num_workers=workers, pin_memory=pin_memory,
-                   generator=generator)
+    number, processes = share
+    batches = [order[i:i + batch_size * processes] for i in range(0, len(order), batch_size * processes)]
+    return _Loader([list(batch[number::processes]) for batch in batches], partial(_batch, dataset, seeds),
+                   [len(batch) for batch in batches], num_workers=workers, pin_memory=pin_memory, generator=generator)
 
 
 class _Loader(DataLoader):
-    """Goes through indices and yields make([index, ...]): so a whole batch is cut out and augmented at once."""
+    """Yields make([index, ...]) of each of the batches: so a whole one is cut out and augmented at once."""
 
-    def __init__(self, indices, batch_size, make, **options):
-        super().__init__(indices, batch_size, collate_fn=partial(_error_as_value, make), **options)
+    def __init__(self, batches, make, sizes=(), **options):
+        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make), **options)
+        self.sizes = sizes
 
     def __iter__(self):
         try:
@@ -142,6 +168,9 @@ class _Loader(DataLoader):
 
 
 def _batch(dataset, seeds, indices):
+    if not len(indices):
+        images, labels = _batch(dataset, seeds, [0])
+        return images, torch.full_like(labels, NO_IMAGE)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(seeds[indices[0]]))
         if isinstance(dataset, Pictures):
@@ -157,12 +186,14 @@ def _error_as_value(make, indices):
         return error
 
 
-def _subset(images, labels, samples, seed, part):
+def _subset(images, labels, samples, seed, part, from_end=False):
+    """`samples` of the images and labels, from the beginning or the end of the order that the seed gives them."""
     if samples is None:
         return images, labels
     if samples > len(labels):
         raise UserError(f'--{part}_samples {samples}: there are {len(labels)} {part} images; ask for fewer')
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:samples].sort().values
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = (order[len(order) - samples:] if from_end else order[:samples]).sort().values
     images = images[chosen] if isinstance(images, torch.Tensor) else [images[index] for index in chosen.tolist()]
     return images, labels[chosen]
 
@@ -256,6 +287,25 @@ def _resize(image, size):
     return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
 
 
+def picture(file, name, input_shape):
+    """A picture file as a sample of the test set `name`: float32 (C, H, W). Raises UserError where it cannot be read.
+
+    For sets of one channel it becomes grey; light on dark is what they hold.
+    """
+    channels, height, width = input_shape
+    image = _read(file, _imagenet_test() if name == 'IMAGENET' else partial(_resize, size=height))
+    if channels == 1:
+        from torchvision.transforms.functional import rgb_to_grayscale
+        image = rgb_to_grayscale(image)
+    images, _ = Pictures(image[None], torch.zeros(1, dtype=torch.int64), signed=channels > 1).batch([0])
+    return images[0]
+
+
+def _imagenet_test():
+    from torchvision.transforms import v2
+    return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+
+
 def _read(file, prepare):
     """A picture file as RGB, prepared: uint8 (3, H, W)."""
     import numpy as np
@@ -284,7 +334,8 @@ def _decode(files, prepare, size):
     workers = min(8, torch.get_num_threads()) if len(files) > 2000 else 0
     # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
     batch_size = max(1, 2 ** 20 // images[0].nbytes)
-    loader = _Loader(range(len(files)), batch_size, partial(_read_all, files, prepare), num_workers=workers,
+    batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
+    loader = _Loader(batches, partial(_read_all, files, prepare), num_workers=workers,
                      generator=torch.Generator())  # else it would draw from the global one
     done = 0
     with tqdm(total=len(files), desc='reading pictures', leave=False, disable=None) as bar:

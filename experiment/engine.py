@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, files, log
-from experiment.data import epoch_loader
+from experiment import UserError, checkpoint, distributed, files, log, metrics
+from experiment.data import NO_IMAGE, epoch_loader
 
 
 class Metrics(NamedTuple):
@@ -17,9 +18,12 @@ class Metrics(NamedTuple):
     accuracy: float  # a fraction
 
 
-def seed_for(seed, epoch):
-    """A seed of its own for each epoch (0: evaluation), so that a resumed run draws what an unbroken one would."""
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+def seed_for(seed, epoch, process=0):
+    """A seed of its own for each epoch (0: evaluation), so that a resumed run draws what an unbroken one would.
+
+    process: the number of one of several processes, whose draws should differ.
+    """
+    return int(np.random.SeedSequence((seed, epoch, *([process] if process else []))).generate_state(1)[0])
 
 
 def seed_all(seed):
@@ -49,15 +53,23 @@ def lowered(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
+def cross_entropy(logits, labels, scale=1.0):
+    """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,)."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum is too much for bfloat16
+    return F.cross_entropy(logits / scale, labels, reduction='sum')
+
+
 def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=None, every=None):
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
-    amp: whether in bfloat16. say, every: a function that prints a line, and after how many batches it says how
-    training goes.
+    loss_function: (logits (B, labels), labels (B,)) -> the sum of the samples' losses. amp: whether in bfloat16. say,
+    every: a function that prints a line, and after how many batches it says how training goes.
+    Among several processes the loader yields this one's part of each batch; the Metrics are of all.
     Raises UserError at the first loss that is not finite.
     """
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
+    processes = distributed.share()[1]
 
     def account(number, size, loss, hits):
         nonlocal total_loss, correct, seen
@@ -65,25 +77,30 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
         if not math.isfinite(value):
             raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
                             'the gradient with --alpha or --gamma')
-        total_loss, correct, seen = total_loss + value * size, correct + hits.item(), seen + size
+        total_loss, correct, seen = total_loss + value, correct + hits.item(), seen + size
+        if not seen:
+            return
         bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
         if every and number % every == 0:
             say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
 
     last = None
-    bar = tqdm(loader, desc='train', leave=False, disable=None)
+    bar = tqdm(loader, desc='train', leave=False, disable=None if distributed.is_main() else True)
     for number, (images, labels) in enumerate(bar, 1):
+        size = (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
         with lowered(device, amp):
             logits = model(images)
             loss = loss_function(logits, labels)
-        loss.backward()
+        # the mean over the whole batch; gradients are averaged over the processes, so times their number
+        (loss * (processes / loader.sizes[number - 1])).backward()
         optimizer.step()
         if last:  # read a batch later, so that the host does not wait for a GPU within a step
             account(*last)
-        last = number, len(labels), loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        last = number, size, loss.detach(), (logits.detach().argmax(1) == labels).sum()
     account(*last)
+    total_loss, correct, seen = distributed.total([total_loss, correct, seen], device)
     return Metrics(total_loss / seen, correct / seen)
 
 
@@ -91,88 +108,121 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
 def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None):
     """One pass over a loader without training; returns (its Metrics, accuracies after each of `at` time steps).
 
-    say: prints the accuracy after every batch. at: of a spiking network, time steps in ascending order, of which the
-    last gives the Metrics; None for all of them at once.
+    loss_function: as for train_epoch. say: prints the accuracy after every batch. at: of a spiking network, time steps
+    in ascending order, of which the last gives the Metrics; None for all of them at once.
     """
     model.eval()
-    total_loss, correct, seen = 0.0, 0, 0
-    bar = tqdm(loader, desc='test', leave=False, disable=None)
+    total_loss, correct, seen = 0.0, torch.zeros(len(at or [0]), dtype=torch.int64), 0
+    bar = tqdm(loader, desc='test', leave=False, disable=None if distributed.is_main() else True)
     for number, (images, labels) in enumerate(bar, 1):
+        seen += (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with lowered(device, amp):
             outputs = model.curve(images, at) if at else model(images)[None]  # (len(at), B, labels)
-            total_loss += loss_function(outputs[-1], labels).item() * len(labels)
-        correct = correct + (outputs.argmax(2) == labels).sum(1).cpu()
-        seen += len(labels)
-        accuracies = [count / seen for count in correct.tolist()]
-        bar.set_postfix_str(f'accuracy {accuracies[-1]:.2%}', refresh=False)
+            total_loss += loss_function(outputs[-1], labels).item()
+        correct += (outputs.argmax(2) == labels).sum(1).cpu()
+        accuracy = correct[-1].item() / max(1, seen)
+        bar.set_postfix_str(f'accuracy {accuracy:.2%}', refresh=False)
         if say:
-            say(f'  test batch {number}: accuracy {accuracies[-1]:.2%} of {seen} images')
+            say(f'  test batch {number}: accuracy {accuracy:.2%} of {seen} images')
+    total_loss, seen, *correct = distributed.total([total_loss, seen, *correct.tolist()], device)
+    accuracies = [count / seen for count in correct]
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
-def test(model, data, loss_function, device, args, say=None):
-    """The Metrics on all test images, always with the same random draws: a checkpoint gives its accuracy again."""
-    return test_over_time(model, data, loss_function, device, args, say)[0]
+def test(model, dataset, loss_function, device, args, say=None):
+    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
+    return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
 
-def test_over_time(model, data, loss_function, device, args, say=None, at=None):
+def test_over_time(model, dataset, loss_function, device, args, say=None, at=None):
     """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
-    seed_all(seed_for(args.seed, 0))
-    loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
+    share = distributed.share()
+    seed_all(seed_for(args.seed, 0, share[0]))
+    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', share=share)
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
-def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, done=0, best=None,
-        train_say_every=None, test_say=None):
-    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch).
+def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, history, done=0,
+        best=None, train_say_every=None, test_say=None, board=None):
+    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch), and leaves the model at that epoch.
 
-    paths: (best, last), of the checkpoints. extra: what goes into them beside the weights. best: (accuracy,
-    epoch) so far. patience: epochs after which a network no better than chance stops the run with a UserError.
-    fresh: checkpoints of this name are an earlier run's, to be set aside before the first is written.
+    Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
+    paths: of the run's files. extra: what goes into checkpoints beside the weights. history: the metrics of the epochs
+    so far, a list of dicts, which grows. best: (accuracy, epoch) so far. patience: epochs after which a network no
+    better than chance stops the run with a UserError. fresh: files of this name are an earlier run's, to be set
+    aside before the first is written. board: a SummaryWriter for TensorBoard, or None.
     """
-    best = best or (-1.0, 0)
+    best, chosen_on = best or (-1.0, 0), data.selection
     if done >= args.epochs:
         say(f'{done} epochs are done already; a larger --epochs trains on')
-    pin_memory = device.type == 'cuda'
-    say(log.heading())
+    pin_memory, share, learner = device.type == 'cuda', distributed.share(), distributed.learner(model, device)
+    say(log.heading(chosen_on))
     for epoch in range(done + 1, args.epochs + 1):
         start = time.perf_counter()
         for group in optimizer.param_groups:
             group['lr'] = learning_rate_at(epoch, args)
-        seed = seed_for(args.seed, epoch)
-        seed_all(seed)
-        loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed, shuffle=True, pin_memory=pin_memory)
-        trained = train_epoch(model, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
-        tested = test(model, data, loss_function, device, args, test_say)
+        seed_all(seed_for(args.seed, epoch, share[0]))
+        loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
+                              pin_memory=pin_memory, share=share)
+        trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
+        tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
         improved = tested.accuracy > best[0]
         if improved:
             best = tested.accuracy, epoch
-        if fresh and epoch == done + 1:
+        if fresh and distributed.is_main():
             files.set_aside(paths, say)
-        save(paths, improved, best, model, optimizer, args, accuracy=tested.accuracy, epoch=epoch, **extra)
-        say(log.epoch_line(epoch, optimizer.param_groups[0]['lr'], *trained, *tested, best[0],
-                           time.perf_counter() - start))
+        fresh = False
+        history.append({
+            'epoch': epoch, 'learning_rate': optimizer.param_groups[0]['lr'],
+            'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
+            f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy,
+            'best_accuracy': best[0], 'seconds': time.perf_counter() - start})
+        save(paths, improved, best, model, optimizer, args, history, accuracy=tested.accuracy, epoch=epoch, **extra)
+        say(log.epoch_line(history[-1]))
+        if board:
+            metrics.to_board(board, history[-1])
         # 0.15 for ten classes, as published
         if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
+    if fresh:  # no epoch ran, so no file of this name is this run's
+        return best
+    if distributed.is_main():
+        checkpoint.load_weights(model, checkpoint.read(paths.best), paths.best)
+    distributed.share_weights(model)
+    if data.validation is not None:
+        tested = test(model, data.test, loss_function, device, args, test_say)
+        say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {best[1]}, which had the best '
+            f'validation accuracy, {best[0]:.2%}')
+        next(entry for entry in history if entry['epoch'] == best[1]).update(
+            test_loss=tested.loss, test_accuracy=tested.accuracy)
+        if distributed.is_main():
+            metrics.write(paths.metrics, args, history)
     return best
 
 
-def save(paths, improved, best, model, optimizer, args, **state):
-    """Write the checkpoint to resume from and, where this epoch is the best, first that of the best."""
+def save(paths, improved, best, model, optimizer, args, history, **state):
+    """Write the checkpoint to resume from, before it, where this epoch is the best, that of the best, and the metrics.
+
+    The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
+    the main one writes.
+    """
+    if not distributed.is_main():
+        return
     state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
-             'args': log.arguments(args)}
-    for path in paths if improved else paths[1:]:
+             'args': log.arguments(args), 'history': history}
+    for path in (paths.best, paths.last) if improved else (paths.last,):
         checkpoint.save(state, path)
+    metrics.write(paths.metrics, args, history)
 
 
 def resume_optimizer(optimizer, state, path, args):
     """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError."""
     best, saved = state.get('best'), state.get('args')
     if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
-            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)):
+            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
+            and isinstance(state.setdefault('history', []), list)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
     for flag in ('optimizer', 'amsgrad'):
         if saved.get(flag) != getattr(args, flag):

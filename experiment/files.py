@@ -5,6 +5,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 try:
     import fcntl
@@ -22,33 +23,40 @@ def identifier(kind, args):
     return f'{kind}_{args.architecture}_{args.dataset}'.lower() + steps
 
 
+class Paths(NamedTuple):
+    """Where a run keeps the checkpoint of its best epoch, the one to resume from, and a line of numbers an epoch."""
+    best: Path
+    last: Path
+    metrics: Path
+
+
 def paths(kind, name):
-    """(best, last): where a run keeps the checkpoint of its best epoch and the one to resume from."""
+    """The Paths of the run `name`."""
     folder = Path('trained_models', kind)
-    return folder / f'{name}.pth', folder / f'{name}.last.pth'
+    return Paths(folder / f'{name}.pth', folder / f'{name}.last.pth', Path('logs', kind, f'{name}.jsonl'))
 
 
 def is_own(source, files):
     """Whether the checkpoint `source` that a run resumes from is that run's own last one."""
-    return source is not None and os.path.realpath(source) == os.path.realpath(files[1])
+    return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
-def check_writable(files):
-    """Raise UserError, before hours of training, where checkpoints cannot be written."""
-    folder = files[0].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f'{folder}: cannot write checkpoints there ({error.strerror}); '
-                        'make the folder writable or start in another one') from error
+def check_writable(*folders):
+    """Make folders and raise UserError, before hours of work, where files cannot be written there."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f'{folder}: cannot write there ({error.strerror}); '
+                            'make the folder writable or name another') from error
 
 
 def lock(files):
     """Take the run's name for as long as the returned file is open; UserError where another process has it.
 
-    Also deletes the half-written checkpoints of killed runs of this name.
+    Also deletes the half-written files of killed runs of this name.
 
     A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
     itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
@@ -56,7 +64,7 @@ def lock(files):
     """
     if fcntl is None:
         return None
-    path = files[0].with_name(f'.{files[0].stem}.lock')
+    path = files.best.with_name(f'.{files.best.stem}.lock')
     file = open(path, 'a+')  # not 'w', which would empty the file before it is known whose it is
     try:
         # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
@@ -65,7 +73,7 @@ def lock(files):
         file.seek(0)
         holder = file.read().strip() or 'which has only just started'
         file.close()
-        raise UserError(f'{files[0]}: another run writes it ({holder}); let it end, or give this one '
+        raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this one '
                         'another name with --name') from error
     except OSError:
         file.close()
@@ -79,14 +87,14 @@ def lock(files):
 
 def _delete_half_written(files):
     """Delete what killed runs of this name were just writing; to be called by the one that holds its lock."""
-    parts = '|'.join(re.escape(path.name) for path in files)
-    for path in files[0].parent.iterdir():
-        if re.fullmatch(rf'({parts})\.\d+\.tmp', path.name):  # as write_atomically() calls it
-            path.unlink(missing_ok=True)
+    for path in files:
+        for part in path.parent.glob('*.tmp'):
+            if re.fullmatch(re.escape(path.name) + r'\.\d+\.tmp', part.name):  # as write_atomically() calls it
+                part.unlink(missing_ok=True)
 
 
 def set_aside(files, say):
-    """Keep the checkpoints that an earlier run of the same name left, as previous.N.<name>."""
+    """Keep the files that an earlier run of the same name left, as previous.N.<name>."""
     number = 1
     while any(path.with_name(f'previous.{number}.{path.name}').exists() for path in files):
         number += 1

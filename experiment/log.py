@@ -4,13 +4,23 @@ from pathlib import Path
 
 import torch
 
-COLUMNS = [  # heading, width, how the value is written
-    ('epoch', 7, '{}'), ('lr', 9, '{:.2g}'), ('train loss', 12, '{:.4f}'), ('train acc', 11, '{:.2%}'),
-    ('test loss', 11, '{:.4f}'), ('test acc', 10, '{:.2%}'), ('best', 9, '{:.2%}'), ('time', 8, '{:.0f}s')]
+from experiment import distributed
+
+COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value is written
+    'epoch': ('epoch', 7, '{}'), 'learning_rate': ('lr', 9, '{:.2g}'),
+    'train_loss': ('train loss', 12, '{:.4f}'), 'train_accuracy': ('train acc', 11, '{:.2%}'),
+    'validation_loss': ('val loss', 11, '{:.4f}'), 'validation_accuracy': ('val acc', 10, '{:.2%}'),
+    'test_loss': ('test loss', 11, '{:.4f}'), 'test_accuracy': ('test acc', 10, '{:.2%}'),
+    'best_accuracy': ('best', 9, '{:.2%}'), 'seconds': ('time', 8, '{:.0f}s')}
 
 
 def open_log(kind, identifier, to_file):
-    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError."""
+    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError.
+
+    Of several processes the main one prints.
+    """
+    if not distributed.is_main():
+        return lambda text: None
     if not to_file:
         return lambda text: print(text, flush=True)
     path = Path('logs', kind, f'{identifier}.log')
@@ -22,12 +32,13 @@ def open_log(kind, identifier, to_file):
 
 def header(args, model, device):
     """The lines that open a log: the command, every argument, the network, the machine."""
-    count = sum(p.numel() for p in model.parameters())
+    count, processes = sum(p.numel() for p in model.parameters()), distributed.share()[1]
     return '\n'.join([
         f'command: python {" ".join(sys.argv)}',
         *(f'  {key}: {value}' for key, value in arguments(args).items()),
         str(model),
-        f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads', ''])
+        f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads'
+        + (f', {processes} processes, each with batches of {args.batch_size}' if processes > 1 else ''), ''])
 
 
 def arguments(args):
@@ -35,10 +46,12 @@ def arguments(args):
     return {key: value for key, value in vars(args).items() if key != 'given'}
 
 
-def heading():
-    return ''.join(f'{name:>{width}}' for name, width, _ in COLUMNS)
+def heading(selection):
+    """The heading of the lines of epoch_line(). selection: 'test' or 'validation', the set that epochs run on."""
+    other = 'test' if selection == 'validation' else 'validation'
+    return ''.join(f'{name:>{width}}' for key, (name, width, _) in COLUMNS.items() if not key.startswith(other))
 
 
-def epoch_line(*values):
-    """One line of the table whose heading is heading()."""
-    return ''.join(f'{how.format(value):>{width}}' for value, (_, width, how) in zip(values, COLUMNS, strict=True))
+def epoch_line(entry):
+    """One line of the table: an epoch's entry in the metrics."""
+    return ''.join(f'{how.format(entry[key]):>{width}}' for key, (_, width, how) in COLUMNS.items() if key in entry)

@@ -34,8 +34,8 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 fraction = number(float, 0, 1, open_low=True)
 
 
-def probability(text):
-    """A dropout probability in [0, 1)."""
+def below_one(text):
+    """A number in [0, 1)."""
     value = number(float, 0)(text)
     if value >= 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number at least 0 and below 1')
@@ -127,7 +127,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add = parser.add_argument_group('network').add_argument
     add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES),
         help='default %(default)s')
-    add('--dropout', type=probability, default=dropout, metavar='P',
+    add('--dropout', type=below_one, default=dropout, metavar='P',
         help='dropout after each convolution (0.5 in the classifier); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
@@ -140,6 +140,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
         help='processes that load data, 0 for none; default %(default)s')
     add('--train_samples', type=positive_int, metavar='N', help='train on a seeded subset of N images')
     add('--test_samples', type=positive_int, metavar='N', help='test on a seeded subset of N images')
+    add('--validation_fraction', type=below_one, default=0.0, metavar='F',
+        help='hold out this part of the training set and choose the best epoch on it; default 0: on the test set')
 
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=positive_int, default=300, metavar='N', help='default %(default)s')
@@ -159,6 +161,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--amp', action=Switch, help='convolutions and matrix products in bfloat16 (autocast)')
     add('--devices', type=devices, default='0', metavar='N', help='number of the CUDA device; default %(default)s')
     add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
+    add('--tensorboard', action=Switch, help='write scalars for TensorBoard too')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
     add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',

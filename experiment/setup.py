@@ -1,30 +1,51 @@
 """What the flags of a run ask for: its device, data, networks, and checkpoint to resume from."""
 import importlib.util
+import shlex
+import sys
 
 import torch
 
 import self_models
-from experiment import UserError, checkpoint, data
+from experiment import UserError, checkpoint, data, distributed
 
 
 def set_up_device(args):
     """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there.
 
+    Where torchrun started several processes, they meet here, and each has its own device.
+
     To be called before torch computes anything: threads take over the setting below when they start.
     """
     # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
+    device = _device(args)
+    if distributed.wanted():
+        if device.type == 'cuda':
+            torch.cuda.set_device(device)
+        distributed.start(device)
+    return device
+
+
+def _device(args):
     wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
+    numbers = [int(n) for n in args.devices.split(',')]
+    if len(numbers) > 1 and not distributed.wanted():
+        command = shlex.join(['torchrun', '--nproc_per_node', str(len(numbers)), *sys.argv])
+        raise UserError(f'--devices {args.devices}: a process uses one device; for several type: {command}')
     if not wanted:
         return torch.device('cpu')
     if not torch.cuda.is_available():
         raise UserError('--gpu: torch finds no CUDA device here; leave the flag out or say --no-gpu to use the CPU')
-    numbers = [int(n) for n in args.devices.split(',')]
+    if distributed.wanted():
+        if 'devices' not in args.given:
+            numbers = list(range(torch.cuda.device_count()))
+        if distributed.local_rank() >= len(numbers):
+            raise UserError(f'torchrun started more processes than there are devices ({len(numbers)}): lower '
+                            '--nproc_per_node, or name more with --devices')
+        numbers = [numbers[distributed.local_rank()]]
     if max(numbers) >= torch.cuda.device_count():
         raise UserError(f'--devices {args.devices}: this machine has {torch.cuda.device_count()} CUDA device(s), '
                         'numbered from 0')
-    if len(numbers) > 1:
-        raise UserError(f'--devices {args.devices}: a run uses one device; choose one of them')
     return torch.device('cuda', numbers[0])
 
 
@@ -41,7 +62,9 @@ def choose_backend(args, device):
 
 def load_data(args):
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
-    return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples, args.seed)
+    with distributed.main_first():
+        return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples,
+                         args.seed, args.validation_fraction)
 
 
 def build_ann(args, data):

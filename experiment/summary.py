@@ -8,8 +8,8 @@ from typing import NamedTuple
 from experiment import UserError
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
-NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'export_nir',
-                'test_acc_every_batch', 'train_acc_batches'}
+NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'predict',
+                'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
 
 class Run(NamedTuple):

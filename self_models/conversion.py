@@ -1,6 +1,7 @@
 """ANN to SNN: threshold balancing (Rathi et al. 2020, algorithm 1; Diehl et al. 2016)."""
 import math
 import tempfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,8 +90,8 @@ def find_thresholds(model, images, timesteps, progress=False):
 
 def _balance_all(model, images, timesteps, progress):
     """The thresholds, one layer after another; find_thresholds without its care for the model."""
-    # few images a group, for one group of a layer always runs twice (see balance); the steps make up the batch
-    size = max(1, min(8, len(images) // 32))
+    # a group is what runs again at the least (see balance); the steps make up the batch
+    size = max(1, min(16, len(images) // 8))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     stages = model.balanced_stages()
     # of the input only the bits are stored; a pixel's sign is held as the mask of its train
@@ -103,13 +104,13 @@ def _balance_all(model, images, timesteps, progress):
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(stages[0][0].weight.device.type, enabled=False)):
         for index, (synapse, _, pools) in enumerate(stages):
-            current = current_source(store, train, signs if index == 0 else None, synapse)
+            source = partial(current_source, store, train, signs if index == 0 else None, synapse)
             shape = Branch(train, synapse).output_shape()
             output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
-            block = max(1, CHUNK_BYTES[synapse.weight.device.type] // (
-                size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
+            memory = max(CHUNK_BYTES[synapse.weight.device.type], synapse.weight.nbytes)
+            block = max(1, memory // (size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
             blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
-            threshold = balance(current, groups, blocks, model.neuron(index), output, bar)
+            threshold = balance(source, groups, blocks, shape[0], model.neuron(index), output, bar)
             if not 0 < threshold < math.inf:
                 raise DeadLayerError(f'{model.layer_names[index]} ' + (
                     f'never receives a spike within {timesteps} time steps: balance over more steps or images, or '
@@ -120,10 +121,13 @@ def _balance_all(model, images, timesteps, progress):
     return thresholds
 
 
-def current_source(store, train, signs, synapse):
-    """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`."""
+def current_source(store, train, signs, synapse, channels=slice(None)):
+    """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`.
+
+    channels: indices of the output channels that are wanted; all of them unless given.
+    """
     dtype, device = synapse.weight.dtype, synapse.weight.device
-    weight = prepare(synapse.weight, dtype)
+    weight = prepare(synapse.weight[channels], dtype)
 
     def current(group, first, stop):
         fired = store.read(group, first, stop, device)
@@ -134,17 +138,18 @@ def current_source(store, train, signs, synapse):
     return current
 
 
-def balance(current, groups, blocks, neuron, output, bar):
+def balance(source, groups, blocks, channels, neuron, output, bar):
     """The largest of the currents over all groups and blocks of steps; `output` is given the spikes at that threshold.
 
+    source: current_source, but for its argument `channels`, of which the layer has so many.
+
     Spikes need the threshold, and the threshold needs every current. So that currents need not be found twice, spikes
-    are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. Beginning
-    with the groups that look largest in a few steps, few have to run again.
+    are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. It seldom
+    grows, as it starts from that of the few channels that look largest, which cost little to run through first.
     """
     if not blocks:  # the delays of the layers before have used up every step
         return 0.0
-    middle = len(blocks) // 2
-    probe = blocks[middle][0], min(blocks[middle][1], blocks[middle][0] + max(1, blocks[-1][1] // 16))
+    current = source()
 
     def run(group, threshold):
         at_start, state = threshold, None
@@ -161,16 +166,31 @@ def balance(current, groups, blocks, neuron, output, bar):
                 output.write(group, first, fired[:output.steps - first])
         return threshold
 
-    order = groups
-    if output is not None and len(groups) > 2:
-        order = sorted(groups, key=lambda group: current(group, *probe).max().item(), reverse=True)
-    threshold, valid = 0.0, []
-    for group in order:
+    threshold, last_growth = 0.0, 0
+    if output is not None:
+        threshold = likely_threshold(source, current, groups, blocks, channels)
+    for number, group in enumerate(groups):
         before, threshold = threshold, run(group, threshold)
-        valid = [*valid, group] if threshold == before else []
+        if threshold > before:
+            last_growth = number + 1
         bar.update()
     if output is not None and 0 < threshold < math.inf:
-        for group in order:
-            if group not in valid:
-                run(group, threshold)
+        for group in groups[:last_growth]:
+            run(group, threshold)
     return threshold
+
+
+def likely_threshold(source, current, groups, blocks, channels):
+    """A current of the layer that is likely its largest, 0 or more.
+
+    It is where the eighth of the channels that is the largest in the last few steps has its own largest current.
+    """
+    steps = blocks[-1][1]
+    few = max(1, steps // 16)
+    # currents are stored channels-last: (m, b, H * W * C); of each step the largest, as one outlier says little
+    largest = sum(current(group, steps - few, steps).view(few, -1, channels).amax(1).sum(0) for group in groups)
+    narrow = source(largest.topk(-(-channels // 8)).indices)
+    _, group, block = max(((narrow(group, *block).max().item(), group, block) for group in groups for block in blocks),
+                          key=lambda found: found[0])
+    # found by the same product as later on: another one's last bit may differ
+    return max(0.0, current(group, *block).max().item())

@@ -29,14 +29,17 @@ class RESNET_SNN_STDB(SpikingNetwork):
     def balanced_stages(self):
         return stages_of(self.pre_process)
 
-    def hidden(self, train):
-        train = self.chain(train)
+    def convolutional(self, train):
+        train = yield from self.chain(train, self.balanced_stages())
         index = self.balanced
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             conv1, _, dropout, conv2 = block.residual
-            inner = lif_layer([Branch(train, conv1)], self.neuron(index), dropout)
-            identity = Branch(train, *block.identity)
-            train = lif_layer([identity, Branch(inner, conv2)], self.neuron(index + 1))
+            branches = [Branch(train, conv1)]
+            inner = lif_layer(branches, self.neuron(index), dropout)
+            yield branches, inner
+            branches = [Branch(train, *block.identity), Branch(inner, conv2)]
+            train = lif_layer(branches, self.neuron(index + 1))
+            yield branches, train
             index += 2
         return train
 

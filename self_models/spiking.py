@@ -18,6 +18,7 @@ from self_models.layers import initialize
 from self_models.neuron import PoissonGenerator
 
 CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
+GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
 
 
 @dataclasses.dataclass
@@ -80,6 +81,37 @@ class SpikeTrain:
                 grad = F.pad(grad, (0, 0, 0, wide - 2 * w, 0, high - 2 * h))
         grad = grad.view(steps, batch, -1)
         return grad if self.mask is None else grad.mul_(self.mask[samples])
+
+
+    def part(self, samples):
+        """The train of a slice of the samples; of a train without link."""
+        return dataclasses.replace(self, fired=self.fired[:, samples],
+                                   mask=None if self.mask is None else self.mask[samples])
+
+
+def join(trains):
+    """One train of the samples of several, which are of the same layer."""
+    if len(trains) == 1:
+        return trains[0]
+    links = [train.link for train in trains]
+    return dataclasses.replace(
+        trains[0], fired=torch.cat([train.fired for train in trains], 1),
+        mask=None if trains[0].mask is None else torch.cat([train.mask for train in trains]),
+        link=None if links[0] is None else _Joined.apply(*links))
+
+
+class _Joined(torch.autograd.Function):
+    """The link (n, B, N') of a train joined from others, whose links are (n, b, N')."""
+
+    @staticmethod
+    def forward(ctx, *links):
+        ctx.sizes = [link.shape[1] for link in links]
+        return links[0][:, :1].expand(-1, sum(ctx.sizes), -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.split(ctx.sizes, 1)
 
 
 def unflatten(x, shape):
@@ -323,9 +355,10 @@ def stages_of(modules):
 class SpikingNetwork(nn.Module):
     """What the spiking VGG and ResNet share: hyper-parameters, thresholds, input and output.
 
-    A subclass builds its modules, calls `set_layers` and defines `hidden(train) -> SpikeTrain` and
-    `balanced_stages()`. `self.thresholds` holds the threshold of every LIF layer, in order. Nothing is kept from one
-    forward pass to the next.
+    A subclass builds its modules, calls `set_layers` and defines `balanced_stages()` and `convolutional(train)`, which
+    yields the inputs [Branch, ...] and the SpikeTrain of one convolutional LIF layer after another and returns the
+    last; where LIF layers follow that are not convolutional, it defines `dense(train)` likewise. `self.thresholds`
+    holds the threshold of every LIF layer, in order. Nothing is kept from one forward pass to the next.
     """
 
     def __init__(self, activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate):
@@ -410,19 +443,64 @@ class SpikingNetwork(nn.Module):
 
     def last_spikes(self, x):
         """The spikes that the output layer receives from images x (B, C, H, W)."""
-        # a layer delays by one step, so of T input steps the last `depth` cannot reach the output
-        return self.hidden(self.encode(x, self.timesteps - self.depth))
+        train = self.input_train(x)
+        # Samples go through the convolutions in groups, so that, when learning, gradients wait for one group only:
+        # autograd takes the last group back to the input before it begins with the one before.
+        size = len(x)
+        if torch.is_grad_enabled():
+            size = max(1, GROUP_BYTES[x.device.type] // (train.steps * self.largest_convolution(train) * x.itemsize))
+        groups = [slice(i, i + size) for i in range(0, len(x), size)]
+        train = join([last(self.convolutional(train.part(samples))) for samples in groups])
+        return last(self.dense(train))
 
-    def chain(self, train):
-        """The balanced LIF layers, one after the other."""
-        for index, (synapse, dropout, pools) in enumerate(self.balanced_stages()):
-            train = lif_layer([Branch(train, synapse)], self.neuron(index), dropout, pools)
+    def layers(self, x):
+        """Yield the inputs [Branch, ...] and the SpikeTrain of every LIF layer, in the order of `layer_names`, as
+        images x (B, C, H, W) go through. `timesteps` must be above `depth`."""
+        train = yield from self.convolutional(self.input_train(x))
+        yield from self.dense(train)
+
+    def input_train(self, x):
+        """The spikes of images x (B, C, H, W) that can reach the output: each layer delays by one step, so of T steps
+        the last `depth` cannot."""
+        return self.encode(x, self.timesteps - self.depth)
+
+    def dense(self, train):
+        """The LIF layers after the convolutional ones: none."""
+        yield from ()
+        return train
+
+    def largest_convolution(self, train):
+        """The most values that one of the balanced convolutions takes and gives, of one sample at one step."""
+        sizes, train = [], dataclasses.replace(train, fired=None, mask=None)
+        for synapse, _, pools in self.balanced_stages():
+            if isinstance(synapse, nn.Linear):
+                break
+            shape = Branch(train, synapse).output_shape()
+            sizes.append(math.prod(train.pooled_shape) + math.prod(shape))
+            train = dataclasses.replace(train, shape=shape, pools=pools)
+        return max(sizes)
+
+    def chain(self, train, stages, first=0):
+        """LIF layers one after the other, from number `first` on: yields what `layers` does, returns the last train."""
+        for index, (synapse, dropout, pools) in enumerate(stages, first):
+            branches = [Branch(train, synapse)]
+            train = lif_layer(branches, self.neuron(index), dropout, pools)
+            yield branches, train
         return train
 
     def readout(self, counts):
         """The output layer on spike counts: sum_t W s(t) = W sum_t s(t), so it is one product whatever T."""
         with torch.autocast(counts.device.type, enabled=False):  # counts go beyond the 8 bits of bfloat16
             return self.classifier[-1](counts.flatten(1))
+
+
+def last(layers):
+    """Run through a generator like SpikingNetwork.chain; returns the last train."""
+    while True:
+        try:
+            next(layers)  # what it yields is not held, so a layer's input can go when the next layer runs
+        except StopIteration as done:
+            return done.value
 
 
 def check_threshold(value):

@@ -25,5 +25,8 @@ class VGG_SNN_STDB(SpikingNetwork):
     def balanced_stages(self):
         return stages_of([*self.features, *self.classifier[:-1]])
 
-    def hidden(self, train):
-        return self.chain(train)
+    def convolutional(self, train):
+        return self.chain(train, stages_of(self.features))
+
+    def dense(self, train):
+        return self.chain(train, stages_of(self.classifier[:-1]), first=len(stages_of(self.features)))

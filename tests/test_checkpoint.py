@@ -189,7 +189,7 @@ def test_identifiers():
 def test_earlier_runs_are_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths, said = files.paths('ann', 'x'), []
-    files.check_writable(paths)
+    files.check_writable(paths.best.parent, paths.metrics.parent)
     files.set_aside(paths, said.append)
     assert said == [] and os.listdir(paths[0].parent) == []
     for number in (1, 2):

@@ -103,7 +103,7 @@ def test_names():
     ('MNIST', 'mnist/MNIST/raw'), ('FASHIONMNIST', 'fashion_mnist/FashionMNIST/raw')])
 def test_mnist(tmp_path, name, folder):
     written = write_idx(tmp_path / folder)
-    train, test, classes, shape = load(name, str(tmp_path))
+    train, test, classes, shape = load(name, str(tmp_path))[:4]
     assert (len(train), len(test), len(classes), shape) == (12, 5, 10, (1, 28, 28))
     for part, images in ((train, written['train']), (test, written['t10k'])):  # neither is augmented
         loaded, labels = all_of(epoch_loader(part, 4, seed=1))
@@ -126,7 +126,7 @@ def test_cifar(tmp_path, monkeypatch, name, files, keys, inner):
     monkeypatch.setitem(data._TORCHVISION, name, (*data._TORCHVISION[name][:3], files))
     names = ['cat', 'dog', 'eel', 'fox']
     written = write_cifar(tmp_path / 'cifar_data' / inner, monkeypatch, name, files, names, *keys)
-    train, test, classes, shape = load(name, tmp_path)
+    train, test, classes, shape = load(name, tmp_path)[:4]
     assert (len(train), len(test), classes, shape) == (2 * len(files) - 2, 2, names, (3, 32, 32))
     images, labels = all_of(epoch_loader(test, 2, seed=1))
     assert torch.equal(images, (torch.from_numpy(written[files[-1]]) / 255 - .5) / .5)
@@ -193,7 +193,7 @@ def test_folder_takes_any_picture(tmp_path):
     (tmp_path / 'train/red/._1.png').write_text('left by another system')
     (tmp_path / 'train/.cache').mkdir()
     picture(tmp_path / 'test/red/1.bmp', (255, 0, 0))
-    train, test, classes, shape = load('FOLDER', tmp_path, image_size=12)
+    train, test, classes, shape = load('FOLDER', tmp_path, image_size=12)[:4]
     assert (classes, shape, len(test), test[0][1]) == (['grey', 'red'], (3, 12, 12), 1, 1)
     assert train.labels.tolist() == [0, 0, 0, 1, 1]
     # No picture is cropped or flipped in memory; those of one colour keep it through resizing.
@@ -207,7 +207,7 @@ def test_folder_labels_go_by_name(tmp_path):
         picture(tmp_path / 'train' / name / '1.png', (n, 0, 0))
     picture(tmp_path / 'val/c/1.png')
     picture(tmp_path / 'val/b/1.png')
-    train, test, classes, _ = load('FOLDER', tmp_path)
+    train, test, classes, _ = load('FOLDER', tmp_path)[:4]
     assert (classes, [label for _, label in train], [label for _, label in test]) == (list('abc'), [0, 1, 2], [1, 2])
     picture(tmp_path / 'test/a/1.png')  # test/ goes before val/
     assert [label for _, label in load('FOLDER', tmp_path).test] == [0]
@@ -293,7 +293,7 @@ def test_dead_worker():
 def test_imagenet(tmp_path, inner):
     noise_folder(tmp_path / inner, 'val', 4, (260, 300))
     picture(tmp_path / inner / 'val/a/white.png', (255, 255, 255), (50, 80))
-    train, test, classes, shape = load('IMAGENET', tmp_path)
+    train, test, classes, shape = load('IMAGENET', tmp_path)[:4]
     assert (len(train), len(test), classes, shape) == (4, 3, ['a', 'b'], (3, 224, 224))
     one, two, again = (all_of(epoch_loader(train, 2, seed=seed))[0] for seed in (1, 2, 1))
     assert one.shape == (4, 3, 224, 224) and one.is_contiguous() and one.min() < -.5 and one.max() > .5
@@ -382,6 +382,25 @@ def test_subsets(tmp_path):
     assert torch.equal(chosen(0, train_samples=1437)[2], chosen(0)[2])
     assert '--train_samples 1438: there are 1437 train images' in message('DIGITS', '', train_samples=1438)
     assert '--test_samples 361: there are 360 test images' in message('DIGITS', '', test_samples=361)
+
+
+def test_images_held_out_for_validation():
+    def contents(dataset):
+        return {bytes(image.numpy()) for image in dataset.images}
+
+    whole = load('DIGITS', '')
+    part = load('DIGITS', '', validation_fraction=0.2)
+    assert (len(part.train), len(part.validation), len(part.test)) == (1150, 287, 360)
+    assert whole.selection == 'test' and part.selection == 'validation'
+    assert contents(part.train) | contents(part.validation) == contents(whole.train)
+    for name in ('train', 'test'):
+        assert not contents(part.validation) & contents(getattr(part, name))
+    # fewer training images do not change which ones are held out, nor does holding out change which are taken
+    few = load('DIGITS', '', train_samples=100, validation_fraction=0.2)
+    assert torch.equal(few.validation.images, part.validation.images)
+    assert torch.equal(few.train.images, load('DIGITS', '', train_samples=100).train.images)
+    other = load('DIGITS', '', seed=1, validation_fraction=0.2)
+    assert not torch.equal(other.validation.images, part.validation.images)
 
 
 def test_subset_keeps_labels_and_reads_no_more(tmp_path):

@@ -83,18 +83,18 @@ def test_without_locks_runs_run(tmp_path, monkeypatch, missing):
         monkeypatch.setattr(files, 'fcntl', None)
     else:
         monkeypatch.setattr(files.fcntl, 'lockf', lockf)
-    assert files.lock((tmp_path / 'x.pth', tmp_path / 'x.last.pth')) is None
+    assert files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl')) is None
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
 def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
-    own = ['x.pth.123.tmp', 'x.last.pth.123.tmp', 'x.last.pth.7.tmp']
-    others = ['x.pth', 'x.last.pth', 'y.pth.123.tmp', 'previous.1.x.pth', 'x.pth.pth.123.tmp', 'a.x.pth.123.tmp',
-              'x.pth.thresholds.json', 'x.pth.tmp', 'x-pth.123.tmp']
+    own = ['x.pth.123.tmp', 'x.last.pth.123.tmp', 'x.last.pth.7.tmp', 'x.jsonl.123.tmp']
+    others = ['x.pth', 'x.last.pth', 'x.jsonl', 'y.pth.123.tmp', 'previous.1.x.pth', 'x.pth.pth.123.tmp',
+              'a.x.pth.123.tmp', 'x.pth.thresholds.json', 'x.pth.tmp', 'x-pth.123.tmp']
     for name in own + others:
         (tmp_path / name).touch()
-    held = files.lock((tmp_path / 'x.pth', tmp_path / 'x.last.pth'))
+    held = files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl'))
     assert {path.name for path in tmp_path.iterdir()} == {*others, '.x.lock'}
     held.close()
 

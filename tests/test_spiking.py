@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import self_models.spiking as spiking
 import step_by_step
 from conftest import ROOT, fill, ternary
 from self_models import ARCHITECTURES, INPUT_SHAPES, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, find_thresholds
@@ -94,6 +95,20 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     against_reference(model, x)
 
 
+@pytest.mark.parametrize('architecture, activation', [('VGG5', 'STDB'), ('VGG5', 'Linear'), ('RESNET6', 'STDB')])
+def test_groups_do_not_change_the_result(architecture, activation, monkeypatch):
+    model = fill(network(architecture, dataset='DIGITS', timesteps=14, activation=activation).double(), 3).eval()
+    x = ternary((5, 1, 8, 8), 5, 1.25, low=0)
+    model.threshold_update(0.7, find_thresholds(model, x, 14))
+    parts, original = [], spiking.SpikeTrain.part
+    monkeypatch.setattr(spiking.SpikeTrain, 'part', lambda train, at: parts.append(at) or original(train, at))
+    # the largest layer of VGG5 takes 64 values a step and gives 64 * 64, that of RESNET6 takes 64 * 64 too
+    steps, largest = 14 - model.depth, {'VGG5': 65, 'RESNET6': 128}[architecture] * 64
+    monkeypatch.setattr(spiking, 'GROUP_BYTES', {'cpu': 2 * steps * largest * 8 + 1})  # two samples at a time
+    against_reference(model, x)
+    assert [(at.start, at.stop) for at in parts] == [(0, 2), (2, 4), (4, 6)]
+
+
 def test_dropout_is_one_mask_a_sample_held_over_time():
     model = fill(network('VGG5', dataset='DIGITS', timesteps=14, dropout=0.5).double(), 3)
     x = ternary((4, 1, 8, 8), 5, low=0)
@@ -111,7 +126,6 @@ def test_dropout_is_one_mask_a_sample_held_over_time():
         masks[index] = mask
         return mask
 
-    import self_models.spiking as spiking
     original, trains = spiking.lif_layer, []
     spiking.lif_layer = lambda *args: trains.append(original(*args)) or trains[-1]
     try:

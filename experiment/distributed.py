@@ -1,0 +1,84 @@
+"""Several processes that train one network together, as torchrun starts them: one for each GPU, or on CPUs.
+
+Without torchrun there is one process, and everything here does nothing. Each process keeps the whole network and takes
+its part of every batch; gradients are averaged by torch's DistributedDataParallel.
+"""
+import atexit
+import contextlib
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def wanted():
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+def local_rank():
+    """The number of this process on its machine, from 0."""
+    return int(os.environ.get('LOCAL_RANK', 0))
+
+
+def start(device):
+    """Meet the other processes; they talk by nccl on CUDA, by gloo on CPUs."""
+    # a process may wait for another to balance thresholds, which can take hours
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(days=2))
+    atexit.register(dist.destroy_process_group)
+
+
+def _started():
+    return dist.is_available() and dist.is_initialized()
+
+
+def share():
+    """(number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if _started() else (0, 1)
+
+
+def is_main():
+    """Whether this is the process that writes logs and files."""
+    return share()[0] == 0
+
+
+def total(values, device):
+    """The sums over all processes of a list of numbers, a list of floats."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    if _started():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def from_main(function):
+    """What function() gives on the main process, on all of them."""
+    value = [function() if is_main() else None]
+    if _started():
+        dist.broadcast_object_list(value, 0)
+    return value[0]
+
+
+def share_weights(model):
+    """Give every process the weights that the main one has."""
+    if _started():
+        for weight in model.state_dict().values():
+            dist.broadcast(weight, 0)
+
+
+@contextlib.contextmanager
+def main_first():
+    """The main process runs the block before the others do: what it downloads, they find."""
+    if _started() and not is_main():
+        dist.barrier()
+    yield
+    if _started() and is_main():
+        dist.barrier()
+
+
+def learner(model, device):
+    """The model as it is trained: among several processes, wrapped so that gradients are averaged over them."""
+    if not _started():
+        return model
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)

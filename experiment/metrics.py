@@ -1,0 +1,68 @@
+"""The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from experiment import UserError, distributed, log
+from experiment.files import write_atomically
+
+
+def write(path, args, history):
+    """Write a metrics file: a line about the run, then a line an epoch. Raises UserError.
+
+    history: dicts of numbers: epoch, learning_rate, train_loss, train_accuracy, test_loss, test_accuracy (with
+    --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
+    fractions. Epoch 0 is an SNN before fine-tuning; ann_accuracy stands with it, and curve, {time steps: accuracy}.
+    """
+    run = {'command': ' '.join(['python', *sys.argv]), 'args': log.arguments(args), 'commit': commit(),
+           'torch': torch.__version__, 'machine': machine(args)}
+    text = ''.join(json.dumps(line) + '\n' for line in [run, *history])
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def commit():
+    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout."""
+    try:
+        done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'],
+                              cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def machine(args):
+    """What a run computes on, in words."""
+    if torch.cuda.is_available() and args.gpu is not False:
+        return torch.cuda.get_device_name()
+    return f'{torch.get_num_threads()} threads of {_processor()}'
+
+
+def _processor():
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def open_board(kind, name, wanted):
+    """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
+    if not wanted or not distributed.is_main():
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('--tensorboard: the package tensorboard is not installed; pip install tensorboard') from error
+    return SummaryWriter(Path('logs', kind, name))
+
+
+def to_board(board, entry):
+    """Add an epoch's numbers."""
+    for key, value in entry.items():
+        if key != 'epoch' and isinstance(value, (int, float)):
+            board.add_scalar(key, value, entry['epoch'])
+    board.flush()

@@ -1,0 +1,152 @@
+"""A spiking network as a NIR graph, the exchange format of neuromorphic tools (Pedersen et al. 2024, neuroir.org).
+
+NIR's neurons are differential equations; these constants make their Euler step of length dt that of the network:
+
+    IF, where leak is 1     dv/dt = r I                    v <- v + dt r I                      = v + I
+        dt = 1, r = 1
+    LIF, elsewhere          tau dv/dt = v_leak - v + r I   v <- v + dt/tau (v_leak - v + r I)   = leak v + I
+        dt = 1e-4, tau = dt / (1 - leak), r = tau / dt = 1 / (1 - leak), v_leak = 0
+
+The two dt are what importers presume (an r of 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly), and
+the file names its own.
+
+NIR knows one reset, v <- v_reset. The network's, v <- v - threshold, and that it fires on the potential before the
+step's input, are in the graph's metadata, with the input's encoding and what the output is. That is all it takes to run
+the file (a test does). A tool that does not heed the metadata runs another network.
+"""
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from experiment import UserError
+from experiment.files import write_atomically
+
+SEMANTICS = {  # of every network here; symbols: step t, potential u, threshold theta, current I, spikes o
+    'neuron': 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t), u(-1) = 0',
+    'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
+    'fire_before_integrate': True,  # on u(t-1): what fires at t does not depend on I(t)
+    'delay': 1,  # steps, of every layer of neurons; follows from the line above
+    'input_encoding': 'signed Poisson: at each step sign(x) where rand <= input_rate |x|, else 0',
+    'output': 'the sum over all steps of what reaches the output node: no leak, no spike'}
+
+
+def check(path):
+    """Raise UserError, before hours of training, where a NIR file cannot be written to `path`."""
+    path, folder = Path(path), Path(path).parent
+    _nir()
+    if path.is_dir():
+        raise UserError(f'--export_nir {path}: is a folder; name a file in it, such as {path / "snn.nir"}')
+    if not folder.is_dir():
+        raise UserError(f'--export_nir {path}: there is no folder {folder}; make it, or name another')
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f'--export_nir {path}: cannot write in {folder} ({error.strerror}); make it writable, or '
+                        'name another') from error
+
+
+def export(model, input_shape, path, **about):
+    """Write a spiking network to `path` as NIR; returns a line to say. What is there is replaced once that is whole.
+
+    input_shape: (C, H, W). about: further metadata, numbers and texts by name. Raises UserError where it cannot.
+    """
+    graph, file = to_graph(model, input_shape, **about), io.BytesIO()
+    _nir().write(file, graph)
+    write_atomically(Path(path), lambda target: target.write(file.getbuffer()))
+    return (f'{os.fspath(path)}: written as NIR, whose neurons reset to v_reset: this network subtracts the threshold '
+            'and fires before it integrates, so set the tool that reads it to that (metadata: reset, '
+            'fire_before_integrate)')
+
+
+def to_graph(model, input_shape, **about):
+    """The nir.NIRGraph of a VGG_SNN_STDB or RESNET_SNN_STDB in eval mode, for images of input_shape (C, H, W).
+
+    A node of weights has the name of the model's module, its neurons that name and '.neuron'. Currents that meet at
+    neurons add up. about: further metadata, numbers and texts by name. Raises UserError without the package nir.
+    """
+    nir, nodes, edges = _nir(), {}, []
+    shapes = {}  # what each node gives: (C, H, W) or (features,)
+    dt = 1.0 if model.leak == 1 else 1e-4
+
+    def add(name, node, shape, *sources):
+        nodes[name], shapes[name] = node, tuple(int(size) for size in shape)
+        edges.extend((source, name) for source in sources)
+        return name
+
+    def synapse(name, source):
+        module, shape = model.get_submodule(name), shapes[source]
+        weight = module.weight.detach().cpu().contiguous().numpy()
+        if isinstance(module, nn.Linear):
+            if len(shape) > 1:
+                flat = nir.Flatten({'input': np.array(shape)}, start_dim=0)  # NIR's shapes have no batch
+                source = add('flatten', flat, (np.prod(shape),), source)
+            return add(name, nir.Linear(weight), weight.shape[:1], source)
+        node = nir.Conv2d(shape[1:], weight, module.stride, module.padding, module.dilation, module.groups,
+                          bias=np.zeros(len(weight), weight.dtype))
+        return add(name, node, node.output_type['output'], source)
+
+    def pool(name, source, kernel, stride):
+        c, *sizes = shapes[source]
+        sizes = [(size - k) // s + 1 for size, k, s in zip(sizes, kernel, stride, strict=True)]
+        return add(name, nir.AvgPool2d(np.array(kernel), np.array(stride), np.zeros(2, int)), (c, *sizes), source)
+
+    def neurons(layer, *sources):
+        shape, threshold = shapes[sources[0]], model.thresholds[model.layer_names.index(layer)]
+
+        def all_of(value):
+            return np.full(shape, value, np.float64)  # float32 would change the leak
+
+        known = {'threshold': threshold, 'leak': model.leak, 'reset': SEMANTICS['reset']}
+        common = {'v_threshold': all_of(threshold), 'v_reset': all_of(0), 'metadata': known}
+        if model.leak == 1:
+            node = nir.IF(r=all_of(1), **common)
+        else:
+            node = nir.LIF(tau=all_of(dt / (1 - model.leak)), r=all_of(1 / (1 - model.leak)), v_leak=all_of(0),
+                           **common)
+        return add(f'{layer}.neuron', node, shape, *sources)
+
+    def chain(part, source):
+        """The modules of an nn.Sequential, one after the other; neurons in place of ReLUs, no dropout."""
+        for i, module in enumerate(model.get_submodule(part)):
+            name = f'{part}.{i}'
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                source = layer = synapse(name, source)
+            elif isinstance(module, nn.ReLU):
+                source = neurons(layer, source)
+            elif isinstance(module, nn.AvgPool2d):
+                source = pool(name, source, (2, 2), (2, 2))
+        return source
+
+    last = add('input', nir.Input({'input': np.array(input_shape)}), input_shape)
+    if hasattr(model, 'features'):
+        last = chain('features', last)
+    else:
+        last = chain('pre_process', last)
+        for stage in ('layer1', 'layer2', 'layer3', 'layer4'):
+            for i, block in enumerate(model.get_submodule(stage)):
+                conv1, conv2 = f'{stage}.{i}.residual.0', f'{stage}.{i}.residual.3'
+                inner = neurons(conv1, synapse(conv1, last))
+                identity = synapse(f'{stage}.{i}.identity.0', last) if len(block.identity) else last
+                last = neurons(conv2, synapse(conv2, inner), identity)
+        if isinstance(model.final_pool, nn.AdaptiveAvgPool2d):
+            # to 2 pixels: of n, the first and the last n / 2, rounded up
+            sizes = shapes[last][1:]
+            last = pool('final_pool', last, [-(-size // 2) for size in sizes], [size // 2 for size in sizes])
+    last = chain('classifier', last)
+    add('output', nir.Output({'output': np.array(shapes[last])}), shapes[last], last)
+    return nir.NIRGraph(nodes, edges, metadata={
+        **SEMANTICS, 'timesteps': model.timesteps, 'leak': model.leak, 'dt': dt,
+        'input_rate': float(model.input_layer.rate), **about})
+
+
+def _nir():
+    try:
+        import nir
+    except ImportError as error:
+        raise UserError('--export_nir: needs the package nir: pip install nir') from error
+    return nir

@@ -1,0 +1,38 @@
+"""What a trained spiking network says of pictures that are in no data set."""
+import torch
+
+from experiment import UserError, checkpoint, data, engine, setup
+from self_models import INPUT_SHAPES
+
+FLAGS = ('architecture', 'dataset', 'kernel_size', 'image_size', 'output')  # that a checkpoint's run decides on
+
+
+def adopt(args, state, path):
+    """Take from an SNN's checkpoint what its run was told of network and images, where no flag was given."""
+    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    if not isinstance(state.get('classes'), list):
+        raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
+                        '--pretrained_snn, which adds them')
+    vars(args).update({key: saved[key] for key in FLAGS if key in saved and key not in args.given})
+
+
+def lines(path, args, device):
+    """A line for each picture of args.predict: its likeliest classes with their confidences, the softmax of the output.
+
+    path: the SNN's checkpoint. Raises UserError for pictures and checkpoints that cannot be read.
+    """
+    state = checkpoint.load(path, 'snn')
+    adopt(args, state, path)
+    said = [setup.adopt(args, state, path)]
+    shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
+    model = setup.build_snn(args, data.Data(None, None, state['classes'], shape)).to(device).eval()
+    checkpoint.load_snn(model, state, path)
+    images = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict])
+    engine.seed_all(args.seed)
+    with torch.no_grad(), engine.lowered(device, args.amp):
+        logits = torch.cat([model(batch.to(device)).float() for batch in images.split(args.batch_size)])
+    confidences = (logits / args.timesteps if args.output == 'mean' else logits).softmax(1)
+    for file, values, order in zip(args.predict, *confidences.topk(min(3, len(state['classes'])))):
+        said.append(f'{file}: ' + ', '.join(
+            f'{state["classes"][i]} {value:.1%}' for value, i in zip(values.tolist(), order.tolist())))
+    return said

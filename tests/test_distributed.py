@@ -1,0 +1,80 @@
+"""Several processes, which talk by gloo, against one."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ann
+from conftest import ROOT
+from experiment import UserError, setup
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 97, '--test_samples', 50, '--no-gpu']
+
+
+def start(processes, script, *flags, cwd):
+    """Run a script of the project on so many processes; returns what they print."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)], cwd=cwd,
+        text=True, capture_output=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def close(one, two):
+    assert one.keys() == two.keys()
+    return all(torch.allclose(one[key], two[key], rtol=1e-5, atol=1e-5 * one[key].abs().max().item()) for key in one)
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
+    # 19 images in batches of 6: the last one has an image for the first process only
+    start(1, 'tests/train_together.py', tmp_path / 'one', 6, cwd=tmp_path)
+    start(2, 'tests/train_together.py', tmp_path / 'two', 3, cwd=tmp_path)
+    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', 'two.0', 'two.1'))
+    assert close(one['state_dict'], first['state_dict']) and close(first['state_dict'], second['state_dict'])
+    assert one['metrics'][0][0] != one['metrics'][1][0], 'no step was taken'
+    for found in (first, second):
+        assert found['metrics'] == [pytest.approx(epoch, rel=1e-5) for epoch in one['metrics']]
+        assert found['tested'] == pytest.approx(one['tested'], rel=1e-5) and found['curve'] == one['curve']
+
+
+def test_an_ann_trained_by_two_processes(tmp_path):
+    for processes, batch, name in ((1, 16, 'one'), (2, 8, 'two')):
+        flags = [*SMALL, '--dropout', 0, '--epochs', 2, '--batch_size', batch, '--name', name]
+        out = start(processes, 'ann.py', *flags, cwd=tmp_path)
+        assert out.count('best test accuracy') == 1, 'one process writes'
+    one, two = (torch.load(tmp_path / f'trained_models/ann/{name}.pth', weights_only=True) for name in ('one', 'two'))
+    assert close(one['state_dict'], two['state_dict'])
+    for a, b in zip(one['history'], two['history'], strict=True):
+        assert {key: b[key] for key in b if key != 'seconds'} == pytest.approx(
+            {key: a[key] for key in a if key != 'seconds'}, rel=1e-4)
+    assert sorted(path.name for path in (tmp_path / 'trained_models/ann').glob('*.pth')) == [
+        f'{name}{kind}' for name in ('one', 'two') for kind in ('.last.pth', '.pth')]
+
+
+def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
+    start(1, 'ann.py', *SMALL, '--epochs', 2, '--optimizer', 'Adam', '-lr', '1e-3', '--name', 'a', cwd=tmp_path)
+    flags = [*SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 10, '--calibration_samples', 20,
+             '--calibration_timesteps', 30, '--validation_fraction', '0.1', '--default_threshold', '0.3']
+    out = start(2, 'snn.py', *flags, '--epochs', 1, '--name', 's', cwd=tmp_path)
+    out += start(2, 'snn.py', *flags, '--epochs', 2, '--name', 's', '--resume', cwd=tmp_path)
+    assert '2 processes, each with batches of 64' in out
+    assert len(re.findall(r'^thresholds:', out, re.M)) == 2  # one a run
+    lines = [json.loads(line) for line in (tmp_path / 'logs/snn/s.jsonl').read_text().splitlines()]
+    assert [entry['epoch'] for entry in lines[1:]] == [0, 1, 2]
+    # of 50 test images and 144 held out, every one was counted once
+    tested, = [50 * entry['test_accuracy'] for entry in lines[1:] if 'test_accuracy' in entry]
+    for count in (tested, *(144 * entry['validation_accuracy'] for entry in lines[1:])):
+        assert count == pytest.approx(round(count))
+
+
+def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['ann.py', '--devices', '0,1', '--seed', '3'])
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    with pytest.raises(UserError, match=r'type: torchrun --nproc_per_node 2 ann.py --devices 0,1 --seed 3$'):
+        setup.set_up_device(ann.get_args_parser().parse_args(sys.argv[1:]))

@@ -1,0 +1,358 @@
+"""The NIR file: read back and run as its metadata says, and taken by other tools.
+
+Needs the package nir; the tests of importers need snntorch, or spikingjelly, and nirtorch, and are left out elsewhere.
+"""
+import contextlib
+import graphlib
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import snn
+import step_by_step
+from conftest import ternary
+from experiment import UserError, nir_export
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB
+
+nir = pytest.importorskip('nir')
+
+THRESHOLD = 1 + 2 ** -10  # no potential of `dyadic` weights equals it: importers differ in whether they fire there
+DIGITS = (1, 8, 8)
+
+
+def dyadic(model, mean):
+    """float64 weights that are multiples of 1/32, so that sums are exact, whatever their order; eval mode."""
+    for i, (_, p) in enumerate(sorted(model.named_parameters())):
+        draw = np.random.RandomState(i).standard_normal(tuple(p.shape)) + mean
+        p.data = torch.from_numpy(np.round(32 * draw * math.sqrt(2 / np.prod(p.shape[1:]))) / 32)
+    model.threshold_update(1.0, [THRESHOLD] * len(model.thresholds))
+    return model.eval()
+
+
+def vgg(leak=1.0, timesteps=9):
+    """A VGG5 with few channels."""
+    def conv(inputs, outputs):
+        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=timesteps, leak=leak)
+    model.features = nn.Sequential(
+        conv(1, 4), nn.ReLU(), nn.AvgPool2d(2), conv(4, 6), nn.ReLU(), nn.Dropout(), conv(6, 8), nn.ReLU(),
+        nn.AvgPool2d(2))
+    model.classifier = nn.Sequential(
+        nn.Linear(32, 16, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Dropout(),
+        nn.Linear(12, 10, bias=False))
+    return dyadic(model, 0.5)
+
+
+def resnet(leak=1.0, timesteps=9):
+    return dyadic(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=timesteps, leak=leak), 0.05)
+
+
+def written(model, folder, **about):
+    path = folder / 'snn.nir'
+    nir_export.export(model, DIGITS, path, **about)
+    return nir.read(path)
+
+
+def images(count=3):
+    return ternary((count, *DIGITS), scale=1.25).double()  # 1.25: at rate 0.9, too, the encoder passes it on
+
+
+def spikes_of(model, x):
+    """{name of the layer: its spikes (T, B, ...)}, step by step."""
+    with torch.no_grad():
+        _, history = step_by_step.run(model, x)
+    trains = {name: torch.stack(train) for name, train in zip(model.layer_names, history, strict=True)}
+    assert all(train.any() and not train[len(train) // 2:].all() for train in trains.values())
+    return trains
+
+
+# -- the file is enough -----------------------------------------------------------------------------------------------
+
+def run_file(graph, x):
+    """Logits (B, labels) of images x (B, C, H, W): nothing is known but the graph and the words of its metadata."""
+    about = graph.metadata
+    assert (about['reset'], about['fire_before_integrate'], about['output'][:13]) == ('subtract', True, 'the sum over ')
+    before = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
+    order = list(graphlib.TopologicalSorter(before).static_order())
+    potentials, logits = {}, 0
+    for _ in range(about['timesteps']):
+        given = {}
+        for name in order:
+            node = graph.nodes[name]
+            value = {key: torch.as_tensor(array) for key, array in vars(node).items() if isinstance(array, np.ndarray)}
+            source = sum(given[a] for a in before[name])
+            if isinstance(node, nir.Input):
+                given[name] = torch.where(torch.rand_like(x) <= about['input_rate'] * x.abs(), x.sign(), 0)
+            elif isinstance(node, nir.Conv2d):
+                assert (node.groups, *node.dilation) == (1, 1, 1)
+                given[name] = F.conv2d(source, value['weight'], value['bias'], tuple(node.stride), tuple(node.padding))
+            elif isinstance(node, nir.Linear):
+                given[name] = F.linear(source, value['weight'])
+            elif isinstance(node, nir.AvgPool2d):
+                given[name] = F.avg_pool2d(source, tuple(node.kernel_size), tuple(node.stride), tuple(node.padding))
+            elif isinstance(node, nir.Flatten):
+                assert (node.start_dim, node.end_dim) == (0, -1)  # of the shape without batch
+                given[name] = source.flatten(1)
+            elif isinstance(node, (nir.IF, nir.LIF)):
+                u = potentials.get(name, torch.zeros_like(source))
+                assert source.shape[1:] == value['v_threshold'].shape
+                given[name] = (u > value['v_threshold']).to(u.dtype)
+                change = value['r'] * source
+                if isinstance(node, nir.LIF):
+                    change = (value['v_leak'] - u + change) / value['tau']
+                potentials[name] = u + about['dt'] * change - value['v_threshold'] * given[name]
+            else:
+                assert isinstance(node, nir.Output)
+                logits = logits + source
+    return logits
+
+
+@pytest.mark.parametrize('build', [vgg, resnet])
+@pytest.mark.parametrize('leak', [1.0, 0.75])
+def test_the_file_run_as_its_metadata_says_is_the_network(build, leak, tmp_path):
+    model, x = build(leak), images()
+    spikes_of(model, x)
+    logits = model(x)
+    assert logits.any() and torch.equal(run_file(written(model, tmp_path), x), logits)
+
+
+def test_a_leak_that_binary_numbers_only_come_near(tmp_path):
+    model, x = vgg(0.99), images()
+    assert torch.allclose(run_file(written(model, tmp_path), x), model(x), rtol=1e-9)
+
+
+def test_weights_keep_their_precision(tmp_path):
+    graph = written(vgg().float(), tmp_path)
+    assert graph.nodes['features.0'].weight.dtype == graph.nodes['classifier.0'].weight.dtype == np.float32
+
+
+@pytest.mark.parametrize('build', [vgg, resnet])
+@pytest.mark.parametrize('leak', [1.0, 0.75])
+def test_what_is_read_back(build, leak, tmp_path):
+    model = build(leak)
+    model.thresholds[:] = [0.5 + i for i in range(len(model.thresholds))]
+    graph = written(model, tmp_path, dataset='DIGITS')
+    about = graph.metadata
+    assert (about['timesteps'], about['leak'], about['reset']) == (9, leak, 'subtract')
+    assert (about['fire_before_integrate'], about['delay'], about['dataset']) == (True, 1, 'DIGITS')
+    assert about['input_rate'] == (1.0 if build is vgg else 0.9) and 'signed Poisson' in about['input_encoding']
+    assert 'no leak, no spike' in about['output']
+
+    weights = model.state_dict()
+    with_weights = {name for name, node in graph.nodes.items() if isinstance(node, (nir.Conv2d, nir.Linear))}
+    assert {f'{name}.weight' for name in with_weights} == weights.keys()
+    for name in with_weights:
+        assert np.array_equal(graph.nodes[name].weight, weights[f'{name}.weight'])
+        assert not np.any(getattr(graph.nodes[name], 'bias', 0))
+
+    neurons = {name: node for name, node in graph.nodes.items() if isinstance(node, (nir.IF, nir.LIF))}
+    assert neurons.keys() == {f'{name}.neuron' for name in model.layer_names}
+    for name, threshold in zip(model.layer_names, model.thresholds, strict=True):
+        node = neurons[f'{name}.neuron']
+        assert node.metadata == {'threshold': threshold, 'leak': leak, 'reset': 'subtract'}
+        assert np.all(node.v_threshold == threshold) and not node.v_reset.any()
+        if leak == 1:
+            assert type(node) is nir.IF and np.all(node.r * about['dt'] == 1)
+        else:  # of v + dt / tau (v_leak - v + r I), what is left of v and of I
+            assert type(node) is nir.LIF and not node.v_leak.any()
+            assert 1 - about['dt'] / node.tau == pytest.approx(leak, rel=1e-15)
+            assert about['dt'] / node.tau * node.r == pytest.approx(1, rel=1e-15)
+
+
+@pytest.mark.parametrize('build', [vgg, resnet])
+def test_every_node_lies_on_a_way_from_input_to_output(build, tmp_path):
+    graph = written(build(), tmp_path)
+
+    def reached(start, edges):
+        seen, new = set(), {start}
+        while new:
+            seen |= new
+            new = {b for a, b in edges if a in seen} - seen
+        return seen
+
+    assert reached('input', graph.edges) == graph.nodes.keys()
+    assert reached('output', [(b, a) for a, b in graph.edges]) == graph.nodes.keys()
+    sources = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
+    adds = {name: set(before) for name, before in sources.items() if len(before) > 1}
+    assert adds == ({} if build is vgg else {
+        'layer1.0.residual.3.neuron': {'layer1.0.residual.3', 'pre_process.8'},  # the identity has no weights
+        'layer2.0.residual.3.neuron': {'layer2.0.residual.3', 'layer2.0.identity.0'}})
+
+
+@pytest.mark.parametrize('size', [(224, 224), (232, 240)])
+def test_the_last_pool_of_large_images(size):
+    model = RESNET_SNN_STDB('RESNET12', labels=3, input_shape=(3, *size))
+    graph = nir_export.to_graph(model, (3, *size))
+    node, (before,) = graph.nodes['final_pool'], [a for a, b in graph.edges if b == 'final_pool']
+    x = torch.rand(1, *graph.nodes[before].output_type['output'])
+    pooled = F.avg_pool2d(x, node.kernel_size.tolist(), node.stride.tolist())
+    assert torch.allclose(pooled, model.final_pool(x)) and pooled.shape[2:] == (2, 2)
+
+
+# -- other tools ------------------------------------------------------------------------------------------------------
+# They integrate, then fire, so that they spike a step earlier at each layer. What else they do differently is set
+# right by the lines below; that these suffice is asserted spike by spike.
+
+class Delay(nn.Module):
+    """A synapse whose current comes one step later."""
+
+    def __init__(self, synapse):
+        super().__init__()
+        self.synapse, self.last = synapse, None
+
+    def forward(self, x):
+        now, self.last = self.last, self.synapse(x)
+        return torch.zeros_like(self.last) if now is None else now
+
+
+def spikingjelly(path, subtract=True):
+    """The file as SpikingJelly imports it; subtract: with its reset set to this network's."""
+    pytest.importorskip('nirtorch')
+    exchange = pytest.importorskip('spikingjelly.activation_based.nir_exchange')
+    net = exchange.import_from_nir(str(path), dt=float(nir.read(path).metadata['dt']))
+    for module in net.modules():
+        if subtract and hasattr(module, 'v_reset'):
+            module.v_reset = None
+    return net
+
+
+def snntorch(path, subtract=True):
+    """The file as snnTorch imports it; subtract: with its neurons replaced by this network's."""
+    pytest.importorskip('nirtorch')
+    library = pytest.importorskip('snntorch')
+    from snntorch.import_nir import import_from_nir
+    graph = nir.read(path)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints
+        net = import_from_nir(graph)
+    net.flatten = nn.Flatten()  # its own takes in the batch
+    for name, module in list(net.named_children()):
+        if subtract and isinstance(module, library.Leaky):
+            neuron = library.Leaky(float(graph.metadata['leak']), module.threshold, init_hidden=True)
+            setattr(net, name, neuron)
+    return net
+
+
+def run_tool(net, model, x):
+    """{name of the layer: its spikes (T, B, ...)}."""
+    trains, state = {name: [] for name in model.layer_names}, None
+    for name in model.layer_names:
+        def keep(module, inputs, output, name=name):
+            trains[name].append(output[0] if isinstance(output, tuple) else output)
+        net.get_submodule(f'{name}.neuron'.replace('.', '_')).register_forward_hook(keep)
+    with torch.no_grad():
+        for _ in range(model.timesteps):
+            _, state = net(x.sign().float(), state)
+    return {name: torch.stack(train).double() for name, train in trains.items()}
+
+
+@pytest.mark.parametrize('tool, leak', [(spikingjelly, 1.0), (snntorch, 1.0), (snntorch, 0.5)])
+def test_importers_spike_as_a_vgg_does(tool, leak, tmp_path):
+    model, x = vgg(leak), images()
+    written(model, tmp_path)
+    ours, theirs = spikes_of(model, x), run_tool(tool(tmp_path / 'snn.nir'), model, x)
+    for delay, name in enumerate(model.layer_names, 1):
+        assert not ours[name][:delay].any()
+        assert torch.equal(ours[name][delay:], theirs[name][:-delay]), name
+
+
+@pytest.mark.parametrize('tool', [spikingjelly, snntorch])
+def test_importers_spike_as_a_resnet_does_with_its_residuals_delayed(tool, tmp_path):
+    """The second neurons of a block get the identity's spikes a step before those that went through the first."""
+    model, x = resnet(), images(1)
+    written(model, tmp_path)
+    net = tool(tmp_path / 'snn.nir')
+    for block in ('layer1_0', 'layer2_0'):
+        setattr(net, f'{block}_residual_3', Delay(net.get_submodule(f'{block}_residual_3')))
+    ours, theirs = spikes_of(model, x), run_tool(net, model, x)
+    for delay, name in zip([1, 2, 3, 4, 4, 5, 5], model.layer_names, strict=True):
+        assert torch.equal(ours[name][delay:], theirs[name][:-delay]), name
+
+
+@pytest.fixture
+def one_neuron(tmp_path):
+    """A neuron of threshold 1 that is given 0.75 at each of 8 steps; (model, image)."""
+    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=8)
+    model.features = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU())
+    model.classifier = nn.Sequential(nn.Linear(1, 1, bias=False))
+    model.set_layers(['features.0'], depth=1, balanced=1)
+    for p in model.parameters():
+        p.data.fill_(0.75)
+    nir_export.export(model, (1, 1, 1), tmp_path / 'snn.nir')
+    return model, torch.ones(1, 1, 1, 1)
+
+
+def when(trains):
+    return trains['features.0'].flatten().nonzero().flatten().tolist()
+
+
+def test_the_one_neuron_as_worked_out_by_hand(one_neuron):
+    # u = 0.75 1.5 1.25 1 1.75 1.5 1.25 1: fires at the step after each that is above 1
+    assert when(spikes_of(*one_neuron)) == [2, 3, 5, 6, 7]
+    assert one_neuron[0](one_neuron[1]).item() == 5 * 0.75
+
+
+def test_spikingjelly_resets_to_zero_and_fires_at_the_threshold(one_neuron, tmp_path):
+    # to zero: u before the reset is 0.75 1.5 0.75 1.5 ...
+    assert when(run_tool(spikingjelly(tmp_path / 'snn.nir', subtract=False), *one_neuron)) == [1, 3, 5, 7]
+    # subtracting: u before the reset is 0.75 1.5 1.25 1 0.75 1.5 1.25 1, and 1 is enough
+    assert when(run_tool(spikingjelly(tmp_path / 'snn.nir'), *one_neuron)) == [1, 2, 3, 5, 6, 7]
+
+
+def test_snntorch_fires_above_the_threshold(one_neuron, tmp_path):
+    assert when(run_tool(snntorch(tmp_path / 'snn.nir'), *one_neuron)) == [1, 2, 4, 5, 6]
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+FLAGS = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu',
+         '--default_threshold', '0.3', '--export_nir']
+
+
+def run(*flags):
+    snn.main(snn.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run(*FLAGS, 'trained.nir', '--timesteps', 8, '--epochs', 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('trained.nir: written as NIR')]
+    assert len(lines) == 1 and 'subtracts the threshold' in lines[0] and 'fires before it integrates' in lines[0]
+    state = torch.load('trained_models/snn/snn_resnet6_digits_8.pth', weights_only=True)
+    run(*FLAGS, 'tested.nir', '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--test_only')
+    for path in ('trained.nir', 'tested.nir'):
+        graph = nir.read(path)
+        assert (graph.metadata['architecture'], graph.metadata['timesteps']) == ('RESNET6', 8)
+        for name, weight in state['state_dict'].items():
+            assert np.array_equal(graph.nodes[name.removesuffix('.weight')].weight, weight)
+    assert {path.name for path in tmp_path.iterdir()} == {'trained.nir', 'tested.nir', 'trained_models'}
+
+
+def test_where_it_cannot_write_it_says_so_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('file').write_text('in the way')
+    with pytest.raises(UserError, match='--export_nir none/x.nir: there is no folder none'):
+        run(*FLAGS, 'none/x.nir')
+    with pytest.raises(UserError, match='--export_nir file/x.nir: there is no folder file'):
+        run(*FLAGS, 'file/x.nir')
+    with pytest.raises(UserError, match='is a folder'):
+        run(*FLAGS, '.')
+    monkeypatch.setattr('tempfile.TemporaryFile', lambda **_: (_ for _ in ()).throw(PermissionError(13, 'Not allowed')))
+    with pytest.raises(UserError, match='cannot write in .* .Not allowed'):
+        run(*FLAGS, 'x.nir')
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, 'nir', None)
+    with pytest.raises(UserError, match='pip install nir'):
+        run(*FLAGS, 'x.nir')
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,355 @@
+"""experiment/report.py: its counts against those made by hand, by brute force and by NeuroBench (PyPI: neurobench)."""
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import snn
+import step_by_step
+from conftest import fill, ternary
+from experiment import UserError, engine, report
+from experiment.data import Data
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, ResNet
+from self_models import neuron as lif
+from self_models.spiking import Branch, SpikeTrain
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '40', '--test_samples', '30', '--no-gpu',
+         '--timesteps', '9', '--default_threshold', '0.2']
+
+
+def train_of(spikes, pools=0, mask=None):
+    """A SpikeTrain of spikes (n, B, C, H, W) or (n, B, features)."""
+    stored = spikes.movedim(2, -1) if spikes.dim() == 5 else spikes  # channels last
+    return SpikeTrain(stored.flatten(2).bool().contiguous(), tuple(spikes.shape[2:]), 0, mask=mask, pools=pools)
+
+
+def one_spike_each(shape, synapse, pools=0):
+    """Synaptic operations of a single spike, at each place of (C, H, W) or (features,) in turn."""
+    operations = torch.zeros(shape)
+    for place in range(math.prod(shape)):
+        train = train_of(torch.eye(math.prod(shape))[place].view(1, 1, *shape), pools)
+        outputs = report.fan_out(Branch(train, synapse))
+        operations.view(-1)[place] = report.synaptic_operations(train, 1, outputs)
+    return operations
+
+
+# -- counts by hand ---------------------------------------------------------------------------------------------------
+
+def test_spikes_near_a_border_reach_fewer_neurons():
+    operations = one_spike_each((1, 3, 3), nn.Conv2d(1, 2, 3, padding=1, bias=False))
+    assert operations.tolist() == [[[8, 12, 8], [12, 18, 12], [8, 12, 8]]]  # 4, 6 or 9 positions x 2 channels
+
+
+def test_a_stride_makes_neurons_differ():
+    # along a line of 4, kernels stand at 0 and 2 and reach -1 ... 1 and 1 ... 3
+    operations = one_spike_each((1, 4, 4), nn.Conv2d(1, 5, 3, stride=2, padding=1, bias=False))
+    line = torch.tensor([1., 2, 1, 1])
+    assert torch.equal(operations[0], 5 * torch.outer(line, line))
+
+
+def test_each_spike_before_a_pool_counts_and_an_odd_rest_reaches_nothing():
+    operations = one_spike_each((1, 5, 5), nn.Conv2d(1, 3, 3, padding=1, bias=False), pools=1)
+    want = torch.zeros(5, 5)
+    want[:4, :4] = 3 * 4  # each of the 2x2 windows reaches all four positions
+    assert torch.equal(operations[0], want)
+
+
+def test_linear_and_identity():
+    assert one_spike_each((6,), nn.Linear(6, 7, bias=False)).tolist() == [7] * 6
+    assert one_spike_each((2, 2, 2), nn.Linear(8, 3, bias=False)).unique().tolist() == [3]
+    assert one_spike_each((2, 3, 3), None).unique().tolist() == [1]
+
+
+def test_spikes_add_up_over_steps_samples_and_whatever_their_sign():
+    spikes = torch.zeros(3, 2, 1, 3, 3)
+    spikes[0, 0, 0, 0, 0] = spikes[1, 0, 0, 1, 1] = spikes[1, 1, 0, 0, 1] = spikes[2, 1, 0, 1, 1] = 1
+    train = train_of(spikes, mask=-torch.ones(2, 9))
+    outputs = report.fan_out(Branch(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    assert report.synaptic_operations(train, 3, outputs) == 4 + 9 + 6 + 9
+    assert report.synaptic_operations(train, 2, outputs) == 4 + 9 + 6
+    assert report.nonzero_operations(train, 2, outputs) == 4 + 9 + 6
+
+
+def test_spikes_of_one_window_are_one_input_that_is_not_zero():
+    spikes = torch.zeros(2, 1, 1, 4, 4)
+    spikes[0, 0, 0, :2, :2] = 1  # 4 in one window
+    spikes[1, 0, 0, 0, 0] = spikes[1, 0, 0, 3, 3] = 1  # in two
+    train = train_of(spikes, pools=1)
+    outputs = report.fan_out(Branch(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    assert report.synaptic_operations(train, 2, outputs) == 6 * 4
+    assert report.nonzero_operations(train, 2, outputs) == 3 * 4
+
+
+def test_overlapping_windows_of_the_last_pool():
+    windows = report.pool_fan_out(nn.AdaptiveAvgPool2d(2), (2, 3, 3))  # of rows 0 - 1 and 1 - 2
+    assert windows.tolist() == [[[1, 2, 1], [2, 4, 2], [1, 2, 1]]] * 2
+
+
+@pytest.mark.parametrize('size, kernel_size, stride, padding, pools', [
+    ((2, 5, 4), 3, 1, 1, 0), ((2, 6, 7), 3, 2, 1, 0), ((1, 7, 7), 5, 1, 2, 0), ((2, 5, 6), 1, 2, 0, 0),
+    ((1, 9, 6), 3, 1, 1, 1), ((1, 8, 12), 3, 2, 1, 2)])
+def test_against_brute_force(size, kernel_size, stride, padding, pools):
+    synapse = nn.Conv2d(size[0], 3, kernel_size, stride=stride, padding=padding, bias=False)
+    want = torch.zeros(size)
+    for place in range(math.prod(size)):
+        x = torch.eye(math.prod(size))[place].view(1, *size)
+        for _ in range(pools):
+            x = F.avg_pool2d(x, 2)
+        # a weight of 1 all over: an output that changes is one more operation
+        want.view(-1)[place] = (F.conv2d(x, torch.ones_like(synapse.weight), stride=stride, padding=padding) > 0).sum()
+    assert torch.equal(one_spike_each(size, synapse, pools), want)
+
+
+def test_delta_t_by_hand():
+    spikes = torch.zeros(6, 1, 2)
+    spikes[1, 0, 0] = spikes[4, 0, 0] = 1
+    # the first neuron sees, step after step: never, never, 1, 2, 3 (as it fires again), 1; the other one never
+    assert report.delta_t(train_of(spikes)).tolist() == [2 + 6, 2, 1, 1, 0, 0]
+
+
+def test_delta_t_is_that_of_the_gradient():
+    train = train_of(torch.rand(15, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.2)
+    counts = report.delta_t(train)
+    assert counts.sum() == 15 * 60 and (counts[:6] > 0).all()
+    # at leak 0 integrate_backward leaves the factors exp(-beta dt) alone; of a neuron that never fired it is exp(-300)
+    neuron = lif.Neuron(1.0, 0.0, 'STDB', 1.0, 0.3, 0.0)
+    factors = torch.ones(15, 60, dtype=torch.float64)
+    lif.integrate_backward(factors, train.fired.flatten(1), 1, neuron)
+    want = sum(count * math.exp(-0.3 * dt) for dt, count in enumerate(counts.tolist()) if dt > 0)
+    assert factors.sum().item() == pytest.approx(want)
+
+
+def test_z_by_hand():
+    synapse = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(synapse.weight, 1.2)
+    # u = 0, 1.2, 2.4, 2.4 + 1.2 - 2 after inputs 0, 1, 1, 1
+    branches = [Branch(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
+    with torch.no_grad():
+        counts = report.z_values(branches, lif.Neuron(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3))
+    between = {round(report.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
+    # z = -1 (a bin holds its upper edge), -0.4 and 0.2 (which rounding may put on either side), -0.2
+    assert counts.sum() == 4 and between[-1.1] == 1 and sum(between.values()) == 4
+    assert all(any(abs(low + 0.05 - z) < 0.051 for low in between) for z in (-0.4, 0.2, -0.2))
+
+
+# -- whole networks ---------------------------------------------------------------------------------------------------
+
+def counted(model, images):
+    """{name: (Connection)} of report.measure on images, in batches of 2."""
+    args = SimpleNamespace(seed=0, batch_size=2, num_workers=0, amp=False)
+    data = Data(None, TensorDataset(images, torch.zeros(len(images), dtype=torch.int64)), list(range(10)), None)
+    layers, connections = report.measure(model, data, torch.device('cpu'), args)
+    return layers, {connection.name: connection for connection in connections}
+
+
+# steps at which each connection's input comes: by hand, for T = 12 and T = 14
+RESNET6_WINDOWS = {
+    'pre_process.0': (0, 7, 0), 'pre_process.3': (1, 8, 0), 'pre_process.6': (2, 9, 0),
+    'layer1.0.residual.0': (3, 10, 1), 'layer1.0.identity': (3, 10, 1), 'layer1.0.residual.3': (4, 10, 0),
+    'layer2.0.residual.0': (4, 11, 0), 'layer2.0.identity.0': (4, 11, 0), 'layer2.0.residual.3': (5, 11, 0),
+    'classifier.0': (5, 12, 0)}
+VGG5_WINDOWS = {  # first step, the step after the last, pools before it
+    'features.0': (0, 9, 0), 'features.3': (1, 10, 1), 'features.6': (2, 11, 0), 'classifier.0': (3, 12, 1),
+    'classifier.3': (4, 13, 0), 'classifier.6': (5, 14, 0)}
+NETWORKS = [('VGG5', 14, VGG5_WINDOWS), ('RESNET6', 12, RESNET6_WINDOWS)]
+
+
+def network(architecture, timesteps):
+    """(model, images): a network that spikes in every layer, and images that are encoded without chance."""
+    kind = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
+    model = fill(kind(architecture, dataset='DIGITS', timesteps=timesteps).double(), 3).eval()
+    model.threshold_update(0.2, [1.0] * len(model.thresholds))
+    return model, ternary((3, 1, 8, 8), 5, 1.25, low=-1)
+
+
+def inputs_of(model, images, windows):
+    """{name: inputs (steps * B, ...)} of modules in the step-by-step reference, within their windows."""
+    inputs = {name: [] for name in windows}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, name=name: inputs[name].append(args[0])) for name in windows]
+    with torch.no_grad():
+        step_by_step.run(model, images)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(inputs[name][start:stop]) for name, (start, stop, _) in windows.items()}
+
+
+@pytest.mark.parametrize('architecture, timesteps, windows', NETWORKS)
+def test_networks_against_the_step_by_step_reference(architecture, timesteps, windows):
+    model, images = network(architecture, timesteps)
+    _, connections = counted(model, images)
+    assert connections.keys() == windows.keys()
+    for name, x in inputs_of(model, images, windows).items():
+        synapse, (start, stop, pools) = model.get_submodule(name), windows[name]
+
+        def reached(x, synapse=synapse):  # sum over outputs of what comes in there, weights 1
+            if isinstance(synapse, nn.Conv2d):
+                return F.conv2d(x, torch.ones_like(synapse.weight), None, synapse.stride, synapse.padding).sum().item()
+            return x.sum().item() * (synapse.out_features if isinstance(synapse, nn.Linear) else 1)
+
+        connection = connections[name]
+        assert (connection.first_step, connection.steps) == (start, stop - start), name
+        assert connection.operations == reached(x.abs() * 4 ** pools) > 0, name
+        assert connection.nonzero_operations == reached((x != 0).double()), name
+        assert connection.spikes == x.abs().sum().item() * 4 ** pools, name  # 8x8 images: no odd rest
+
+
+@pytest.mark.parametrize('architecture, timesteps, windows', NETWORKS)
+def test_networks_against_neurobench(architecture, timesteps, windows):
+    workload = pytest.importorskip('neurobench.metrics.workload')
+    models = pytest.importorskip('neurobench.models')
+    model, images = network(architecture, timesteps)
+    _, connections = counted(model, images)
+    model.forward = lambda x: step_by_step.run(model, x)[0]
+    watched, names = models.TorchModel(model), {module: name for name, module in model.named_modules()}
+    watched.register_hooks()
+    with torch.no_grad():
+        outputs = watched(images)
+        for hook in watched.connection_hooks:  # of all T steps; a report counts those that can reach the output
+            start, stop, _ = windows[names[hook.layer]]
+            hook.inputs = hook.inputs[start:stop]
+        operations = workload.SynapticOperations()(watched, outputs, (images, None))
+    # NeuroBench knows no plain identity, and calls operations on pooled values MACs
+    ours = [c for c in connections.values() if c.kind != 'identity']
+    binary, pooled = ([c for c in ours if bool(windows[c.name][2]) == pools] for pools in (False, True))
+    assert operations['Effective_ACs'] * 3 == sum(c.operations for c in binary) > 0
+    assert operations['Effective_MACs'] * 3 == sum(c.nonzero_operations for c in pooled) > 0
+
+
+def test_layers_count_spikes_of_every_step():
+    model, images = network('RESNET6', 12)
+    layers, _ = counted(model, images)
+    with torch.no_grad():
+        _, history = step_by_step.run(model, images)
+    assert layers[0].spikes.tolist() == [images.abs().gt(0).sum()] * 7
+    for layer, spikes in zip(layers[1:], history, strict=True):
+        want = [spikes[t].sum().item() for t in range(layer.first_step, layer.first_step + 7)]
+        assert layer.spikes.tolist() == want and layer.neurons == spikes[0][0].numel()
+
+
+def test_macs_are_those_of_a_flop_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+    model, images = network('RESNET6', 12)
+    _, connections = counted(model, images)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ResNet('RESNET6', dataset='DIGITS').double()(images[:1])
+    assert sum(c.macs_with_padding for c in connections.values()) == counter.get_total_flops() / 2
+    assert connections['layer1.0.identity'].additions == 64 * 4 * 4
+    # a 3x3 kernel on 8x8 pixels, padded: 8 rows of 3 but for the two at the border
+    assert connections['pre_process.0'].macs == 64 * (8 * 3 - 2) ** 2
+
+
+def test_summary_by_hand():
+    layer = report.Layer('a', 10, 0.5, 1, torch.tensor([2., 6]), torch.tensor([30., 10]))
+    connection = report.Connection('b', 'linear', 10, 1, 2, None, 1000, 2000, 0, spikes=8, operations=800,
+                                   nonzero_operations=400)
+    model = SimpleNamespace(activation='STDB', alpha=0.5, beta=0.25)
+    got = report.summary(model, [layer, layer], [connection], 4)
+    assert got['layers'][1]['firing_rate_by_step'] == pytest.approx([0.05, 0.15])
+    assert got['layers'][1]['spikes_per_neuron'] == pytest.approx(0.2)
+    assert got['surrogate']['gradient'] == pytest.approx([0.5 * math.exp(-0.25)])
+    assert (got['surrogate']['never_share'], got['surrogate']['count']) == (0.75, [10])
+    total, energy = got['operations']['total'], got['operations']['energy_uj']
+    assert (total['synaptic_operations'], total['nonzero_inputs'], total['ann_macs']) == (200, 100, 1000)
+    assert total['estimate'] == pytest.approx(0.2 * 2000)
+    assert energy['ann'] == pytest.approx(1000 * 4.6e-6) and energy['ann_with_padding'] == pytest.approx(2000 * 4.6e-6)
+    assert energy['snn_exact'] == pytest.approx(200 * 0.9e-6)
+    assert energy['snn_estimate'] == pytest.approx(400 * 0.9e-6)
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*flags):
+    snn.main(snn.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def read(folder):
+    def no_json(text):
+        raise AssertionError(f'{text} is not JSON')
+    return json.loads(Path(folder, 'report.json').read_text(), parse_constant=no_json)
+
+
+def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys):
+    Path('logs/snn').mkdir(parents=True)
+    epoch = {'learning_rate': 1e-4, 'train_loss': 2.0, 'train_accuracy': 0.5, 'test_loss': 1.5, 'test_accuracy': 0.25,
+             'best_accuracy': 0.25, 'seconds': 1.0}
+    Path('logs/snn/mine.jsonl').write_text('\n'.join(map(json.dumps, [
+        {'command': 'snn.py', 'args': {}}, {'epoch': 1, **epoch}, {'epoch': 2, **epoch}])))
+    run(*SMALL, '--epochs', 1, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
+    capsys.readouterr()
+    before = Path('trained_models/snn/mine.pth').read_bytes()
+    run(*SMALL[:-4], '--test_only', '--pretrained_snn', 'trained_models/snn/mine.pth', '--report', 'c')
+    accuracy = capsys.readouterr().out.split('loaded SNN: test accuracy ')[1].split(' ')[0]
+    assert Path('trained_models/snn/mine.pth').read_bytes() == before
+    trained, tested = read('a/b'), read('c')
+    for key in ('layers', 'surrogate', 'operations', 'accuracy', 'training'):
+        assert trained[key] == tested[key], key
+    assert tested['accuracy']['time_steps'] == list(range(1, 10))
+    assert f'{tested["accuracy"]["accuracy"][-1]:.2%}' == accuracy
+    assert tested['test_images'] == 30 and tested['surrogate']['alpha'] == 0.5  # the training's, not the default
+    assert [row['epoch'] for row in tested['training']] == [1, 2]
+    assert [layer['threshold'] for layer in tested['layers']] == [None] + [0.2] * 7
+    assert tested['surrogate']['total'] == 30 * 4 * sum(layer['neurons'] for layer in tested['layers'][1:])
+    for name in ('accuracy', 'activity', 'surrogate', 'operations', 'training'):
+        assert f'{name}.png' in tested['figures'] and Path('c', f'{name}.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_figures_draw_the_numbers_of_the_json(in_an_empty_folder):
+    run(*SMALL, '--test_only', '--activation', 'Linear', '--report', '.')
+    got = read('.')
+    assert got['training'] is None and 'training.png' not in got['figures']
+    numbers = got['surrogate']
+    assert sum(numbers['count']) + numbers['below'] + numbers['above'] == numbers['total']
+    assert max(numbers['gradient_at_edges']) == 0.3
+    line = report.draw_accuracy(got).axes[0].lines[0]
+    assert line.get_ydata() == pytest.approx([100 * value for value in got['accuracy']['accuracy']])
+    bars = report.draw_operations(got).axes[0].containers[1]
+    assert [bar.get_width() for bar in bars] == [row['synaptic_operations'] for row in got['operations']['connections']]
+    energy = report.draw_operations(got).axes[1].containers[0]
+    assert [bar.get_height() for bar in energy] == [got['operations']['energy_uj'][key] for key in (
+        'ann', 'snn_exact', 'snn_estimate')]
+
+
+def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder, monkeypatch):
+    def fails(words, *flags):
+        with pytest.raises(UserError, match=words) as caught:
+            run(*SMALL, '--test_only', '--report', *flags)
+        assert '\n' not in str(caught.value)
+
+    def evaluated(*_):
+        raise AssertionError('came to the evaluation')
+
+    monkeypatch.setattr(engine, 'test_over_time', evaluated)
+    Path('file').write_text('in the way')
+    fails('file: cannot write a report there', 'file')
+    fails('no spike reaches the output; take --timesteps 6', 'folder', '--timesteps', 5)
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    fails('pip install matplotlib', 'folder')
+    assert not Path('folder').exists()
+
+
+def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
+    assert report.training_rows(None)[0] is None
+    rows, line = report.training_rows('x/mine.last.pth')
+    assert rows is None and str(Path('logs/snn/mine.jsonl')) in line
+    Path('logs/snn').mkdir(parents=True)
+    file = Path('logs/snn/mine.jsonl')
+    lines = [{'command': ''}, {'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}, {'epoch': 3, 'n': 3}, {'command': ''},
+             {'epoch': 2, 'n': 4}]
+    file.write_text('\n'.join(map(json.dumps, lines)))
+    assert report.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
+    file.write_text('{"epoch": 1}\n{"epo')
+    rows, line = report.training_rows('mine.pth')
+    assert rows is None and 'cannot be read' in line and '\n' not in line
