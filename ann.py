@@ -18,7 +18,7 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, engine, files, log, metrics, setup
+    from experiment import checkpoint, distributed, engine, files, log, metrics, setup
 
     device = setup.set_up_device(args)
     data = setup.load_data(args)
@@ -42,6 +42,7 @@ def main(args):
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
     if not args.test_only:
         files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))

@@ -93,6 +93,7 @@ def main(args):
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
         files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
     if args.report:
         report.check(args.report, model)
     if args.timesteps <= model.depth:

@@ -1,8 +1,16 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
 import os
+import re
+import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from experiment import UserError
 
@@ -43,6 +51,46 @@ def check_writable(*folders):
         except OSError as error:
             raise UserError(f'{folder}: cannot write there ({error.strerror}); '
                             'make the folder writable or name another') from error
+
+
+def lock(files):
+    """Take the run's name for as long as the returned file is open; UserError where another process has it.
+
+    Also deletes the half-written files of killed runs of this name.
+
+    A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
+    itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
+    Windows or some network file systems, nothing is locked and None returned.
+    """
+    if fcntl is None:
+        return None
+    path = files.best.with_name(f'.{files.best.stem}.lock')
+    file = open(path, 'a+')  # not 'w', which would empty the file before it is known whose it is
+    try:
+        # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read().strip() or 'which has only just started'
+        file.close()
+        raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this one '
+                        'another name with --name') from error
+    except OSError:
+        file.close()
+        return None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+    file.flush()
+    _delete_half_written(files)
+    return file
+
+
+def _delete_half_written(files):
+    """Delete what killed runs of this name were just writing; to be called by the one that holds its lock."""
+    for path in files:
+        for part in path.parent.glob('*.tmp'):
+            if re.fullmatch(re.escape(path.name) + r'\.\d+\.tmp', part.name):  # as write_atomically() calls it
+                part.unlink(missing_ok=True)
 
 
 def set_aside(files, say):

@@ -1,7 +1,7 @@
 """Write script.sh: a run of ann.py or snn.py for every combination of the values given for its flags.
 
-ann_script.py and snn_script.py call main(). The flags are read off the target's own parser, and each command is parsed
-with it before anything is written.
+With --slurm the script is an array of Slurm jobs. ann_script.py and snn_script.py call main(). The flags are read off
+the target's own parser, and each command is parsed with it before anything is written.
 """
 import argparse
 import itertools
@@ -12,9 +12,9 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiment import UserError
+from experiment import UserError, summary
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import positive_int
+from experiment.options import file, positive_int
 
 # Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
 FUNCTIONS = r'''
@@ -56,6 +56,28 @@ exit 1
 '''
 
 
+# Of a Slurm array. A task becomes its run, whose status and signals are thus the task's own.
+TASK = r'''
+PYTHON=${PYTHON:-python}
+number=0
+
+run() {  # the array's task N is the Nth of the commands below
+    number=$((number + 1))
+    [ "$number" = "${SLURM_ARRAY_TASK_ID-}" ] || return 0
+    local words
+    printf -v words '%q ' "$@"
+    echo "run $number of $total: $words"
+    exec "$@" </dev/null
+}
+'''
+
+NO_TASK = r'''
+echo "SLURM_ARRAY_TASK_ID is '${SLURM_ARRAY_TASK_ID-}', not one of 1 to $total: start this with sbatch," \
+     "or one run with SLURM_ARRAY_TASK_ID=N bash $0" >&2
+exit 1
+'''
+
+
 class Values(argparse.Action):
     """Collect a target's flag in args.flags: {dest: [(option, text), ...]}, the text None for a flag without value."""
 
@@ -76,20 +98,37 @@ def script_path(text):
     return text
 
 
+def slurm_value(text):
+    if text[:1] in ('', '-') or ' ' in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is no value for an #SBATCH line: no spaces, no '-' in front")
+    return text
+
+
 def get_args_parser(kind, target):
     """The flags of the parser `target` (of ann.py or snn.py), each with one value or several, and the sweep's own."""
     # Abbreviations off: --see would be looked up among other flags than the target's.
     parser = argparse.ArgumentParser(
         f'{kind}_script.py', allow_abbrev=False,
-        usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [flags of {kind}.py, each with one value or several]',
+        usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
+              f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown]',
         description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
                     f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
     group = parser.add_mutually_exclusive_group()
     group.add_argument('--parallel', action='store_true', help='start all runs at once')
-    group.add_argument('--jobs', type=positive_int, default=1, metavar='N',
-                       help='at most N runs at a time; default %(default)s')
+    group.add_argument('--jobs', type=positive_int, metavar='N',
+                       help='at most N runs at a time; default 1, with --slurm as many as Slurm starts')
     parser.add_argument('--script', type=script_path, default='script.sh', metavar='FILE',
                         help='the script to write; default %(default)s')
+    group = parser.add_argument_group('Slurm')
+    group.add_argument('--slurm', action='store_true', help='write an array of jobs for sbatch, one task a run')
+    for flag, metavar, what in (('--gpus', 'N', 'GPUs of a task'), ('--time', 'TIME', 'the limit of a task'),
+                                ('--partition', 'NAME', 'where the tasks run')):
+        group.add_argument(flag, type=slurm_value, metavar=metavar, help=f'{what}; as of sbatch')
+    group = parser.add_argument_group('results')
+    group.add_argument('--summarize', type=file, nargs='+', metavar='FILE',
+                       help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
+                            'spread over seeds')
+    group.add_argument('--markdown', action='store_true', help='the table for a README')
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -116,11 +155,16 @@ def distinct(texts):
     return len({text.casefold() for text in texts}) == len(texts)
 
 
+def plain(text):
+    """The text with a dash for whatever might mean something in the name of a file."""
+    return re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text)
+
+
 def labels(texts):
     """Distinct parts of a file name for the values of one flag: 'x/a.pth' is 'a', or 'x-a.pth' beside 'y/a.pth'."""
     short = [os.path.basename(text.rstrip('/')).removesuffix('.pth') for text in texts]
     numbered = [f'{text}-{i}' for i, text in enumerate(short, 1)]
-    candidates = ([re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text) for text in form] for form in (short, texts, numbered))
+    candidates = (list(map(plain, form)) for form in (short, texts, numbered))
     return next(filter(distinct, candidates))
 
 
@@ -167,18 +211,48 @@ def way_home(path, root):
     return '$(dirname -- "$0")' + ('' if up == '.' else f'/{up}')
 
 
-def script(kind, commands, limit, argv, home):
-    """The text of the script; home as way_home() gives it."""
-    made_by = ' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines())  # to stay in its comment
+def made_by(kind, argv):
+    """The command that wrote a script, to stay in its comment."""
+    return 'Written by: ' + ' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines())
+
+
+def lines(kind, commands):
+    """A line of bash for each run: calls of a function `run` that the script defines."""
+    return [f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands]
+
+
+def slurm_script(kind, commands, limit, argv, args):
+    """The text of the script as an array of Slurm jobs, at most `limit` at a time where that is not None."""
+    options = {'job-name': plain(Path(args.script).stem),
+               'array': f'1-{len(commands)}' + (f'%{limit}' if limit else ''),
+               'output': 'slurm-%x-%A_%a.out',  # %x: the job's name, %A: its number, %a: the task's
+               'gpus': args.gpus, 'time': args.time, 'partition': args.partition}
     return '\n'.join([
         '#!/usr/bin/env bash',
-        f'# Runs of {kind}.py: {len(commands)}, at most {limit} at a time. Written by: {made_by}',
+        f'# Runs of {kind}.py: {len(commands)}, each a task of a Slurm array. {made_by(kind, argv)}',
+        f'# To be started in the folder of {kind}.py with: sbatch FILE',  # Slurm runs a copy that lies elsewhere
+        '# A task that failed starts again alone with: sbatch --array=N FILE. Where the flags have --resume auto, it',
+        '# goes on from its last checkpoint.',
+        '# Without Slurm: SLURM_ARRAY_TASK_ID=N bash FILE. PYTHON=... names another Python than the one in PATH.',
+        *(f'#SBATCH --{option}={value}' for option, value in options.items() if value is not None),
+        'set -u',
+        f'total={len(commands)}',
+        TASK,
+        *lines(kind, commands),
+        NO_TASK])
+
+
+def script(kind, commands, limit, argv, home):
+    """The text of the script; home as way_home() gives it."""
+    return '\n'.join([
+        '#!/usr/bin/env bash',
+        f'# Runs of {kind}.py: {len(commands)}, at most {limit} at a time. {made_by(kind, argv)}',
         '# PYTHON=... names another Python than the one in PATH.',
         'set -u',
         f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
         f'limit={limit} total={len(commands)}',
         FUNCTIONS,
-        *(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
+        *lines(kind, commands),
         REPORT])
 
 
@@ -194,16 +268,32 @@ def main(module, published, argv=None):
 
     parser.error = target.error = error
     args = parser.parse_args(argv)
+    for flag in ('gpus', 'time', 'partition'):
+        if getattr(args, flag) is not None and not args.slurm:
+            error(f'argument --{flag}: goes with --slurm')
+    if args.markdown and not args.summarize:
+        error('argument --markdown: goes with --summarize')
+    if args.summarize:
+        if args.flags or args.slurm:
+            error('argument --summarize: writes no script, so the flags of one do not go with it')
+        try:
+            print(summary.summarize(args.summarize, args.markdown))
+        except UserError as reason:
+            sys.exit(f'{parser.prog}: error: {" ".join(str(reason).split())}')
+        return
     flags = args.flags or parser.parse_args(published).flags
     total = math.prod(map(len, flags.values()))
-    limit = total if args.parallel else min(args.jobs, total)
-    add_log = limit > 1 and 'log' not in flags
+    limit = total if args.parallel else min(args.jobs or 1, total)
+    add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
     commands = expand(kind, target, flags)
 
-    home = way_home(args.script, os.path.dirname(module.__file__))
-    text = script(kind, commands, limit, argv, home)
+    if args.slurm:
+        home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
+    else:
+        home = way_home(args.script, os.path.dirname(module.__file__))
+        text = script(kind, commands, limit, argv, home)
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
         write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
@@ -213,8 +303,17 @@ def main(module, published, argv=None):
     os.chmod(args.script, mode | (mode & 0o444) >> 2)  # who may read it may run it
 
     varying = ' × '.join(shlex.join(dict.fromkeys(words(pairs))) for pairs in flags.values() if len(pairs) > 1)
-    pace = 'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time'
+    if args.slurm:
+        pace = f'at most {args.jobs} at a time' if args.jobs else 'as Slurm has room'
+    else:
+        pace = 'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time'
+    program, path = 'sbatch' if args.slurm else 'bash', shlex.quote(args.script)
     print(f'{args.script}: ' + (f'{total} runs ({varying}), {pace}' if total > 1 else '1 run')
-          + f'; start it with: bash {shlex.quote(args.script)}' + ('' if home else f' in the folder of {kind}.py'))
+          + f'; start it with: {program} {path}' + ('' if home else f' in the folder of {kind}.py'))
+    if args.slurm:
+        resumes = any(option == '--resume' and text == 'auto' for option, text in flags.get('resume', []))
+        print(f'a task that failed starts again alone with: sbatch --array=N {path}; ' + (
+            'it goes on from its last checkpoint' if resumes else
+            'with --resume auto among the flags it would go on from its last checkpoint'))
     if add_log:
         print('--log is added to each, as the output of runs side by side would mix; see logs/')

@@ -32,7 +32,7 @@ def ternary(shape, seed=0, scale=1.0, low=-1):
 @pytest.fixture
 def command(tmp_path):
     """Run a script of the project in an empty folder: command('ann.py', '--epochs', '1') -> CompletedProcess."""
-    def call(script, *flags, timeout=300, env=None):
+    def call(script, *flags, timeout=300, env=None, **options):
         return subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)], cwd=tmp_path, text=True,
-                              capture_output=True, timeout=timeout, env={**os.environ, **(env or {})})
+                              capture_output=True, timeout=timeout, env={**os.environ, **(env or {})}, **options)
     return call

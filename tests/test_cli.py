@@ -209,7 +209,8 @@ def test_ann_run_writes_what_it_says(command, tmp_path):
     state = load(tmp_path / 'trained_models/ann/mine.pth')
     assert {'accuracy', 'epoch', 'state_dict', 'optimizer', 'args'} <= state.keys()
     assert 0 <= state['accuracy'] <= 1 and state['args']['architecture'] == 'RESNET6'
-    assert sorted(os.listdir(tmp_path / 'trained_models/ann')) == ['mine.last.pth', 'mine.pth']
+    folder = tmp_path / 'trained_models/ann'
+    assert sorted(path.name for path in folder.glob('*.pth')) == ['mine.last.pth', 'mine.pth']
 
 
 class Killed(Exception):
@@ -277,7 +278,7 @@ def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
     run(ann, *SMALL, '--epochs', 1)
     run(ann, *SMALL, '--epochs', 1, '--name', 'mine')
     folder = Path('trained_models/ann')
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
     run(ann, *SMALL, '--epochs', 2, '--name', 'mine', '--resume', folder / 'ann_resnet6_digits.last.pth')
     assert load(folder / 'mine.pth')['epoch'] == 2
     assert (folder / 'previous.1.mine.pth').read_bytes() == before['mine.pth']
@@ -288,10 +289,10 @@ def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
 def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
     run(snn, *SPIKING, '--epochs', 1)
     folder = Path('trained_models/snn')
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
     fails(snn, 'no such file', *SPIKING, '--pretrained_ann', 'typo.pth')
     fails(snn, 'loss became', *SPIKING, '--epochs', 2, '-lr', '1e38', '--train_samples', 96, '--batch_size', 8)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.glob('*.pth')} == before
 
 
 def test_test_only_evaluates_what_it_resumes(capsys):
@@ -355,7 +356,7 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     assert [0.7 * value for value in cached] == pytest.approx(state['thresholds'][:3])
     run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--test_only', '--name', 'again')
     assert 'thresholds taken from' in capsys.readouterr().out
-    assert sorted(os.listdir(path.parent)) == ['snn_resnet6_digits_12.last.pth', 'snn_resnet6_digits_12.pth']
+    assert sorted(file.name for file in path.parent.glob('*.pth')) == [f'{path.stem}.last.pth', path.name]
 
     # evaluated alone, it runs as it was trained, and says so
     content = path.read_bytes()

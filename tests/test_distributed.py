@@ -53,7 +53,7 @@ def test_an_ann_trained_by_two_processes(tmp_path):
     for a, b in zip(one['history'], two['history'], strict=True):
         assert {key: b[key] for key in b if key != 'seconds'} == pytest.approx(
             {key: a[key] for key in a if key != 'seconds'}, rel=1e-4)
-    assert sorted(os.listdir(tmp_path / 'trained_models/ann')) == [
+    assert sorted(path.name for path in (tmp_path / 'trained_models/ann').glob('*.pth')) == [
         f'{name}{kind}' for name in ('one', 'two') for kind in ('.last.pth', '.pth')]
 
 

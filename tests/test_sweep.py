@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,10 +138,14 @@ def test_names_of_files(module, files, expected):
      ['$HOME/`x` "y"', "it's; rm *", 'a\nb', '']),
     (['--data_dir=-x', '--data_dir', 'y'], 'data_dir', ['-x', 'y']),
     (['--name', 'a b', '-lr', '1e-3', '1e-4'], 'learning_rate', [1e-3, 1e-4])])
-def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words, dest, expected):
+@pytest.mark.parametrize('slurm', [False, True])
+def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words, dest, expected, slurm):
     (tmp_path / 'snn.py').write_text('import json, sys\nprint(json.dumps(sys.argv[1:]), file=open("words", "a"))')
-    sweep.main(module, [], words)
-    assert bash(tmp_path)[0] == 0
+    sweep.main(module, [], ['--slurm', *words] if slurm else words)
+    for number in range(1, len(expected) + 1) if slurm else ():
+        assert task(tmp_path, number)[0] == 0
+    if not slurm:
+        assert bash(tmp_path)[0] == 0
     runs = parsed(json.loads(line) for line in (tmp_path / 'words').read_text().splitlines())
     assert [getattr(args, dest) for args in runs] == expected
 
@@ -163,6 +168,11 @@ def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words,
     ('--see 0 1', ['--see']),
     ('--jobs 0', ['--jobs', "'0'"]),
     ('--jobs 2 --parallel', ['--jobs', '--parallel']),
+    ('--gpus 1', ['--gpus', '--slurm']),
+    ('--slurm --jobs 2 --parallel', ['--jobs', '--parallel']),
+    ('--slurm --partition "a b"', ['--partition', "'a b'"]),
+    ('--slurm --time=-1', ['--time', "'-1'"]),
+    ('--slurm --partition "x\n#SBATCH --mem=0"', ['--partition']),
     ('--script snn.py', ['--script', "'snn.py'"])])
 def test_refused(module, tmp_path, capsys, line, said):
     with pytest.raises(SystemExit) as caught:
@@ -284,6 +294,94 @@ def test_a_script_outside_the_project_starts_where_it_is_called(module, tmp_path
     assert 'in the folder of snn.py' in capsys.readouterr().out
     subprocess.run(['bash', '../script.sh'], cwd=project, env={**os.environ, 'PYTHON': sys.executable}, check=True)
     assert events(project) == ['start 0', 'end 0']
+
+
+# --- the script as a Slurm array
+
+
+def task(tmp_path, number, **environment):
+    """Run the script as Slurm runs a task of the array: a copy elsewhere, in the folder that it was submitted from."""
+    spool = tmp_path / 'spool'
+    spool.mkdir(exist_ok=True)
+    copy = shutil.copy(tmp_path / 'script.sh', spool / 'slurm_script')
+    done = subprocess.run(['bash', copy], cwd=tmp_path, text=True, capture_output=True, timeout=20,
+                          env={**os.environ, 'PYTHON': sys.executable, 'SLURM_ARRAY_TASK_ID': str(number),
+                               **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+def directives(tmp_path):
+    """The options that sbatch finds: it reads #SBATCH lines up to the first that is no comment."""
+    found = {}
+    for line in (tmp_path / 'script.sh').read_text().splitlines():
+        if not line.startswith('#'):
+            return found
+        if line.startswith('#SBATCH --'):
+            option, found[option] = line.removeprefix('#SBATCH --').split('=', 1)
+    return found
+
+
+@pytest.mark.parametrize('line, expected', [
+    ('--seed 0 1 2', {'array': '1-3'}),
+    ('--seed 0 1 2 --parallel', {'array': '1-3'}),
+    ('--seed 0 1 2 --jobs 2 --partition short --time 1-12:00:00 --gpus a100:1',
+     {'array': '1-3%2', 'partition': 'short', 'time': '1-12:00:00', 'gpus': 'a100:1'}),
+    ('--seed 0', {'array': '1-1'})])
+def test_what_sbatch_is_told(module, tmp_path, line, expected):
+    commands = generate(module, f'--slurm {line}')
+    found = directives(tmp_path)
+    assert (found.pop('job-name'), found.pop('output')) == ('script', 'slurm-%x-%A_%a.out')
+    assert found == expected
+    assert all('--log' not in command for command in commands)
+    generate(module, '--seed 0 1 2')
+    assert directives(tmp_path) == {}
+
+
+def test_a_job_is_named_as_its_script(module, tmp_path):
+    sweep.main(module, [], ['--slurm', '--seed', '0', '--script', 'my sweep.sh'])
+    (tmp_path / 'my sweep.sh').replace(tmp_path / 'script.sh')
+    assert directives(tmp_path)['job-name'] == 'my-sweep'
+
+
+def test_a_task_is_one_run_and_its_status_the_runs_own(module, tmp_path, capsys):
+    generate(module, '--slurm --seed 0 1 2 3')
+    said = capsys.readouterr().out
+    assert 'start it with: sbatch script.sh in the folder of snn.py' in said
+    assert 'sbatch --array=N script.sh; with --resume auto' in said
+    assert '\n# A task that failed starts again alone with: sbatch --array=N FILE' in (
+        tmp_path / 'script.sh').read_text()
+    status, out, err = task(tmp_path, 3, STATUS='0,0,7,0')
+    assert (status, events(tmp_path), err) == (7, ['start 2', 'end 2'], '')  # the third run, that of seed 2
+    assert out.startswith('run 3 of 4: ') and '_seed2' in out and out.count('\n') == 1
+    assert task(tmp_path, 4)[0] == 0
+    assert events(tmp_path)[2:] == ['start 3', 'end 3']
+
+
+@pytest.mark.parametrize('number', ['', '0', '5', '3x'])
+def test_without_a_task_of_its_own_it_runs_nothing(module, tmp_path, number):
+    generate(module, '--slurm --seed 0 1 2 3')
+    status, out, err = task(tmp_path, number)
+    assert (status, out, events(tmp_path)) == (1, '', [])
+    assert f"SLURM_ARRAY_TASK_ID is '{number}', not one of 1 to 4" in err and err.count('\n') == 1
+
+
+def test_a_task_goes_on_where_the_flags_say_so(module, tmp_path, capsys):
+    commands = generate(module, '--slurm --seed 0 1 --resume auto')
+    assert 'sbatch --array=N script.sh; it goes on from its last checkpoint' in capsys.readouterr().out
+    assert [args.resume for args in parsed(commands)] == ['auto', 'auto']
+
+
+def test_a_signal_reaches_the_run_of_a_task(module, tmp_path):
+    generate(module, '--slurm --seed 0 1')
+    process = subprocess.Popen(['bash', 'script.sh'], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               env={**os.environ, 'PYTHON': sys.executable, 'SECONDS_EACH': '15',
+                                    'SLURM_ARRAY_TASK_ID': '1'})
+    deadline = time.monotonic() + 10
+    while not events(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert events(tmp_path) == ['start 0']
 
 
 # --- the two scripts

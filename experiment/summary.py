@@ -1,0 +1,149 @@
+"""Metrics files, as ann.py and snn.py write them, as a table: mean and spread over seeds. It needs no torch."""
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from experiment import UserError
+
+# Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
+NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'predict',
+                'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
+
+
+class Run(NamedTuple):
+    """What a metrics file says. Accuracies are fractions; None where it says nothing of them."""
+    path: str
+    settings: dict
+    seed: int
+    chosen_on: str  # the images that the best epoch was chosen on: test or validation
+    ann: float  # accuracy on those, as the next
+    converted: float
+    accuracy: float  # of the best epoch, on the test set
+    done: int  # epochs
+    asked: int
+    seconds: list  # of each epoch
+
+
+def read(path):
+    """The Run of a metrics file. Raises UserError."""
+    try:
+        about, *epochs = map(json.loads, Path(path).read_text(encoding='utf-8').splitlines())
+        return _run(str(path), about['args'], epochs)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
+
+
+def _run(path, args, epochs):
+    seed = int(args['seed'])
+    settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
+    for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
+        if settings.get(key):
+            settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
+
+    chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
+    chosen = f'{chosen_on}_accuracy'
+    start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), None)
+    accuracy = None
+    if epochs:
+        accuracy = float(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
+        if chosen_on == 'validation':  # only at the end is the best epoch tested
+            accuracy = next((float(epoch['test_accuracy']) for epoch in epochs
+                             if epoch.get(chosen) == accuracy and 'test_accuracy' in epoch), None)
+    return Run(
+        path, settings, seed, chosen_on,
+        ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
+        accuracy=accuracy, done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
+        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch])
+
+
+def rows(runs):
+    """Lists of runs that have all settings, and what their best epoch was chosen on, in common. Raises UserError."""
+    found = {}
+    for run in runs:
+        row = found.setdefault((run.chosen_on, json.dumps(run.settings, sort_keys=True)), [])
+        for other in row:
+            if other.seed == run.seed:
+                raise UserError(f'{other.path} and {run.path} are of the same settings and seed, which would count '
+                                'twice; leave one out')
+        row.append(run)
+    return list(found.values())
+
+
+def mean_and_spread(values):
+    """[0.9, 0.92] -> '91.00 ± 1.41', in percent: the sample standard deviation (n - 1), none of a single value.
+
+    Of values that are partly None, those that are there, and how many they are.
+    """
+    there = [100 * value for value in values if value is not None]
+    if not there:
+        return '-'
+    text = f'{statistics.mean(there):.2f}' + (f' ± {statistics.stdev(there):.2f}' if len(there) > 1 else '')
+    return text + (f' ({len(there)} of {len(values)})' if len(there) < len(values) else '')
+
+
+def epochs_done(row):
+    """'20', or of unfinished runs '7-20 of 20 *'."""
+    least, most, asked = min(run.done for run in row), max(run.done for run in row), row[0].asked
+    if least >= asked:
+        return str(least) if least == most else f'{least}-{most}'
+    return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
+
+
+def cells(row_list):
+    """The heading of a table and its rows, all as texts."""
+    chosen_on = row_list[0][0].chosen_on
+    keys = dict.fromkeys(key for row in row_list for key in row[0].settings)
+    varying = [key for key in keys if len({json.dumps(row[0].settings.get(key)) for row in row_list}) > 1]
+    # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
+    on = '' if chosen_on == 'test' else ', on validation images'
+    with_ann = any(run.ann is not None for row in row_list for run in row)
+    heading = [*varying, 'seeds', *([f'ANN{on}', f'converted{on}'] if with_ann else []),
+               f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch']
+    body = []
+    for row in row_list:
+        settings = [row[0].settings.get(key) for key in varying]
+        ann = [run.ann for run in row]
+        seconds = [value for run in row for value in run.seconds]
+        body.append([
+            *('-' if value is None else str(value) for value in settings), str(len(row)),
+            # one ANN for all seeds was measured once
+            *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row])]
+              if with_ann else []),
+            mean_and_spread([run.accuracy for run in row]), epochs_done(row),
+            f'{statistics.mean(seconds):.2f}' if seconds else '-'])
+    return heading, body
+
+
+def plain(heading, body):
+    """Columns of one width each, set flush right."""
+    widths = [max(map(len, column)) for column in zip(heading, *body)]
+    return '\n'.join('  '.join(text.rjust(width) for text, width in zip(line, widths)) for line in [heading, *body])
+
+
+def markdown(heading, body):
+    """A table for a README."""
+    escaped = [[text.replace('|', '\\|') for text in line] for line in [heading, *body]]
+    lines = [escaped[0], ['---'] * len(heading), *escaped[1:]]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def summarize(paths, as_markdown=False):
+    """The text that --summarize prints: a table of the runs whose best epoch was chosen on test images, one of others.
+
+    A row is of runs that differ in NOT_SETTINGS alone, a column of a setting that differs between rows. Raises
+    UserError for a file that is no metrics file, and for two of the same settings and seed.
+    """
+    runs = [read(path) for path in dict.fromkeys(paths)]
+    parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
+    for chosen_on in ('test', 'validation'):
+        row_list = rows(run for run in runs if run.chosen_on == chosen_on)
+        if row_list:
+            parts.append((markdown if as_markdown else plain)(*cells(row_list)))
+    unfinished = [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]
+    if unfinished:
+        parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')
+    return '\n\n'.join(parts)

@@ -1,0 +1,118 @@
+"""What befalls a training run from outside: a second run of its name, a kill, a full disk."""
+import errno
+import re
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from experiment import files
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
+SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
+RUNS = [('ann.py', SMALL, 'ann_resnet6_digits'), ('snn.py', SPIKING, 'snn_resnet6_digits_8')]
+
+
+@pytest.fixture
+def training(tmp_path):
+    """Start a run and return it as soon as it has ended its first epoch; it is killed when the test ends."""
+    processes = []
+
+    def start(script, *flags):
+        process = subprocess.Popen([sys.executable, ROOT / script, *flags], cwd=tmp_path, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        processes.append(process)
+        for line in process.stdout:
+            if re.match(r' +1 ', line):
+                return process
+        raise AssertionError(process.stderr.read())
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+# -- two runs of one name ---------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('script, flags, name', RUNS)
+def test_a_second_run_of_the_same_name_is_refused(training, command, tmp_path, script, flags, name):
+    first = training(script, *flags, '--epochs', '25')
+    first.send_signal(signal.SIGSTOP)  # so that it is there, and changes nothing, for as long as the second takes
+    before = contents(tmp_path)
+    second = command(script, *flags, '--epochs', 1, '--resume', 'auto', '--log')
+    assert second.returncode == 1 and second.stderr.count('\n') == 1
+    for words in (f'{script}: error: ', f'{name}.pth', f'process {first.pid} on ', 'since 20', '--name'):
+        assert words in second.stderr
+    # one that writes no checkpoint needs no name of its own
+    tested = command(script, *flags, '--test_only', '--resume')
+    assert tested.returncode == 0, tested.stderr
+    assert contents(tmp_path) == before
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=120)
+    assert (first.returncode, errors) == (0, '')
+    folder = tmp_path / 'trained_models' / script[:3]
+    assert torch.load(folder / f'{name}.last.pth', weights_only=True)['epoch'] == 25
+    assert sorted(path.name for path in folder.glob('*.pth')) == [f'{name}.last.pth', f'{name}.pth']
+
+
+def test_a_killed_run_leaves_no_lock(training, command):
+    first = training('ann.py', *SMALL, '--epochs', '5000')
+    other = command('ann.py', *SMALL, '--epochs', 1, '--name', 'other')
+    assert other.returncode == 0, other.stderr
+    first.kill()
+    first.wait()
+    after = command('ann.py', *SMALL, '--epochs', 1)
+    assert after.returncode == 0, after.stderr
+
+
+@pytest.mark.parametrize('missing', ['module', 'support'])
+def test_without_locks_runs_run(tmp_path, monkeypatch, missing):
+    def lockf(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    if missing == 'module':
+        monkeypatch.setattr(files, 'fcntl', None)
+    else:
+        monkeypatch.setattr(files.fcntl, 'lockf', lockf)
+    assert files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl')) is None
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
+    own = ['x.pth.123.tmp', 'x.last.pth.123.tmp', 'x.last.pth.7.tmp', 'x.jsonl.123.tmp']
+    others = ['x.pth', 'x.last.pth', 'x.jsonl', 'y.pth.123.tmp', 'previous.1.x.pth', 'x.pth.pth.123.tmp',
+              'a.x.pth.123.tmp', 'x.pth.thresholds.json', 'x.pth.tmp', 'x-pth.123.tmp']
+    for name in own + others:
+        (tmp_path / name).touch()
+    held = files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl'))
+    assert {path.name for path in tmp_path.iterdir()} == {*others, '.x.lock'}
+    held.close()
+
+
+@pytest.mark.parametrize('script, flags, name', RUNS)
+def test_a_disk_that_fills_while_a_run_saves(command, tmp_path, script, flags, name):
+    assert command(script, *flags, '--epochs', 1).returncode == 0
+    folder = tmp_path / 'trained_models' / script[:3]
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+    assert sorted(before) == [f'{name}.last.pth', f'{name}.pth']
+
+    def limit():  # no file beyond 1 MB, a third of a checkpoint; Python ignores the signal that comes with it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    full = command(script, *flags, '--epochs', 3, '--resume', preexec_fn=limit)
+    assert full.returncode == 1 and full.stderr.count('\n') == 1, full.stderr
+    for words in (f'{script}: error: trained_models/', name, 'cannot be written', 'untouched'):
+        assert words in full.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != f'.{name}.lock'} == before
+    again = command(script, *flags, '--epochs', 2, '--resume')  # with room again, it goes on
+    assert again.returncode == 0 and 'after epoch 1' in again.stdout

@@ -1,0 +1,180 @@
+"""The table of a sweep's metrics files, from files whose means and spreads are worked out here."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ann_script
+import snn_script
+from conftest import ROOT
+from experiment import UserError, summary
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Write a metrics file and return its name: written('a', [epochs], seed=1, leak=0.9)."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, epochs, **args):
+        args = {'architecture': 'VGG5', 'epochs': 2, 'seed': 0, 'name': name, 'resume': None, 'leak': 1.0,
+                'pretrained_ann': 'ann.pth', 'log': False, 'devices': '0', 'num_workers': 2, 'lr_interval': '0.6 0.8',
+                **args}
+        lines = [{'command': 'python snn.py', 'args': args, 'commit': None, 'torch': '2', 'machine': 'x'}, *epochs]
+        path = tmp_path / f'{name}.jsonl'
+        path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        return path.name
+    return write
+
+
+def epochs(*accuracies, on='test', best=None, seconds=(2.0, 4.0)):
+    """The lines of epochs 1, 2, ... with these accuracies."""
+    return [{'epoch': number, 'learning_rate': 0.1, 'train_loss': 1.0, 'train_accuracy': 0.5, f'{on}_loss': 1.0,
+             f'{on}_accuracy': accuracy, 'best_accuracy': max(accuracies[:number]) if best is None else best,
+             'seconds': seconds[number - 1]} for number, accuracy in enumerate(accuracies, 1)]
+
+
+def converted(accuracy, ann, on='test'):
+    return {'epoch': 0, f'{on}_loss': 1.0, f'{on}_accuracy': accuracy, 'ann_accuracy': ann}
+
+
+def table(paths, **options):
+    """The text of a summary as its tables, each a list of {heading: cell}, and its last lines."""
+    text = summary.summarize(paths, as_markdown=True, **options)
+    tables = []
+    for part in text.split('\n\n'):
+        if part.startswith('|'):
+            heading, rule, *body = [[cell.strip() for cell in line.strip('|').split(' | ')]
+                                    for line in part.splitlines()]
+            assert rule == ['---'] * len(heading)
+            tables.append([dict(zip(heading, line, strict=True)) for line in body])
+    return tables, text
+
+
+ON_TEST = 'test accuracy, best epoch chosen on test images'
+ON_VALIDATION = 'test accuracy, best epoch chosen on validation images'
+
+
+def test_mean_and_sample_standard_deviation(written):
+    # best: 90, 92, 97. Mean 93; deviations -3, -1, 4, squares 9 + 1 + 16 = 26, / 2 = 13, root 3.61 (of n: 2.94).
+    # converted: 50, 60, 70: mean 60, deviation 10. Seconds: 2 and 4 in each run, mean 3.
+    paths = [written(f'leaky{seed}', [converted(start, 0.95), *epochs(first, second)], seed=seed, leak=0.9,
+                     resume='auto' if seed else None, devices=str(seed), num_workers=seed, log=bool(seed))
+             for seed, start, first, second in ((0, 0.5, 0.90, 0.85), (1, 0.6, 0.80, 0.92), (2, 0.7, 0.97, 0.97))]
+    # a single seed has no spread; its converted network was never surpassed
+    paths.append(written('other', [converted(0.88, 0.95), *epochs(0.7, 0.8, best=0.88, seconds=(1.0, 1.5))], seed=2))
+    tables, text = table(paths)
+    assert tables == [[
+        {'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00', ON_TEST: '93.00 ± 3.61',
+         'epochs done': '2', 's/epoch': '3.00'},
+        {'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00', ON_TEST: '88.00', 'epochs done': '2',
+         's/epoch': '1.25'}]]
+    assert 'unfinished' not in text and 'sample standard deviation' in text
+
+
+def test_plain_columns_are_aligned(written):
+    # ANNs have no converted network. 60 and 70: mean 65; deviations -5 and 5, squares 50 / 1, root 7.07.
+    paths = [written('a', epochs(0.6, 0.5), seed=0), written('b', epochs(0.1, 0.7), seed=1),
+             written('c', epochs(0.25, 0.2), architecture='RESNET20')]
+    heading, *body = summary.summarize(paths).split('\n\n')[1].splitlines()
+    assert len({len(line) for line in (heading, *body)}) == 1
+    assert heading.split()[:2] == ['architecture', 'seeds'] and 'chosen on test images' in heading
+    assert 'ANN' not in heading and 'converted' not in heading
+    assert body[0].split() == ['VGG5', '2', '65.00', '±', '7.07', '2', '3.00']
+    assert body[1].split() == ['RESNET20', '1', '25.00', '2', '3.00']
+    end = heading.index('seeds') + len('seeds')
+    assert [line[:end].split()[-1] for line in body] == ['2', '1']  # below their heading
+
+
+def test_validation_chooses_the_epoch_and_the_test_accuracy_is_that_epochs(written):
+    # seed 0: epoch 1 is best on validation, though epoch 2 is on test. Seed 1: epoch 2.
+    # 80 and 84: mean 82, deviations -2 and 2, squares 8 / 1, root 2.83. ANNs: 90 and 92, mean 91, root of 2 = 1.41.
+    first, second = epochs(0.7, 0.6, on='validation'), epochs(0.5, 0.65, on='validation')
+    first[0]['test_accuracy'], first[1]['test_accuracy'] = 0.80, 0.99
+    second[1]['test_accuracy'] = 0.84
+    paths = [written('a', [converted(0.4, 0.90, on='validation'), *first], seed=0),
+             written('b', [converted(0.2, 0.92, on='validation'), *second], seed=1)]
+    (row,), = table(paths)[0]
+    assert row == {'seeds': '2', 'ANN, on validation images': '91.00 ± 1.41',
+                   'converted, on validation images': '30.00 ± 14.14', ON_VALIDATION: '82.00 ± 2.83',
+                   'epochs done': '2', 's/epoch': '3.00'}
+    # beside runs without a validation set: tables of their own, never one mean
+    tables, _ = table([*paths, written('c', epochs(0.3, 0.2), seed=2)])
+    assert [list(rows[0])[-3] for rows in tables] == [ON_TEST, ON_VALIDATION]
+    assert [rows[0]['seeds'] for rows in tables] == ['1', '2']
+
+
+def test_a_converted_network_that_stays_the_best_on_validation(written):
+    start = {**converted(0.9, 0.95, on='validation'), 'test_accuracy': 0.89}
+    (row,), = table([written('a', [start, *epochs(0.5, 0.6, on='validation', best=0.9)])])[0]
+    assert row[ON_VALIDATION] == '89.00'
+
+
+def test_unfinished_runs_are_marked(written):
+    paths = [written('a', epochs(0.6, 0.8), seed=0), written('b', epochs(0.7), seed=1), written('c', [], seed=2)]
+    (row,), = table(paths)[0]
+    # 80 and 70: mean 75, root of 50 = 7.07
+    assert (row['seeds'], row[ON_TEST], row['epochs done']) == ('3', '75.00 ± 7.07 (2 of 3)', '0-2 of 2 *')
+    assert summary.summarize(paths).endswith(
+        '* unfinished: b.jsonl (1 of 2 epochs), c.jsonl (0 of 2 epochs)')
+    # not tested yet, as its best epoch is not known before the end
+    (row,), = table([written('d', epochs(0.7, on='validation'))])[0]
+    assert (row[ON_VALIDATION], row['epochs done']) == ('-', '1 of 2 *')
+    (row,), = table([written('e', [converted(0.4, 0.9)])])[0]  # just converted
+    assert (row['converted'], row[ON_TEST], row['epochs done'], row['s/epoch']) == ('40.00', '40.00', '0 of 2 *', '-')
+
+
+def test_each_seed_may_start_from_an_ann_of_its_own(written):
+    paths = [written(f's{seed}', epochs(0.5, 0.5), seed=seed, pretrained_ann=f'ann_seed{seed}.pth') for seed in (1, 11)]
+    (row,), = table(paths)[0]
+    assert row['seeds'] == '2' and 'pretrained_ann' not in row
+    other = written('other', epochs(0.5, 0.5), seed=1, pretrained_ann='ann_seed11.pth')  # that of another seed
+    assert [row['pretrained_ann'] for row in table([*paths, other])[0][0]] == ['ann_seed*.pth', 'ann_seed11.pth']
+
+
+def test_a_setting_that_some_runs_do_not_have(written):
+    paths = [written('a', epochs(0.5, 0.5)), written('b', epochs(0.5, 0.5), dropout='a|b')]
+    rows, = table(paths)[0]
+    assert [row['dropout'] for row in rows] == ['-', 'a\\|b']
+
+
+def test_the_same_run_twice(written):
+    paths = [written(name, epochs(0.5, 0.5)) for name in ('a', 'b')]
+    with pytest.raises(UserError, match='a.jsonl and b.jsonl are of the same settings and seed.*leave one out'):
+        summary.summarize(paths)
+    assert table([paths[0], paths[0]])[0][0][0]['seeds'] == '1'
+
+
+@pytest.mark.parametrize('text', ['', 'text', '[]', '{}', '3', '{"args": {}}', '{"args": {"seed": 0}}\n{"epoch": 1}',
+                                  '{"args": {"seed": 0, "epochs": 2}}\n{"epo', '\xff', 'null',
+                                  '{"args": {"seed": 0, "epochs": 2}}\n{"epoch": 1, "test_accuracy": "high"}',
+                                  '{"args": {"seed": 0, "epochs": 2}}\n7'])
+def test_files_that_are_no_metrics(tmp_path, text):
+    path = tmp_path / 'a.jsonl'
+    path.write_bytes(text.encode('latin-1'))
+    with pytest.raises(UserError, match='a.jsonl: is no metrics file') as caught:
+        summary.summarize([str(path)])
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('script', [ann_script, snn_script])
+def test_the_flags(written, tmp_path, capsys, script):
+    paths = [written('a', epochs(0.5, 0.25))]
+    script.main(['--summarize', *paths])
+    assert '50.00' in capsys.readouterr().out
+    script.main(['--summarize', *paths, '--markdown'])
+    assert '| --- |' in capsys.readouterr().out
+    for flags, said in ((['--summarize', *paths, '--seed', '0'], '--summarize'), (['--markdown'], '--markdown'),
+                        (['--summarize', *paths, '--slurm'], '--summarize'), (['--summarize'], '--summarize')):
+        with pytest.raises(SystemExit) as caught:
+            script.main(flags)
+        errors = capsys.readouterr().err
+        assert caught.value.code == 2 and said in errors and errors.count('\n') == 1
+    assert [path.name for path in tmp_path.iterdir()] == paths  # no script.sh
+
+
+def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / 'ann_script.py', '--summarize', 'none.jsonl'], cwd=tmp_path,
+                          text=True, capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith('ann_script.py: error: none.jsonl: cannot be read') and done.stderr.count('\n') == 1
