@@ -43,6 +43,7 @@ def main(args):
     if not args.test_only:
         files.check_writable(paths.best.parent, paths.metrics.parent)
         _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
+        board = metrics.open_board('ann', name, args.tensorboard)
 
     say = log.open_log('ann', name, args.log)
     say(log.header(args, model, device))
@@ -55,8 +56,7 @@ def main(args):
     own = files.is_own(source, paths)
     best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, {'classes': data.classes}, say,
                       patience=30, fresh=not own, history=state['history'] if state else [],
-                      done=state['epoch'] if state else 0, best=state['best'] if own else None,
-                      board=metrics.open_board('ann', name, args.tensorboard))
+                      done=state['epoch'] if state else 0, best=state['best'] if own else None, board=board)
     say(f'best {data.selection} accuracy {best[0]:.2%}, of epoch {best[1]}: {paths.best}')
 
 

@@ -94,6 +94,7 @@ def main(args):
     if not args.test_only:
         files.check_writable(paths.best.parent, paths.metrics.parent)
         _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
+        board = metrics.open_board('snn', name, args.tensorboard)
     if args.report:
         report.check(args.report, model)
     if args.timesteps <= model.depth:
@@ -143,7 +144,7 @@ def main(args):
     if not args.test_only:
         best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
                           fresh=fresh, history=history, done=done, best=best, train_say_every=args.train_acc_batches,
-                          test_say=test_say, board=metrics.open_board('snn', name, args.tensorboard))
+                          test_say=test_say, board=board)
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
     say('\n'.join(['', f'{"":<24}{f"{chosen_on} accuracy":>20}{"time steps":>12}',
                    *(f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}'
