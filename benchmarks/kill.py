@@ -4,10 +4,10 @@
 
 One run of each script is left alone. Another with the same flags and --resume auto is killed (SIGKILL) at a random
 moment: by turns up to the end of its first epoch, in the five epochs after that, and within a hundredth of a second
-after a save began. After each kill every checkpoint has to load as tensors only and every metrics file
-to be whole, and a run with --resume auto has to end the epoch after the last one saved; that run is killed then, too, and the next kill follows. What is left is
-trained to the end, where weights, optimizer, best accuracy and the metrics of each epoch, its seconds aside, have to
-equal, bit for bit, those of the run that was left alone. Ends with status 1 if anything was not so.
+after a save began. After each kill every checkpoint has to load as tensors only and every metrics file to be whole, and
+a run with --resume auto has to end the epoch after the last one saved; that run is killed then, too, and the next kill
+follows. What is left is trained to the end, where weights, optimizer, best accuracy and the metrics of each epoch, its
+seconds aside, have to equal, bit for bit, those of the run that was left alone. Ends with status 1 where they do not.
 """
 import argparse
 import random
