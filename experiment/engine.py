@@ -157,6 +157,8 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
     if done >= args.epochs:
         say(f'{done} epochs are done already; a larger --epochs trains on')
     pin_memory, share, learner = device.type == 'cuda', distributed.share(), distributed.learner(model, device)
+    say(f'the best epoch is chosen on the {chosen_on} set'
+        + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
     say(log.heading(chosen_on))
     for epoch in range(done + 1, args.epochs + 1):
         start = time.perf_counter()

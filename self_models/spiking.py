@@ -132,10 +132,10 @@ def flatten(x, steps):
 def chunks(batch, sample_bytes, weights):
     """Slices over `batch` samples, each of as many as fit into the working memory, at least one.
 
-    weights: of the layer. Its memory is no smaller than they are, or the time would go into adding up their gradients.
+    weights: of the layer. Its memory is at least twice theirs, or the time would go into adding up their gradients.
     """
     known = [weight for weight in weights if weight is not None]
-    memory = max(CHUNK_BYTES[known[0].device.type], *(weight.nbytes for weight in known))
+    memory = max(CHUNK_BYTES[known[0].device.type], *(2 * weight.nbytes for weight in known))
     size = max(1, memory // max(1, sample_bytes))
     return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
 

@@ -202,7 +202,8 @@ def test_ann_run_writes_what_it_says(command, tmp_path):
     assert done.returncode == 0, done.stderr
     log = (tmp_path / 'logs/ann/mine.log').read_text()
     assert '\r' not in log  # no trace of a progress bar
-    for words in ('architecture: RESNET6', 'kernel_size: 3', '(pre_process)', 'train loss', 'best test accuracy'):
+    for words in ('architecture: RESNET6', 'kernel_size: 3', '(pre_process)', 'train loss', 'best test accuracy',
+                  'chosen on the test set, as in the published code'):
         assert words in log
     lines = re.findall(r'^ +(\d+) +0\.\d+ +\d\.\d{4} +[\d.]+% +\d\.\d{4} +[\d.]+% +[\d.]+% +\d+s$', log, re.M)
     assert lines == ['1', '2']  # exactly --epochs of them
@@ -413,7 +414,7 @@ def test_a_validation_set_chooses_the_epoch(module, monkeypatch, capsys):
     run(module, *(SMALL if module is ann else SPIKING), '--epochs', 3, '--validation_fraction', '0.1', '--name', 'v')
     assert tests == [144, 144, 144, 50]  # the test set is looked at once, at the end
     out = capsys.readouterr().out
-    assert 'val acc' in out and 'test acc ' not in out
+    assert 'chosen on the validation set\n' in out and 'val acc' in out and 'test acc ' not in out
     assert 'test accuracy 60.00%' in out and 'epoch 2, which had the best validation accuracy, 90.00%' in out
     _, epochs = metrics_of(f'logs/{module.__name__}/v.jsonl')
     assert [epochs[n].get('test_accuracy') for n in (1, 2, 3)] == [None, 0.6, None]
