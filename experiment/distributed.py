@@ -3,10 +3,10 @@
 Without torchrun there is one process, and everything here does nothing. Each process keeps the whole network and takes
 its part of every batch; gradients are averaged by torch's DistributedDataParallel.
 """
-import atexit
 import contextlib
 import datetime
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,19 @@ def start(device):
     """Meet the other processes; they talk by nccl on CUDA, by gloo on CPUs."""
     # a process may wait for another to balance thresholds, which can take hours
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(days=2))
-    atexit.register(dist.destroy_process_group)
+
+
+def stop():
+    """End this process with status 0 where it is one of several, once all are at the end of their run.
+
+    Without Python's shutdown: seen in 1 of 16 runs, torch 2.14 aborts in it with a thread of gloo's still running, and
+    the run would count as failed.
+    """
+    if _started():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _started():
@@ -81,4 +93,4 @@ def learner(model, device):
     if not _started():
         return model
     return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=[device.index] if device.type == 'cuda' else None, broadcast_buffers=False)
+        model, device_ids=[device.index] if device.type == 'cuda' else None)

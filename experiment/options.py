@@ -1,5 +1,6 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
+import os
 import signal
 import sys
 
@@ -175,6 +176,9 @@ def run(main, args, script):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
     try:
         main(args)
+        if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # under torchrun
+            from experiment import distributed
+            distributed.stop()
     except UserError as error:
         sys.exit(f'{script}: error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:

@@ -41,3 +41,4 @@ def main(path, batch_size):
 if __name__ == '__main__':
     torch.set_num_threads(1)
     main(sys.argv[1], int(sys.argv[2]))
+    distributed.stop()
