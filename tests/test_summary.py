@@ -178,3 +178,8 @@ def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
                           text=True, capture_output=True)
     assert done.returncode == 1
     assert done.stderr.startswith('ann_script.py: error: none.jsonl: cannot be read') and done.stderr.count('\n') == 1
+
+
+def test_the_table_in_the_read_me_is_that_of_the_results():
+    table = summary.summarize(sorted(map(str, (ROOT / 'results' / 'snn').glob('*.jsonl'))), True)
+    assert table.strip() in (ROOT / 'README.md').read_text()
