@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+from conftest import same  # noqa: E402
 from experiment import summary  # noqa: E402
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu',
@@ -94,17 +95,6 @@ def unreadable(folder):
         except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
             problems.append(f'{path.relative_to(folder)} is unreadable: {error!r}')
     return problems
-
-
-def same(a, b):
-    """Whether two checkpoints' values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def differences(folder):

@@ -29,6 +29,17 @@ def ternary(shape, seed=0, scale=1.0, low=-1):
     return torch.from_numpy(np.random.RandomState(seed).randint(low, 2, size=shape) * scale)
 
 
+def same(a, b):
+    """Whether two checkpoints' values are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
 @pytest.fixture
 def command(tmp_path):
     """Run a script of the project in an empty folder: command('ann.py', '--epochs', '1') -> CompletedProcess."""

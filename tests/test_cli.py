@@ -12,7 +12,7 @@ import torch
 
 import ann
 import snn
-from conftest import ROOT
+from conftest import ROOT, same
 from experiment import UserError, engine, options
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
@@ -31,17 +31,6 @@ def run(module, *flags):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Whether two checkpoints' values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope='module')
