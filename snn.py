@@ -34,8 +34,10 @@ def get_args_parser():
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
-    add('--scaling_factor', type=options.positive, default=0.7, metavar='X',
-        help='balanced thresholds are multiplied by it; default %(default)s')
+    add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
+        help='balanced thresholds are multiplied by it; auto: by the best for these time steps; default %(default)s')
+    add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
+        help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
         help='training images that thresholds are balanced on; default %(default)s')
     add('--calibration_timesteps', type=options.positive_int, default=1000, metavar='T',
@@ -114,9 +116,10 @@ def main(args):
 
     test_say = say if args.test_acc_every_batch else None
     chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
-    results = []  # (what, accuracy)
+    results, found = [], {}  # (what, accuracy); what the conversion measured
     if not source and args.pretrained_ann:
-        results.append(('ANN', convert(model, data, chosen_on, device, args, say)))
+        found = convert(model, data, chosen_on, device, args, say)
+        results.append(('ANN', found['ann_accuracy']))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
     # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
     extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
@@ -138,8 +141,7 @@ def main(args):
             if distributed.is_main():
                 files.set_aside(paths, say)
             history.append({'epoch': 0, f'{chosen_on}_loss': start.loss, f'{chosen_on}_accuracy': start.accuracy,
-                            **({'ann_accuracy': results[0][1]} if args.pretrained_ann else {}),
-                            'curve': dict(zip(map(str, at), curve))})
+                            **found, 'curve': dict(zip(map(str, at), curve))})
             engine.save(paths, True, best, model, optimizer, args, history, accuracy=start.accuracy, epoch=0, **extra)
     if not args.test_only:
         best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,

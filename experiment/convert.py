@@ -1,9 +1,12 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import tempfile
+from functools import partial
 
 from experiment import UserError, checkpoint, distributed, engine, setup
 from experiment.data import epoch_loader
 from self_models.conversion import find_thresholds
+
+FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
 
 
 def balanced_thresholds(model, data, args, say):
@@ -13,6 +16,7 @@ def balanced_thresholds(model, data, args, say):
                 'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction,
                 'samples': args.calibration_samples,
                 'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
+                'percentile': args.threshold_percentile,
                 'seed': args.seed}
     key = checkpoint.thresholds_key(model, settings)
     thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
@@ -22,9 +26,11 @@ def balanced_thresholds(model, data, args, say):
         engine.seed_all(seed)
         images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=seed, shuffle=True)))
         try:
-            thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True)
+            thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True,
+                                         percentile=args.threshold_percentile)
         except ValueError as error:
-            raise UserError(f'{error} (--calibration_timesteps, --calibration_samples)') from error
+            raise UserError(f'{error} (--calibration_timesteps, --calibration_samples, '
+                            '--threshold_percentile)') from error
         except OSError as error:
             raise UserError(f'{tempfile.gettempdir()}: no room for spikes ({error.strerror}); set TMPDIR to '
                             'a larger place, or lower --calibration_samples or --calibration_timesteps') from error
@@ -35,10 +41,25 @@ def balanced_thresholds(model, data, args, say):
     return thresholds
 
 
-def convert(model, data, chosen_on, device, args, say):
-    """Load the ANN's weights, balance and scale the thresholds; says and returns the ANN's accuracy.
+def scan_factors(model, thresholds, data, device, args):
+    """{scaling factor: Metrics} of the converted network at its time steps, for each of FACTORS.
 
-    chosen_on: 'test' or 'validation', the set that the accuracy is of.
+    On --calibration_samples images, the same for all: of the validation set where there is one, else of the training
+    set. The test set has no part in it.
+    """
+    images = (data.train if data.validation is None else data.validation).sample(args.calibration_samples, args.seed)
+    loss_function = partial(engine.cross_entropy, scale=args.timesteps)
+    scan = {}
+    for factor in FACTORS:
+        model.threshold_update(factor, thresholds)
+        scan[factor] = engine.test(model, images, loss_function, device, args)
+    return scan
+
+
+def convert(model, data, chosen_on, device, args, say):
+    """Load the ANN's weights, balance and scale the thresholds; returns what was measured, for the metrics.
+
+    chosen_on: 'test' or 'validation', the set that the ANN's accuracy is of.
     """
     state = checkpoint.load(args.pretrained_ann, 'ann')
     checkpoint.load_weights(model, state, args.pretrained_ann)
@@ -47,5 +68,15 @@ def convert(model, data, chosen_on, device, args, say):
     accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
-    model.threshold_update(args.scaling_factor, thresholds)
-    return accuracy
+    found = {'ann_accuracy': accuracy, 'scaling_factor': args.scaling_factor}
+    if args.scaling_factor == 'auto':
+        scan = scan_factors(model, thresholds, data, device, args)
+        # of equal accuracies the one with the lower loss
+        found['scaling_factor'] = max(scan, key=lambda factor: (scan[factor].accuracy, -scan[factor].loss))
+        found['scan'] = {str(factor): metrics.accuracy for factor, metrics in scan.items()}
+        found['scanned_on'] = 'train' if data.validation is None else 'validation'
+        say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
+            f'{factor}: {metrics.accuracy:.2%}' for factor, metrics in scan.items())
+            + f'; taken: {found["scaling_factor"]}')
+    model.threshold_update(found['scaling_factor'], thresholds)
+    return found

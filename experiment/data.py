@@ -1,5 +1,6 @@
 """The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
 import contextlib
+import copy
 import io
 import math
 import os
@@ -59,6 +60,12 @@ class Pictures(Dataset):
     def __getitem__(self, index):
         images, labels = self.batch([index])
         return images[0], int(labels[0])
+
+    def sample(self, count, seed):
+        """So many of them (all, where they are fewer), the same ones for the same seed."""
+        chosen = copy.copy(self)
+        chosen.images, chosen.labels = _subset(self.images, self.labels, min(count, len(self)), seed, 'train')
+        return chosen
 
     def batch(self, indices):
         """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times as quick as one after another."""

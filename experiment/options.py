@@ -32,7 +32,7 @@ def number(kind, low=None, high=None, open_low=False):
 positive_int, natural_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
 image_size = number(int, 1, 4096)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
-fraction = number(float, 0, 1, open_low=True)
+fraction, percentile = number(float, 0, 1, open_low=True), number(float, 0, 100, open_low=True)
 
 
 def below_one(text):
@@ -41,6 +41,11 @@ def below_one(text):
     if value >= 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number at least 0 and below 1')
     return value
+
+
+def factor(text):
+    """'auto' or a number above 0."""
+    return text if text == 'auto' else positive(text)
 
 
 def odd_int(text):

@@ -11,6 +11,8 @@ from experiment import UserError
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'predict',
                 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
+ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
+
 
 class Run(NamedTuple):
     """What a metrics file says. Accuracies are fractions; None where it says nothing of them."""
@@ -24,22 +26,29 @@ class Run(NamedTuple):
     done: int  # epochs
     asked: int
     seconds: list  # of each epoch
+    machine: str
+    factor: float  # the scaling factor that --scaling_factor auto chose, and
+    scan: dict  # {factor: accuracy} of those that it tried, on
+    scanned_on: str  # train or validation images
 
 
 def read(path):
     """The Run of a metrics file. Raises UserError."""
     try:
         about, *epochs = map(json.loads, Path(path).read_text(encoding='utf-8').splitlines())
-        return _run(str(path), about['args'], epochs)
+        return _run(str(path), about['args'], about.get('machine'), epochs)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
-def _run(path, args, epochs):
+def _run(path, args, machine, epochs):
     seed = int(args['seed'])
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
+    # where a set lies says which it is only if it is a folder of pictures
+    data, folder = settings.pop('dataset', None), settings.pop('data_dir', None)
+    settings['data'] = f'{data} {Path(folder).name}' if data in ('FOLDER', 'IMAGENET') else data
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
@@ -57,7 +66,10 @@ def _run(path, args, epochs):
         path, settings, seed, chosen_on,
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
         accuracy=accuracy, done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
-        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch])
+        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
+        factor=start['scaling_factor'] if start and 'scan' in start else None,
+        scan={key: float(value) for key, value in start.get('scan', {}).items()} if start else {},
+        scanned_on=start.get('scanned_on') if start else None)
 
 
 def rows(runs):
@@ -93,29 +105,52 @@ def epochs_done(row):
     return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
 
 
+def columns(row_list):
+    """The settings that tell rows apart, headings to a list of texts, a text a row; those of ALWAYS in any case."""
+    keys = dict.fromkeys(key for row in row_list for key in (*ALWAYS, *row[0].settings))
+    values = {key: [row[0].settings.get(key) for row in row_list] for key in keys}
+    for number, row in enumerate(row_list):
+        chosen = sorted({run.factor for run in row if run.factor is not None})
+        if chosen:
+            values['scaling_factor'][number] = f'auto: {", ".join(map(str, chosen))}'
+    shown = ALWAYS if all(run.factor is None for row in row_list for run in row) else (*ALWAYS, 'scaling_factor')
+    return {key: ['-' if value is None else str(value) for value in column] for key, column in values.items()
+            if len(set(map(json.dumps, column))) > 1 or key in shown and any(value is not None for value in column)}
+
+
 def cells(row_list):
     """The heading of a table and its rows, all as texts."""
     chosen_on = row_list[0][0].chosen_on
-    keys = dict.fromkeys(key for row in row_list for key in row[0].settings)
-    varying = [key for key in keys if len({json.dumps(row[0].settings.get(key)) for row in row_list}) > 1]
+    settings = columns(row_list)
     # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
     on = '' if chosen_on == 'test' else ', on validation images'
     with_ann = any(run.ann is not None for row in row_list for run in row)
-    heading = [*varying, 'seeds', *([f'ANN{on}', f'converted{on}'] if with_ann else []),
-               f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch']
+    heading = [*settings, 'seeds', *([f'ANN{on}', f'converted{on}'] if with_ann else []),
+               f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch', 'machine']
     body = []
-    for row in row_list:
-        settings = [row[0].settings.get(key) for key in varying]
+    for number, row in enumerate(row_list):
         ann = [run.ann for run in row]
         seconds = [value for run in row for value in run.seconds]
         body.append([
-            *('-' if value is None else str(value) for value in settings), str(len(row)),
+            *(column[number] for column in settings.values()), str(len(row)),
             # one ANN for all seeds was measured once
             *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row])]
               if with_ann else []),
             mean_and_spread([run.accuracy for run in row]), epochs_done(row),
-            f'{statistics.mean(seconds):.2f}' if seconds else '-'])
+            f'{statistics.mean(seconds):.2f}' if seconds else '-', ', '.join(sorted({run.machine for run in row}))])
     return heading, body
+
+
+def scan_cells(row_list):
+    """The table of what --scaling_factor auto found, a column for each factor: its heading and rows, as texts."""
+    factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
+    settings = columns(row_list)
+    body = []
+    for number, row in enumerate(row_list):
+        body.append([*(column[number] for column in settings.values()),
+                     ', '.join(sorted({run.scanned_on for run in row})), str(len(row)),
+                     *(mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors)])
+    return [*settings, 'images', 'seeds', *factors], body
 
 
 def plain(heading, body):
@@ -143,6 +178,10 @@ def summarize(paths, as_markdown=False):
         row_list = rows(run for run in runs if run.chosen_on == chosen_on)
         if row_list:
             parts.append((markdown if as_markdown else plain)(*cells(row_list)))
+    scanned = [row for row in rows(runs) if all(run.scan for run in row)]
+    if scanned:
+        parts += ['Of the converted network, by scaling factor:',
+                  (markdown if as_markdown else plain)(*scan_cells(scanned))]
     unfinished = [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]
     if unfinished:
         parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')

@@ -74,24 +74,23 @@ def run(model, images, masks=None):
     return logits, history
 
 
-def find_thresholds(model, images, timesteps):
-    """Thresholds of the balanced layers, each found by a run of its own through the layers before it."""
+def find_thresholds(model, images, timesteps, percentile=100):
+    """Thresholds of the balanced layers, each found by a run of its own through the layers before it.
+
+    A percentile is taken of the currents at the steps that the delays of the layers before leave, by nearest rank.
+    """
     found, before = [], (model.timesteps, model.leak, list(model.thresholds))
     model.network_update(timesteps, 1.0)
     for index in range(model.balanced):
-        largest, hooks = 0.0, []
+        currents = []
         module = model.get_submodule(model.layer_names[index])
-
-        def watch(_, __, output):
-            nonlocal largest
-            largest = max(largest, output.max().item())
-
-        hooks.append(module.register_forward_hook(watch))
+        hook = module.register_forward_hook(lambda _, __, output, seen=currents: seen.append(output.flatten()))
         with torch.no_grad():
             run(model, images)
-        hooks[0].remove()
-        found.append(largest)
-        model.thresholds[index] = largest
+        hook.remove()
+        values = torch.cat(currents[index:]).sort().values
+        found.append(values[round(percentile / 100 * (len(values) - 1))].item())
+        model.thresholds[index] = found[-1]
     model.network_update(*before[:2])
     model.thresholds[:] = before[2]
     return found

@@ -13,7 +13,7 @@ import torch
 import ann
 import snn
 from conftest import ROOT, same
-from experiment import UserError, engine, options
+from experiment import UserError, convert, engine, options
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
 SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
@@ -93,7 +93,9 @@ def test_booleans_do_what_they_say(words, value):
     ('snn.py', ['--timesteps', '0']), ('snn.py', ['--leak', '0']), ('snn.py', ['--leak', '1.01']),
     ('snn.py', ['--scaling_factor', '0']), ('snn.py', ['--scaling_factor', '-0.7']),
     ('snn.py', ['--default_threshold', '0']), ('snn.py', ['--activation', 'ReLU']), ('snn.py', ['--alpha', 'inf']),
-    ('snn.py', ['--beta', '-1']), ('snn.py', ['--calibration_samples', '0']), ('snn.py', ['--train_acc_batches', '0']),
+    ('snn.py', ['--beta', '-1']), ('snn.py', ['--scaling_factor', 'best']),
+    ('snn.py', ['--threshold_percentile', '0']), ('snn.py', ['--threshold_percentile', '101']),
+    ('snn.py', ['--calibration_samples', '0']), ('snn.py', ['--train_acc_batches', '0']),
     ('snn.py', ['--pretrained_ann', 'a', '--pretrained_snn', 'b'])])
 def test_bad_flags_end_with_status_2(script, flags, capsys):
     module = {'ann.py': ann, 'snn.py': snn}[script]
@@ -322,6 +324,35 @@ def test_amp_trains_and_tests_in_bfloat16(monkeypatch):
     assert seen == {torch.float32}
     state = load('trained_models/snn/a.pth')
     assert all(weight.dtype == torch.float32 for weight in state['state_dict'].values())
+
+
+@pytest.mark.parametrize('fraction, images', [(0.0, 'train'), (0.1, 'validation')])
+def test_the_scaling_factor_that_scores_best_is_taken(fraction, images, trained, monkeypatch, capsys):
+    monkeypatch.setattr(convert, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
+    seen, original = [], engine.test
+    monkeypatch.setattr(engine, 'test', lambda model, dataset, *rest: (
+        seen.append((type(model).__name__, len(dataset))), original(model, dataset, *rest))[1])
+    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--validation_fraction', fraction,
+             '--epochs', 1]
+    run(snn, *flags, '--scaling_factor', 'auto', '--name', 'a')
+    # of 96 images trained on, or 144 held out, the 20 asked for, and none of the 50 tested on
+    assert seen[1:4] == [('RESNET_SNN_STDB', 20)] * 3
+    start = metrics_of('logs/snn/a.jsonl')[1][0]
+    assert list(start['scan']) == ['0.01', '0.7', '100.0'] and start['scanned_on'] == images
+    assert start['scan'][str(start['scaling_factor'])] == max(start['scan'].values()) > start['scan']['100.0']
+    assert f"taken: {start['scaling_factor']}\n" in capsys.readouterr().out
+    run(snn, *flags, '--scaling_factor', start['scaling_factor'], '--name', 'b')
+    again = metrics_of('logs/snn/b.jsonl')[1][0]
+    assert 'scan' not in again and again['curve'] == start['curve']
+
+
+def test_a_threshold_percentile_lowers_thresholds_and_is_not_taken_from_the_cache(trained, capsys):
+    def thresholds(*flags):
+        run(snn, *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--test_only', *flags)
+        return [float(value) for value in re.search('^thresholds: (.*)$', capsys.readouterr().out, re.M)[1].split()]
+
+    largest, lower = thresholds(), thresholds('--threshold_percentile', '99')
+    assert all(b < a for a, b in zip(largest[:3], lower)) and largest[3:] == lower[3:]
 
 
 def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):

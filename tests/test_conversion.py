@@ -1,4 +1,6 @@
 """Threshold balancing."""
+from unittest import mock
+
 import pytest
 import torch
 
@@ -22,12 +24,41 @@ def test_against_one_layer_after_another(build, scale):
     assert len(want) == (5 if scale == 1.0 else 3)
 
 
+@pytest.mark.parametrize('percentile', [99.7, 97, 100])
+def test_a_percentile_of_the_currents(percentile):
+    # the first to 1 / 32768 of the largest; a hair's difference there moves single spikes in the layers behind
+    model, x = vgg5(), ternary((9, 1, 8, 8), 1, low=0)
+    want = step_by_step.find_thresholds(model, x, 30, percentile)
+    found = find_thresholds(model, x, 30, percentile=percentile)
+    assert found[0] == pytest.approx(want[0], rel=1e-4) and found == pytest.approx(want, rel=5e-3)
+    assert (want < step_by_step.find_thresholds(model, x, 30)) == (percentile < 100)
+
+
+def test_a_percentile_by_hand():
+    # 0.1, 0.2 ... 1.0 in any order and blocks: the 1 + round(0.75 * 9) = 8th, found from above to 2 / BINS of 1.0
+    values = torch.tensor([3, 7, 1, 10, 2, 9, 4, 8, 5, 6]).view(2, 5) / 10
+
+    def current(group, first, stop):
+        return values[group, first:stop]
+
+    groups, blocks, bar = [slice(0, 1), slice(1, 2)], [(0, 2), (2, 5)], mock.Mock()
+    found = {p: conversion.current_percentile(current, groups, blocks, p, bar) for p in (75, 99.9, 1)}
+    for p, want in ((75, 0.8), (99.9, 1.0), (1, 0.1)):
+        assert want - 1e-6 <= found[p] <= want + 2 / conversion.BINS
+    values -= 0.85  # two are above 0
+    assert conversion.current_percentile(current, groups, blocks, 75, bar) == 0
+    values[1, 4] = torch.nan
+    assert conversion.current_percentile(current, groups, blocks, 75, bar) == float('inf')
+
+
 def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
     model, x = vgg5(), ternary((70, 1, 8, 8), 1, low=0)
     want = step_by_step.find_thresholds(model, x, 25)
     monkeypatch.setattr(conversion, 'SPOOL_BYTES', 1000)   # spikes go to a temporary file
     monkeypatch.setattr(conversion, 'CHUNK_BYTES', {'cpu': 200_000})  # a few steps at a time
     assert find_thresholds(model, x, 25) == pytest.approx(want, rel=1e-9)
+    want = step_by_step.find_thresholds(model, x, 25, 99)
+    assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=5e-3)
 
 
 def test_by_hand_on_the_first_layer():
@@ -70,6 +101,11 @@ def test_layers_that_get_no_spike_or_no_current_are_named():
     for images in (x[:0], x[0], x.to(torch.uint8)):
         with pytest.raises(ValueError, match='images must be floats'):
             find_thresholds(model, images, 12)
+    for percentile in (0, 100.1, float('nan')):
+        with pytest.raises(ValueError, match='percentile'):
+            find_thresholds(model, x, 12, percentile=percentile)
+    with pytest.raises(conversion.DeadLayerError, match=r'features\.0 .*0\.1th percentile is 0\.0.*higher percentile'):
+        find_thresholds(model, x, 12, percentile=0.1)
     with torch.no_grad():
         model.features[0].weight[0] = torch.nan
     with pytest.raises(conversion.DeadLayerError, match=r'features\.0 has an input of inf'):

@@ -65,10 +65,10 @@ def test_mean_and_sample_standard_deviation(written):
     paths.append(written('other', [converted(0.88, 0.95), *epochs(0.7, 0.8, best=0.88, seconds=(1.0, 1.5))], seed=2))
     tables, text = table(paths)
     assert tables == [[
-        {'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00', ON_TEST: '93.00 ± 3.61',
-         'epochs done': '2', 's/epoch': '3.00'},
-        {'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00', ON_TEST: '88.00', 'epochs done': '2',
-         's/epoch': '1.25'}]]
+        {'architecture': 'VGG5', 'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00', ON_TEST: '93.00 ± 3.61',
+         'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'},
+        {'architecture': 'VGG5', 'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00', ON_TEST: '88.00',
+         'epochs done': '2', 's/epoch': '1.25', 'machine': 'x'}]]
     assert 'unfinished' not in text and 'sample standard deviation' in text
 
 
@@ -80,8 +80,8 @@ def test_plain_columns_are_aligned(written):
     assert len({len(line) for line in (heading, *body)}) == 1
     assert heading.split()[:2] == ['architecture', 'seeds'] and 'chosen on test images' in heading
     assert 'ANN' not in heading and 'converted' not in heading
-    assert body[0].split() == ['VGG5', '2', '65.00', '±', '7.07', '2', '3.00']
-    assert body[1].split() == ['RESNET20', '1', '25.00', '2', '3.00']
+    assert body[0].split() == ['VGG5', '2', '65.00', '±', '7.07', '2', '3.00', 'x']
+    assert body[1].split() == ['RESNET20', '1', '25.00', '2', '3.00', 'x']
     end = heading.index('seeds') + len('seeds')
     assert [line[:end].split()[-1] for line in body] == ['2', '1']  # below their heading
 
@@ -95,12 +95,12 @@ def test_validation_chooses_the_epoch_and_the_test_accuracy_is_that_epochs(writt
     paths = [written('a', [converted(0.4, 0.90, on='validation'), *first], seed=0),
              written('b', [converted(0.2, 0.92, on='validation'), *second], seed=1)]
     (row,), = table(paths)[0]
-    assert row == {'seeds': '2', 'ANN, on validation images': '91.00 ± 1.41',
+    assert row == {'architecture': 'VGG5', 'seeds': '2', 'ANN, on validation images': '91.00 ± 1.41',
                    'converted, on validation images': '30.00 ± 14.14', ON_VALIDATION: '82.00 ± 2.83',
-                   'epochs done': '2', 's/epoch': '3.00'}
+                   'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'}
     # beside runs without a validation set: tables of their own, never one mean
     tables, _ = table([*paths, written('c', epochs(0.3, 0.2), seed=2)])
-    assert [list(rows[0])[-3] for rows in tables] == [ON_TEST, ON_VALIDATION]
+    assert [list(rows[0])[-4] for rows in tables] == [ON_TEST, ON_VALIDATION]
     assert [rows[0]['seeds'] for rows in tables] == ['1', '2']
 
 
@@ -136,6 +136,31 @@ def test_a_setting_that_some_runs_do_not_have(written):
     paths = [written('a', epochs(0.5, 0.5)), written('b', epochs(0.5, 0.5), dropout='a|b')]
     rows, = table(paths)[0]
     assert [row['dropout'] for row in rows] == ['-', 'a\\|b']
+
+
+def test_data_and_time_steps_always_stand_there_and_a_folder_by_its_name(written):
+    paths = [written('a', epochs(0.5, 0.5), dataset='MNIST', data_dir='/here', timesteps=9),
+             written('b', epochs(0.7, 0.7), dataset='MNIST', data_dir='/there', timesteps=9, seed=1),
+             written('c', epochs(0.6, 0.6), dataset='FOLDER', data_dir='~/x/cats', timesteps=9)]
+    first, second = table(paths)[0][0]
+    assert [(row['data'], row['timesteps'], row['seeds']) for row in (first, second)] == [
+        ('MNIST', '9', '2'), ('FOLDER cats', '9', '1')]
+    assert 'data_dir' not in first and 'dataset' not in first
+
+
+def test_scaling_factors_that_were_tried(written):
+    # at 0.5: 20 and 40, mean 30, deviations of 10, root of 200 = 14.14; the best of each seed is another
+    scans = [{'0.5': 0.2, '1.0': 0.6}, {'0.5': 0.4, '1.0': 0.3}]
+    paths = [written(f's{seed}', [{**converted(0.4, 0.9), 'scan': scan, 'scanned_on': 'train', 'scaling_factor': best},
+                                  *epochs(0.5, 0.6)], seed=seed, scaling_factor='auto', timesteps=8)
+             for seed, scan, best in ((0, scans[0], 1.0), (1, scans[1], 0.5))]
+    (row,), (tried,) = table(paths)[0]
+    assert row['scaling_factor'] == 'auto: 0.5, 1.0'
+    assert tried == {'architecture': 'VGG5', 'timesteps': '8', 'scaling_factor': 'auto: 0.5, 1.0', 'images': 'train', 'seeds': '2', '0.5': '30.00 ± 14.14',
+                     '1.0': '45.00 ± 21.21'}
+    paths.append(written('given', [converted(0.4, 0.9), *epochs(0.5, 0.6)], scaling_factor=0.7, timesteps=8))
+    (auto, given), (again,) = table(paths)[0]
+    assert (auto['scaling_factor'], given['scaling_factor']) == ('auto: 0.5, 1.0', '0.7') and again == tried
 
 
 def test_the_same_run_twice(written):
@@ -180,6 +205,7 @@ def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
     assert done.stderr.startswith('ann_script.py: error: none.jsonl: cannot be read') and done.stderr.count('\n') == 1
 
 
-def test_the_table_in_the_read_me_is_that_of_the_results():
-    table = summary.summarize(sorted(map(str, (ROOT / 'results' / 'snn').glob('*.jsonl'))), True)
+@pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}), ids=str)
+def test_the_tables_in_the_read_me_are_those_of_the_results(folder):
+    table = summary.summarize(sorted(map(str, folder.glob('*.jsonl'))), True)
     assert table.strip() in (ROOT / 'README.md').read_text()
