@@ -65,8 +65,8 @@ def test_mean_and_sample_standard_deviation(written):
     paths.append(written('other', [converted(0.88, 0.95), *epochs(0.7, 0.8, best=0.88, seconds=(1.0, 1.5))], seed=2))
     tables, text = table(paths)
     assert tables == [[
-        {'architecture': 'VGG5', 'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00', ON_TEST: '93.00 ± 3.61',
-         'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'},
+        {'architecture': 'VGG5', 'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00',
+         ON_TEST: '93.00 ± 3.61', 'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'},
         {'architecture': 'VGG5', 'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00', ON_TEST: '88.00',
          'epochs done': '2', 's/epoch': '1.25', 'machine': 'x'}]]
     assert 'unfinished' not in text and 'sample standard deviation' in text
@@ -156,8 +156,8 @@ def test_scaling_factors_that_were_tried(written):
              for seed, scan, best in ((0, scans[0], 1.0), (1, scans[1], 0.5))]
     (row,), (tried,) = table(paths)[0]
     assert row['scaling_factor'] == 'auto: 0.5, 1.0'
-    assert tried == {'architecture': 'VGG5', 'timesteps': '8', 'scaling_factor': 'auto: 0.5, 1.0', 'images': 'train', 'seeds': '2', '0.5': '30.00 ± 14.14',
-                     '1.0': '45.00 ± 21.21'}
+    assert tried == {'architecture': 'VGG5', 'timesteps': '8', 'scaling_factor': 'auto: 0.5, 1.0', 'images': 'train',
+                     'seeds': '2', '0.5': '30.00 ± 14.14', '1.0': '45.00 ± 21.21'}
     paths.append(written('given', [converted(0.4, 0.9), *epochs(0.5, 0.6)], scaling_factor=0.7, timesteps=8))
     (auto, given), (again,) = table(paths)[0]
     assert (auto['scaling_factor'], given['scaling_factor']) == ('auto: 0.5, 1.0', '0.7') and again == tried

@@ -3,17 +3,22 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import ann
+from conftest import ROOT
 from experiment import options, sweep
+from experiment.files import identifier
 
 # A target that notes each run's start and end, and exits with the status of its seed in STATUS.
 TARGET = '''
@@ -401,3 +406,20 @@ def test_without_arguments_the_published_run(tmp_path, monkeypatch, kind, differ
     defaults, args = (vars(target.get_args_parser().parse_args(given)) for given in ([], words))
     defaults['given'] = args['given']  # which flags were written out
     assert args == {**defaults, **differs}
+
+
+def test_the_recipes_are_what_the_generators_write(tmp_path):
+    done = subprocess.run(['bash', ROOT / 'recipes' / 'make.sh'], text=True, capture_output=True, env={
+        **os.environ, 'RECIPES': str(tmp_path), 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
+    assert done.returncode == 0, done.stderr
+
+    def commands(folder):
+        return {path.name: re.findall('^run .*', path.read_text(), re.M) for path in folder.glob('*_*.sh')}
+
+    written = commands(tmp_path)
+    assert written == commands(ROOT / 'recipes') and len(written) == 10
+    for name, (command,) in written.items():
+        if name.endswith('_snn.sh'):  # starts from what the other one saves
+            words = shlex.split(written[name.replace('_snn', '_ann')][0])[2:]
+            trained = identifier('ann', ann.get_args_parser().parse_args(words[1:]))
+            assert f'--pretrained_ann trained_models/ann/{trained}.pth ' in command
