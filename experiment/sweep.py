@@ -179,6 +179,10 @@ def expand(kind, target, flags):
     if len(runs) == 1:
         target.parse_args(words(runs[0].values()))
         return [words(runs[0].values())]
+    for dest in ('report', 'export_nir'):
+        if dest in flags:
+            target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it '
+                         'with --test_only once they are done')
 
     parts = {}  # {dest: {(option, text): the part of a name}}
     for dest, pairs in flags.items():

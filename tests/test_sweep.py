@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 import ann
+import snn_script
 from conftest import ROOT
 from experiment import options, sweep
 from experiment.files import identifier
@@ -186,6 +187,16 @@ def test_refused(module, tmp_path, capsys, line, said):
     assert caught.value.code == 2
     assert error.count('\n') == 1 and all(text in error for text in said), error
     assert os.listdir(tmp_path) == ['snn.py']
+
+
+@pytest.mark.parametrize('flag', ['--report', '--export_nir'])
+def test_runs_that_would_write_over_one_another(flag, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        snn_script.main(['--seed', '0', '1', flag, 'x'])
+    assert re.search(f'argument {flag}: .*--test_only.*\n$', capsys.readouterr().err)
+    snn_script.main(['--seed', '0', flag, 'x'])
+    assert f'{flag} x' in Path('script.sh').read_text()
 
 
 def test_a_target_whose_flag_is_the_sweeps_own(module):
