@@ -160,7 +160,7 @@ def main(args):
             _, curve = engine.test_over_time(model, data.test, loss_function, device, args, None, at)
         ann_accuracy = dict(results).get('ANN') if chosen_on == 'test' else None
         if distributed.is_main():
-            report.write(args.report, model, data, device, args, at, curve, ann_accuracy, tested, say)
+            report.write(args.report, model, data, device, args, at, curve, ann_accuracy, found, tested, say)
     if args.export_nir and distributed.is_main():
         say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
                               dataset=args.dataset))

@@ -143,6 +143,7 @@ def cached_thresholds(path, key, count):
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
+        entry['key'].setdefault('percentile', 100.0)  # files from before there were others
         differing = [name for name in key if entry['key'].get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):

@@ -45,9 +45,10 @@ def scan_factors(model, thresholds, data, device, args):
     """{scaling factor: Metrics} of the converted network at its time steps, for each of FACTORS.
 
     On --calibration_samples images, the same for all: of the validation set where there is one, else of the training
-    set. The test set has no part in it.
+    set, not cropped or flipped at random. The test set has no part in it.
     """
-    images = (data.train if data.validation is None else data.validation).sample(args.calibration_samples, args.seed)
+    images = (data.train if data.validation is None else data.validation).sample(
+        args.calibration_samples, args.seed, like=data.test)
     loss_function = partial(engine.cross_entropy, scale=args.timesteps)
     scan = {}
     for factor in FACTORS:
@@ -71,8 +72,9 @@ def convert(model, data, chosen_on, device, args, say):
     found = {'ann_accuracy': accuracy, 'scaling_factor': args.scaling_factor}
     if args.scaling_factor == 'auto':
         scan = scan_factors(model, thresholds, data, device, args)
-        # of equal accuracies the one with the lower loss
-        found['scaling_factor'] = max(scan, key=lambda factor: (scan[factor].accuracy, -scan[factor].loss))
+        # of equal accuracies the one with the lower loss, and where nothing tells them apart the usual one
+        found['scaling_factor'] = max(
+            scan, key=lambda factor: (scan[factor].accuracy, -scan[factor].loss, -abs(factor - 0.7)))
         found['scan'] = {str(factor): metrics.accuracy for factor, metrics in scan.items()}
         found['scanned_on'] = 'train' if data.validation is None else 'validation'
         say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(

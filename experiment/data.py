@@ -61,9 +61,10 @@ class Pictures(Dataset):
         images, labels = self.batch([index])
         return images[0], int(labels[0])
 
-    def sample(self, count, seed):
-        """So many of them (all, where they are fewer), the same ones for the same seed."""
+    def sample(self, count, seed, like):
+        """So many of them (all, where they are fewer), the same ones for the same seed, cropped as `like` has it."""
         chosen = copy.copy(self)
+        chosen.augment, chosen.prepare = like.augment, like.prepare
         chosen.images, chosen.labels = _subset(self.images, self.labels, min(count, len(self)), seed, 'train')
         return chosen
 

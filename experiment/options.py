@@ -45,7 +45,10 @@ def below_one(text):
 
 def factor(text):
     """'auto' or a number above 0."""
-    return text if text == 'auto' else positive(text)
+    try:
+        return text if text == 'auto' else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor 'auto'") from error
 
 
 def odd_int(text):

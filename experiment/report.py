@@ -333,18 +333,19 @@ def training_rows(checkpoint):
     return rows or None, f'training curves: {len(rows)} epochs of {path}'
 
 
-def write(folder, model, data, device, args, at, accuracy, ann_accuracy, checkpoint, say):
+def write(folder, model, data, device, args, at, accuracy, ann_accuracy, conversion, checkpoint, say):
     """Measure the network on the test images and write the figures and report.json into a folder. Raises UserError.
 
     at, accuracy: time steps and the test accuracies (fractions) after them. ann_accuracy: the ANN's, or None.
-    checkpoint: the file that the network is from, or None for one that was just converted or not trained.
+    conversion: what convert() found, {} where nothing was converted. checkpoint: the file that the network is from, or
+    None for one that was just converted or not trained.
     """
     layers, connections = measure(model, data, device, args)
     training, line = training_rows(checkpoint)
     report = {
         'command': ' '.join(['python', *sys.argv]), 'checkpoint': checkpoint and str(checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
-        'leak': model.leak, 'depth': model.depth,
+        'leak': model.leak, 'depth': model.depth, 'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
         **summary(model, layers, connections, len(data.test)), 'training': training, 'notes': NOTES}
     figures = {'accuracy': draw_accuracy(report), 'activity': draw_activity(report),

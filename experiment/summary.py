@@ -20,6 +20,7 @@ class Run(NamedTuple):
     settings: dict
     seed: int
     chosen_on: str  # the images that the best epoch was chosen on: test or validation
+    folder: str  # of pictures, else None
     ann: float  # accuracy on those, as the next
     converted: float
     accuracy: float  # of the best epoch, on the test set
@@ -47,8 +48,11 @@ def _run(path, args, machine, epochs):
     seed = int(args['seed'])
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # where a set lies says which it is only if it is a folder of pictures
-    data, folder = settings.pop('dataset', None), settings.pop('data_dir', None)
-    settings['data'] = f'{data} {Path(folder).name}' if data in ('FOLDER', 'IMAGENET') else data
+    data, folder = settings.pop('dataset', None), Path(settings.pop('data_dir', '')).expanduser().resolve()
+    pictures = data in ('FOLDER', 'IMAGENET')
+    settings['data'] = f'{data} {folder.name}' if pictures else data
+    if 'scaling_factor' in settings:
+        settings.setdefault('threshold_percentile', 100.0)  # files from before there were others
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
@@ -63,7 +67,7 @@ def _run(path, args, machine, epochs):
             accuracy = next((float(epoch['test_accuracy']) for epoch in epochs
                              if epoch.get(chosen) == accuracy and 'test_accuracy' in epoch), None)
     return Run(
-        path, settings, seed, chosen_on,
+        path, settings, seed, chosen_on, str(folder) if pictures else None,
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
         accuracy=accuracy, done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
@@ -76,7 +80,7 @@ def rows(runs):
     """Lists of runs that have all settings, and what their best epoch was chosen on, in common. Raises UserError."""
     found = {}
     for run in runs:
-        row = found.setdefault((run.chosen_on, json.dumps(run.settings, sort_keys=True)), [])
+        row = found.setdefault((run.chosen_on, run.folder, json.dumps(run.settings, sort_keys=True)), [])
         for other in row:
             if other.seed == run.seed:
                 raise UserError(f'{other.path} and {run.path} are of the same settings and seed, which would count '
@@ -148,7 +152,7 @@ def scan_cells(row_list):
     body = []
     for number, row in enumerate(row_list):
         body.append([*(column[number] for column in settings.values()),
-                     ', '.join(sorted({run.scanned_on for run in row})), str(len(row)),
+                     ', '.join(sorted({run.scanned_on for run in row if run.scan})), str(len(row)),
                      *(mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors)])
     return [*settings, 'images', 'seeds', *factors], body
 
@@ -169,7 +173,8 @@ def markdown(heading, body):
 def summarize(paths, as_markdown=False):
     """The text that --summarize prints: a table of the runs whose best epoch was chosen on test images, one of others.
 
-    A row is of runs that differ in NOT_SETTINGS alone, a column of a setting that differs between rows. Raises
+    A row is of runs that differ in NOT_SETTINGS alone, a column of a setting that differs between rows or is one of
+    ALWAYS. Runs that chose their scaling factor make a further table, of the accuracies that each factor gave. Raises
     UserError for a file that is no metrics file, and for two of the same settings and seed.
     """
     runs = [read(path) for path in dict.fromkeys(paths)]
@@ -178,7 +183,7 @@ def summarize(paths, as_markdown=False):
         row_list = rows(run for run in runs if run.chosen_on == chosen_on)
         if row_list:
             parts.append((markdown if as_markdown else plain)(*cells(row_list)))
-    scanned = [row for row in rows(runs) if all(run.scan for run in row)]
+    scanned = [row for row in rows(runs) if any(run.scan for run in row)]
     if scanned:
         parts += ['Of the converted network, by scaling factor:',
                   (markdown if as_markdown else plain)(*scan_cells(scanned))]

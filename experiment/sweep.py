@@ -180,9 +180,9 @@ def expand(kind, target, flags):
         target.parse_args(words(runs[0].values()))
         return [words(runs[0].values())]
     for dest in ('report', 'export_nir'):
-        if dest in flags:
-            target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it '
-                         'with --test_only once they are done')
+        if len(flags.get(dest, runs)) < len(runs):
+            target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it run '
+                         'by run, with snn.py --test_only --pretrained_snn FILE')
 
     parts = {}  # {dest: {(option, text): the part of a name}}
     for dest, pairs in flags.items():

@@ -121,8 +121,8 @@ def _balance_all(model, images, timesteps, percentile, progress):
                     f'never receives a spike within {timesteps} time steps: balance over more steps or images, or '
                     'train the ANN further' if not store.spiked else
                     f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
-                    if percentile == 100 else f'has an input whose {percentile:g}th percentile is {threshold}, '
-                    'so that is no threshold: take a higher percentile'))
+                    if percentile == 100 or threshold else f'has an input whose {percentile}th percentile is not '
+                    'above 0, so no threshold can be found: take a higher percentile, or train the ANN further'))
             thresholds.append(threshold)
             store, train = output, SpikeTrain(None, shape, 0, pools=pools)
     return thresholds

@@ -141,8 +141,10 @@ def test_a_setting_that_some_runs_do_not_have(written):
 def test_data_and_time_steps_always_stand_there_and_a_folder_by_its_name(written):
     paths = [written('a', epochs(0.5, 0.5), dataset='MNIST', data_dir='/here', timesteps=9),
              written('b', epochs(0.7, 0.7), dataset='MNIST', data_dir='/there', timesteps=9, seed=1),
-             written('c', epochs(0.6, 0.6), dataset='FOLDER', data_dir='~/x/cats', timesteps=9)]
-    first, second = table(paths)[0][0]
+             written('c', epochs(0.6, 0.6), dataset='FOLDER', data_dir='~/x/cats', timesteps=9),
+             written('d', epochs(0.6, 0.6), dataset='FOLDER', data_dir='~/y/cats', timesteps=9)]
+    first, second, third = table(paths)[0][0]  # another folder of that name is another set
+    assert second == third
     assert [(row['data'], row['timesteps'], row['seeds']) for row in (first, second)] == [
         ('MNIST', '9', '2'), ('FOLDER cats', '9', '1')]
     assert 'data_dir' not in first and 'dataset' not in first
