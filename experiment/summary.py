@@ -12,6 +12,9 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log'
                 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
+# Settings that the converted network does not depend on.
+TRAINING = {'epochs', 'train_samples', 'learning_rate', 'lr_interval', 'lr_reduce', 'optimizer', 'weight_decay',
+            'momentum', 'amsgrad', 'dropout', 'activation', 'alpha', 'beta', 'gamma', 'output'}
 
 
 class Run(NamedTuple):
@@ -148,7 +151,7 @@ def cells(row_list):
 def scan_cells(row_list):
     """The table of what --scaling_factor auto found, a column for each factor: its heading and rows, as texts."""
     factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
-    settings = columns(row_list)
+    settings = {key: column for key, column in columns(row_list).items() if key not in TRAINING}
     body = []
     for number, row in enumerate(row_list):
         body.append([*(column[number] for column in settings.values()),
