@@ -41,14 +41,8 @@ def balanced_thresholds(model, data, args, say):
     return thresholds
 
 
-def scan_factors(model, thresholds, data, device, args):
-    """{scaling factor: Metrics} of the converted network at its time steps, for each of FACTORS.
-
-    On --calibration_samples images, the same for all: of the validation set where there is one, else of the training
-    set, not cropped or flipped at random. The test set has no part in it.
-    """
-    images = (data.train if data.validation is None else data.validation).sample(
-        args.calibration_samples, args.seed, like=data.test)
+def scan_factors(model, thresholds, images, device, args):
+    """{scaling factor: Metrics} of the converted network at its time steps on a data set, for each of FACTORS."""
     loss_function = partial(engine.cross_entropy, scale=args.timesteps)
     scan = {}
     for factor in FACTORS:
@@ -71,12 +65,14 @@ def convert(model, data, chosen_on, device, args, say):
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     found = {'ann_accuracy': accuracy, 'scaling_factor': args.scaling_factor}
     if args.scaling_factor == 'auto':
-        scan = scan_factors(model, thresholds, data, device, args)
+        # the test set has no part in it
+        found['scanned_on'] = 'train' if data.validation is None else 'validation'
+        images = getattr(data, found['scanned_on']).sample(args.calibration_samples, args.seed, like=data.test)
+        scan = scan_factors(model, thresholds, images, device, args)
         # of equal accuracies the one with the lower loss, and where nothing tells them apart the usual one
         found['scaling_factor'] = max(
             scan, key=lambda factor: (scan[factor].accuracy, -scan[factor].loss, -abs(factor - 0.7)))
         found['scan'] = {str(factor): metrics.accuracy for factor, metrics in scan.items()}
-        found['scanned_on'] = 'train' if data.validation is None else 'validation'
         say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
             f'{factor}: {metrics.accuracy:.2%}' for factor, metrics in scan.items())
             + f'; taken: {found["scaling_factor"]}')

@@ -13,7 +13,7 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log'
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
-TRAINING = {'epochs', 'train_samples', 'learning_rate', 'lr_interval', 'lr_reduce', 'optimizer', 'weight_decay',
+TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'optimizer', 'weight_decay',
             'momentum', 'amsgrad', 'dropout', 'activation', 'alpha', 'beta', 'gamma', 'output'}
 
 
@@ -62,7 +62,7 @@ def _run(path, args, machine, epochs):
 
     chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
     chosen = f'{chosen_on}_accuracy'
-    start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), None)
+    start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
     accuracy = None
     if epochs:
         accuracy = float(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
@@ -74,9 +74,8 @@ def _run(path, args, machine, epochs):
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
         accuracy=accuracy, done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
-        factor=start['scaling_factor'] if start and 'scan' in start else None,
-        scan={key: float(value) for key, value in start.get('scan', {}).items()} if start else {},
-        scanned_on=start.get('scanned_on') if start else None)
+        factor=start['scaling_factor'] if 'scan' in start else None,
+        scan={key: float(value) for key, value in start.get('scan', {}).items()}, scanned_on=start.get('scanned_on'))
 
 
 def rows(runs):
@@ -180,16 +179,15 @@ def summarize(paths, as_markdown=False):
     ALWAYS. Runs that chose their scaling factor make a further table, of the accuracies that each factor gave. Raises
     UserError for a file that is no metrics file, and for two of the same settings and seed.
     """
-    runs = [read(path) for path in dict.fromkeys(paths)]
+    runs, form = [read(path) for path in dict.fromkeys(paths)], markdown if as_markdown else plain
     parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
     for chosen_on in ('test', 'validation'):
         row_list = rows(run for run in runs if run.chosen_on == chosen_on)
         if row_list:
-            parts.append((markdown if as_markdown else plain)(*cells(row_list)))
+            parts.append(form(*cells(row_list)))
     scanned = [row for row in rows(runs) if any(run.scan for run in row)]
     if scanned:
-        parts += ['Of the converted network, by scaling factor:',
-                  (markdown if as_markdown else plain)(*scan_cells(scanned))]
+        parts += ['Of the converted network, by scaling factor:', form(*scan_cells(scanned))]
     unfinished = [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]
     if unfinished:
         parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')

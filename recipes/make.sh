@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Write the scripts beside this one, two for each row of the paper's table: train the ANN, then convert and fine-tune.
+# Write scripts beside this one, two for each row of the paper's table: train the ANN, then convert and fine-tune.
 #
-#     bash recipes/make.sh
+#     bash recipes/make.sh && bash recipes/vgg5_cifar10_ann.sh && bash recipes/vgg5_cifar10_snn.sh
 #
 # RECIPES=DIR writes them elsewhere.
 set -euo pipefail

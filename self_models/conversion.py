@@ -117,12 +117,15 @@ def _balance_all(model, images, timesteps, percentile, progress):
             blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
             threshold = balance(source, groups, blocks, shape[0], model.neuron(index), percentile, output, bar)
             if not 0 < threshold < math.inf:
-                raise DeadLayerError(f'{model.layer_names[index]} ' + (
-                    f'never receives a spike within {timesteps} time steps: balance over more steps or images, or '
-                    'train the ANN further' if not store.spiked else
-                    f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
-                    if percentile == 100 or threshold else f'has an input whose {percentile}th percentile is not '
-                    'above 0, so no threshold can be found: take a higher percentile, or train the ANN further'))
+                if not store.spiked:
+                    why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, '
+                           'or train the ANN further')
+                elif percentile == 100 or threshold:
+                    why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
+                else:
+                    why = (f'has an input whose {percentile}th percentile is not above 0, so no threshold can be '
+                           'found: take a higher percentile, or train the ANN further')
+                raise DeadLayerError(f'{model.layer_names[index]} {why}')
             thresholds.append(threshold)
             store, train = output, SpikeTrain(None, shape, 0, pools=pools)
     return thresholds

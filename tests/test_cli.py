@@ -13,7 +13,7 @@ import torch
 import ann
 import snn
 from conftest import ROOT, same
-from experiment import UserError, convert, engine, options, setup
+from experiment import UserError, convert, data, engine, options
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
 SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
@@ -329,26 +329,20 @@ def test_amp_trains_and_tests_in_bfloat16(monkeypatch):
 @pytest.mark.parametrize('fraction, images', [(0.0, 'train'), (0.1, 'validation')])
 def test_the_scaling_factor_that_scores_best_is_taken(fraction, images, trained, monkeypatch, capsys):
     monkeypatch.setattr(convert, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
-    seen, original, load_data = [], engine.test, setup.load_data
+    seen, original = [], engine.test
 
     def spy(model, dataset, *rest):
         seen.append((type(model).__name__, dataset))
         return original(model, dataset, *rest)
 
-    def loaded(args):
-        nonlocal data
-        data = load_data(args)
-        return data
-
-    data = None
     monkeypatch.setattr(engine, 'test', spy)
-    monkeypatch.setattr(setup, 'load_data', loaded)
     flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--validation_fraction', fraction,
              '--epochs', 1]
     run(snn, *flags, '--scaling_factor', 'auto', '--name', 'a')
     # of 96 images trained on, or 144 held out, the 20 asked for
     assert [name for name, _ in seen[:4]] == ['ResNet', *['RESNET_SNN_STDB'] * 3]
-    source = {image.numpy().tobytes() for image in getattr(data, images).images}
+    digits = data.load('DIGITS', '', train_samples=96, test_samples=50, validation_fraction=fraction)
+    source = {image.numpy().tobytes() for image in getattr(digits, images).images}
     for _, dataset in seen[1:4]:
         assert len(dataset) == 20 and {image.numpy().tobytes() for image in dataset.images} <= source
     start = metrics_of('logs/snn/a.jsonl')[1][0]

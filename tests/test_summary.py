@@ -207,7 +207,8 @@ def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
     assert done.stderr.startswith('ann_script.py: error: none.jsonl: cannot be read') and done.stderr.count('\n') == 1
 
 
-@pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}), ids=str)
+@pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),
+                         ids=lambda folder: folder.name)
 def test_the_tables_in_the_read_me_are_those_of_the_results(folder):
     table = summary.summarize(sorted(map(str, folder.glob('*.jsonl'))), True)
     assert table.strip() in (ROOT / 'README.md').read_text()

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 
 import ann
+import snn
 import snn_script
 from conftest import ROOT
 from experiment import options, sweep
-from experiment.files import identifier
+from experiment.files import identifier, paths
 
 # A target that notes each run's start and end, and exits with the status of its seed in STATUS.
 TARGET = '''
@@ -419,18 +420,23 @@ def test_without_arguments_the_published_run(tmp_path, monkeypatch, kind, differ
     assert args == {**defaults, **differs}
 
 
-def test_the_recipes_are_what_the_generators_write(tmp_path):
+def test_the_recipes_are_the_rows_of_the_paper(tmp_path):
     done = subprocess.run(['bash', ROOT / 'recipes' / 'make.sh'], text=True, capture_output=True, env={
         **os.environ, 'RECIPES': str(tmp_path), 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'})
     assert done.returncode == 0, done.stderr
 
-    def commands(folder):
-        return {path.name: re.findall('^run .*', path.read_text(), re.M) for path in folder.glob('*_*.sh')}
+    def only(name, module):
+        """The arguments of the one command in a script."""
+        command, = re.findall('^run .*', (tmp_path / f'{name}_{module.__name__}.sh').read_text(), re.M)
+        return module.get_args_parser().parse_args(shlex.split(command)[3:])
 
-    written = commands(tmp_path)
-    assert written == commands(ROOT / 'recipes') and len(written) == 10
-    for name, (command,) in written.items():
-        if name.endswith('_snn.sh'):  # starts from what the other one saves
-            words = shlex.split(written[name.replace('_snn', '_ann')][0])[2:]
-            trained = identifier('ann', ann.get_args_parser().parse_args(words[1:]))
-            assert f'--pretrained_ann trained_models/ann/{trained}.pth ' in command
+    assert len(os.listdir(tmp_path)) == 10
+    for architecture, dataset, timesteps in (('VGG5', 'CIFAR10', 75), ('VGG9', 'CIFAR10', 100), (
+            'VGG16', 'CIFAR10', 100), ('RESNET20', 'CIFAR10', 250), ('VGG11', 'CIFAR100', 125)):
+        name = f'{architecture}_{dataset}'.lower()
+        trains, converts = only(name, ann), only(name, snn)
+        for args in (trains, converts):
+            assert (args.architecture, args.dataset) == (architecture, dataset)
+        assert (trains.epochs, converts.epochs, converts.timesteps) == (300, 20, timesteps)
+        # starts from what the other one saves
+        assert converts.pretrained_ann == str(paths('ann', identifier('ann', trains)).best)
