@@ -29,8 +29,9 @@ def get_args_parser():
     add('--alpha', type=options.non_negative, default=0.3, metavar='X', help='height of STDB; default %(default)s')
     add('--beta', type=options.non_negative, default=0.01, metavar='X', help='decay of STDB; default %(default)s')
     add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
-    add('--output', default='mean', choices=['mean', 'sum'],
-        help='what the loss sees of the output over time; the published code summed; default %(default)s')
+    add('--output', default='mean', choices=['mean', 'fitted', 'sum'],
+        help="what the loss sees of the output over time: its mean; that in the units of the ANN's logits, by a factor "
+             'that conversion puts into the last weights; or, as published, its sum; default %(default)s')
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
@@ -109,7 +110,7 @@ def main(args):
         say(note)
 
     # the output adds up over T steps; see the README on why its mean is what trains
-    loss_function = partial(engine.cross_entropy, scale=args.timesteps if args.output == 'mean' else 1)
+    loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
 
     def time_steps(points):
         return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})

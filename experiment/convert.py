@@ -2,6 +2,8 @@
 import tempfile
 from functools import partial
 
+import torch
+
 from experiment import UserError, checkpoint, distributed, engine, setup
 from experiment.data import epoch_loader
 from self_models.conversion import find_thresholds
@@ -51,6 +53,27 @@ def scan_factors(model, thresholds, images, device, args):
     return scan
 
 
+@torch.no_grad()
+def fitting_scale(model, ann, images, device, args):
+    """What the mean output of a converted network is to be multiplied by to be the ANN's logits, by least squares.
+
+    Logits (B, labels) are taken less their mean over the labels, which the softmax does not see:
+        scale = sum <z_ANN, z_SNN> / sum <z_SNN, z_SNN>
+    over the images of a data set. 1 where that is not above 0, as the output then says nothing.
+    """
+    model.eval()
+    ann.eval()
+    engine.seed_all(engine.seed_for(args.seed, 0))
+    both = square = 0.0
+    for batch, _ in epoch_loader(images, args.batch_size, args.num_workers):
+        with engine.lowered(device, args.amp):
+            outputs = [net(batch.to(device)).double() for net in (ann, model)]
+        wanted, got = (logits - logits.mean(1, keepdim=True) for logits in outputs)
+        both += (wanted * got).sum().item()
+        square += got.square().sum().item()
+    return args.timesteps * both / square if both > 0 else 1.0
+
+
 def convert(model, data, chosen_on, device, args, say):
     """Load the ANN's weights, balance and scale the thresholds; returns what was measured, for the metrics.
 
@@ -64,10 +87,11 @@ def convert(model, data, chosen_on, device, args, say):
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     found = {'ann_accuracy': accuracy, 'scaling_factor': args.scaling_factor}
+    # the test set has no part in what follows
+    scanned_on = 'train' if data.validation is None else 'validation'
+    images = getattr(data, scanned_on).sample(args.calibration_samples, args.seed, like=data.test)
     if args.scaling_factor == 'auto':
-        # the test set has no part in it
-        found['scanned_on'] = 'train' if data.validation is None else 'validation'
-        images = getattr(data, found['scanned_on']).sample(args.calibration_samples, args.seed, like=data.test)
+        found['scanned_on'] = scanned_on
         scan = scan_factors(model, thresholds, images, device, args)
         # of equal accuracies the one with the lower loss, and where nothing tells them apart the usual one
         found['scaling_factor'] = max(
@@ -77,4 +101,10 @@ def convert(model, data, chosen_on, device, args, say):
             f'{factor}: {metrics.accuracy:.2%}' for factor, metrics in scan.items())
             + f'; taken: {found["scaling_factor"]}')
     model.threshold_update(found['scaling_factor'], thresholds)
+    if args.output == 'fitted':
+        scale = distributed.from_main(lambda: fitting_scale(model, ann, images, device, args))
+        with torch.no_grad():
+            model.classifier[-1].weight *= scale  # changes no prediction: there is no threshold after it
+        found['output_scale'] = scale
+        say(f"the output layer's weights are multiplied by {scale:.4g}, which fits its mean to the ANN's logits")
     return found

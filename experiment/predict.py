@@ -31,7 +31,7 @@ def lines(path, args, device):
     engine.seed_all(args.seed)
     with torch.no_grad(), engine.lowered(device, args.amp):
         logits = torch.cat([model(batch.to(device)).float() for batch in images.split(args.batch_size)])
-    confidences = (logits / args.timesteps if args.output == 'mean' else logits).softmax(1)
+    confidences = (logits if args.output == 'sum' else logits / args.timesteps).softmax(1)
     for file, values, order in zip(args.predict, *confidences.topk(min(3, len(state['classes'])))):
         said.append(f'{file}: ' + ', '.join(
             f'{state["classes"][i]} {value:.1%}' for value, i in zip(values.tolist(), order.tolist())))

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -547,3 +548,39 @@ def test_options_list_no_flag_twice():
         flags = [flag for action in module.get_args_parser()._actions for flag in action.option_strings]
         assert len(flags) == len(set(flags))
     assert options.number(float, 0, 1, open_low=True)('0.5') == 0.5
+
+
+def test_fitting_scale_by_hand():
+    class Constant(torch.nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = torch.tensor([logits])
+
+        def forward(self, images):
+            return self.logits.expand(len(images), -1)
+
+    images = data.load('DIGITS', '', 32, None, 8, 0).test
+    args = snn.get_args_parser().parse_args(['--timesteps', '4', '--num_workers', '0'])
+    scale = partial(convert.fitting_scale, images=images, device=torch.device('cpu'), args=args)
+    # less their means, the sums are 2 and -2, so 0.5 and -0.5 a step; the ANN has 1 and -1, whatever is added to both
+    assert scale(Constant(4., 0.), Constant(7., 5.)) == pytest.approx(2)
+    # (1, 0, -1) a step against (3, 0, 0), less its mean (2, -1, -1): (2 + 0 + 1) / (1 + 0 + 1)
+    assert scale(Constant(4., 0., -4.), Constant(3., 0., 0.)) == pytest.approx(1.5)
+    assert scale(Constant(0., 0.), Constant(7., 5.)) == 1  # silent
+    assert scale(Constant(0., 4.), Constant(7., 5.)) == 1  # the wrong way round
+
+
+def test_a_fitted_output_decides_as_the_mean_does(trained):
+    flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--pretrained_ann', trained, '--timesteps', 20, '--epochs', 1,
+             '--train_samples', 64, '--calibration_samples', 64, '--calibration_timesteps', 40, '-lr', 1e-8,
+             '--no-gpu', '--num_workers', 0]
+    starts = []
+    for output in ('mean', 'fitted'):
+        run(snn, *flags, '--output', output, '--name', output)
+        line = Path(f'logs/snn/{output}.jsonl').read_text().splitlines()[1]
+        starts.append(json.loads(line))
+    mean, fitted = starts
+    assert fitted['curve'] == mean['curve'] and 'output_scale' not in mean
+    last = list(load(trained)['state_dict'].values())[-1]
+    weights = load('trained_models/snn/fitted.pth')['state_dict']['classifier.0.weight']
+    torch.testing.assert_close(weights, last * fitted['output_scale'], atol=1e-6, rtol=1e-5)
