@@ -26,6 +26,7 @@ class Run(NamedTuple):
     folder: str  # of pictures, else None
     ann: float  # accuracy on those, as the next
     converted: float
+    last: float  # of the last epoch so far, which may be below the start
     accuracy: float  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
@@ -72,7 +73,8 @@ def _run(path, args, machine, epochs):
     return Run(
         path, settings, seed, chosen_on, str(folder) if pictures else None,
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
-        accuracy=accuracy, done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
+        last=float(epochs[-1][chosen]) if epochs and epochs[-1]['epoch'] else None, accuracy=accuracy,
+        done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
         factor=start['scaling_factor'] if 'scan' in start else None,
         scan={key: float(value) for key, value in start.get('scan', {}).items()}, scanned_on=start.get('scanned_on'))
@@ -131,7 +133,7 @@ def cells(row_list):
     # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
     on = '' if chosen_on == 'test' else ', on validation images'
     with_ann = any(run.ann is not None for row in row_list for run in row)
-    heading = [*settings, 'seeds', *([f'ANN{on}', f'converted{on}'] if with_ann else []),
+    heading = [*settings, 'seeds', *([f'ANN{on}', f'converted{on}', f'last epoch{on}'] if with_ann else []),
                f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch', 'machine']
     body = []
     for number, row in enumerate(row_list):
@@ -140,8 +142,8 @@ def cells(row_list):
         body.append([
             *(column[number] for column in settings.values()), str(len(row)),
             # one ANN for all seeds was measured once
-            *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row])]
-              if with_ann else []),
+            *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row]),
+               mean_and_spread([run.last for run in row])] if with_ann else []),
             mean_and_spread([run.accuracy for run in row]), epochs_done(row),
             f'{statistics.mean(seconds):.2f}' if seconds else '-', ', '.join(sorted({run.machine for run in row}))])
     return heading, body

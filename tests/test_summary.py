@@ -57,6 +57,7 @@ ON_VALIDATION = 'test accuracy, best epoch chosen on validation images'
 
 def test_mean_and_sample_standard_deviation(written):
     # best: 90, 92, 97. Mean 93; deviations -3, -1, 4, squares 9 + 1 + 16 = 26, / 2 = 13, root 3.61 (of n: 2.94).
+    # last: 85, 92, 97. Mean 91.33; squares 40.11 + 0.44 + 32.11 = 72.67, / 2 = 36.33, root 6.03.
     # converted: 50, 60, 70: mean 60, deviation 10. Seconds: 2 and 4 in each run, mean 3.
     paths = [written(f'leaky{seed}', [converted(start, 0.95), *epochs(first, second)], seed=seed, leak=0.9,
                      resume='auto' if seed else None, devices=str(seed), num_workers=seed, log=bool(seed))
@@ -66,9 +67,9 @@ def test_mean_and_sample_standard_deviation(written):
     tables, text = table(paths)
     assert tables == [[
         {'architecture': 'VGG5', 'leak': '0.9', 'seeds': '3', 'ANN': '95.00', 'converted': '60.00 ± 10.00',
-         ON_TEST: '93.00 ± 3.61', 'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'},
-        {'architecture': 'VGG5', 'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00', ON_TEST: '88.00',
-         'epochs done': '2', 's/epoch': '1.25', 'machine': 'x'}]]
+         'last epoch': '91.33 ± 6.03', ON_TEST: '93.00 ± 3.61', 'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'},
+        {'architecture': 'VGG5', 'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00',
+         'last epoch': '80.00', ON_TEST: '88.00', 'epochs done': '2', 's/epoch': '1.25', 'machine': 'x'}]]
     assert 'unfinished' not in text and 'sample standard deviation' in text
 
 
@@ -88,6 +89,7 @@ def test_plain_columns_are_aligned(written):
 
 def test_validation_chooses_the_epoch_and_the_test_accuracy_is_that_epochs(written):
     # seed 0: epoch 1 is best on validation, though epoch 2 is on test. Seed 1: epoch 2.
+    # their last ones on validation: 60 and 65, mean 62.5, root of 2.5^2 + 2.5^2 = 3.54
     # 80 and 84: mean 82, deviations -2 and 2, squares 8 / 1, root 2.83. ANNs: 90 and 92, mean 91, root of 2 = 1.41.
     first, second = epochs(0.7, 0.6, on='validation'), epochs(0.5, 0.65, on='validation')
     first[0]['test_accuracy'], first[1]['test_accuracy'] = 0.80, 0.99
@@ -96,7 +98,8 @@ def test_validation_chooses_the_epoch_and_the_test_accuracy_is_that_epochs(writt
              written('b', [converted(0.2, 0.92, on='validation'), *second], seed=1)]
     (row,), = table(paths)[0]
     assert row == {'architecture': 'VGG5', 'seeds': '2', 'ANN, on validation images': '91.00 ± 1.41',
-                   'converted, on validation images': '30.00 ± 14.14', ON_VALIDATION: '82.00 ± 2.83',
+                   'converted, on validation images': '30.00 ± 14.14',
+                   'last epoch, on validation images': '62.50 ± 3.54', ON_VALIDATION: '82.00 ± 2.83',
                    'epochs done': '2', 's/epoch': '3.00', 'machine': 'x'}
     # beside runs without a validation set: tables of their own, never one mean
     tables, _ = table([*paths, written('c', epochs(0.3, 0.2), seed=2)])
