@@ -158,7 +158,8 @@ def scan_cells(row_list):
         body.append([*(column[number] for column in settings.values()),
                      ', '.join(sorted({run.scanned_on for run in row if run.scan})), str(len(row)),
                      *(mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors)])
-    return [*settings, 'images', 'seeds', *factors], body
+    # runs that differ in training alone start from the same scan: once is enough
+    return [*settings, 'images', 'seeds', *factors], [list(line) for line in dict.fromkeys(map(tuple, body))]
 
 
 def plain(heading, body):

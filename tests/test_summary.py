@@ -166,6 +166,10 @@ def test_scaling_factors_that_were_tried(written):
     paths.append(written('given', [converted(0.4, 0.9), *epochs(0.5, 0.6)], scaling_factor=0.7, timesteps=8))
     (auto, given), (again,) = table(paths)[0]
     assert (auto['scaling_factor'], given['scaling_factor']) == ('auto: 0.5, 1.0', '0.7') and again == tried
+    # trained in two ways from one start: two rows of results, one of the scan
+    start = {**converted(0.4, 0.9), 'scan': scans[0], 'scanned_on': 'train', 'scaling_factor': 1.0}
+    paths = [written(name, [start, *epochs(0.5, 0.6)], learning_rate=rate) for name, rate in (('x', 0.1), ('y', 0.2))]
+    assert [len(part) for part in table(paths)[0]] == [2, 1]
 
 
 def test_the_same_run_twice(written):
