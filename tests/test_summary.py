@@ -168,7 +168,8 @@ def test_scaling_factors_that_were_tried(written):
     assert (auto['scaling_factor'], given['scaling_factor']) == ('auto: 0.5, 1.0', '0.7') and again == tried
     # trained in two ways from one start: two rows of results, one of the scan
     start = {**converted(0.4, 0.9), 'scan': scans[0], 'scanned_on': 'train', 'scaling_factor': 1.0}
-    paths = [written(name, [start, *epochs(0.5, 0.6)], learning_rate=rate) for name, rate in (('x', 0.1), ('y', 0.2))]
+    paths = [written(f'rate{rate}', [start, *epochs(0.5, 0.6)], learning_rate=rate, scaling_factor='auto')
+             for rate in (0.1, 0.2)]
     assert [len(part) for part in table(paths)[0]] == [2, 1]
 
 
