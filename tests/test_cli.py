@@ -328,7 +328,7 @@ def test_amp_trains_and_tests_in_bfloat16(monkeypatch):
 
 
 @pytest.mark.parametrize('fraction, images', [(0.0, 'train'), (0.1, 'validation')])
-def test_the_scaling_factor_that_scores_best_is_taken(fraction, images, trained, monkeypatch, capsys):
+def test_a_scaling_factor_is_chosen_on_images_that_are_not_tested(fraction, images, trained, monkeypatch, capsys):
     monkeypatch.setattr(convert, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
     seen, original = [], engine.test
 
@@ -348,7 +348,7 @@ def test_the_scaling_factor_that_scores_best_is_taken(fraction, images, trained,
         assert len(dataset) == 20 and {image.numpy().tobytes() for image in dataset.images} <= source
     start = metrics_of('logs/snn/a.jsonl')[1][0]
     assert list(start['scan']) == ['0.01', '0.7', '100.0'] and start['scanned_on'] == images
-    assert start['scan'][str(start['scaling_factor'])] == max(start['scan'].values()) > start['scan']['100.0']
+    assert start['scaling_factor'] != 100.0 and max(start['scan'].values()) > start['scan']['100.0']
     assert f"taken: {start['scaling_factor']}\n" in capsys.readouterr().out
     run(snn, *flags, '--scaling_factor', start['scaling_factor'], '--name', 'b')
     again = metrics_of('logs/snn/b.jsonl')[1][0]
@@ -548,6 +548,17 @@ def test_options_list_no_flag_twice():
         flags = [flag for action in module.get_args_parser()._actions for flag in action.option_strings]
         assert len(flags) == len(set(flags))
     assert options.number(float, 0, 1, open_low=True)('0.5') == 0.5
+
+
+@pytest.mark.parametrize('accuracies, factor', [
+    ({0.4: 0.80, 0.5: 0.76, 0.7: 0.75}, 0.5),  # of 100 images: sqrt(0.8 * 0.2 / 100) = 0.04, so 0.76 counts as good
+    ({0.4: 0.80, 0.5: 0.75, 0.7: 0.75}, 0.4),
+    ({0.7: 0.10, 1.1: 1.00, 1.2: 1.00}, 1.1),  # no error at 1
+    ({0.6: 0.80, 0.8: 0.79}, 0.8),  # both 0.1 away; the second has the lower loss
+])
+def test_chosen_factor_by_hand(accuracies, factor):
+    scan = {key: engine.Metrics(1 - key, value) for key, value in accuracies.items()}
+    assert convert.chosen_factor(scan, 100) == factor
 
 
 def test_fitting_scale_by_hand():
