@@ -4,7 +4,6 @@
 what it counted, and the figures are drawn from that JSON alone.
 """
 import dataclasses
-import importlib.util
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiment import UserError, engine, files, log
+from experiment import UserError, engine, figures, files, log
 from experiment.data import epoch_loader
 from self_models import neuron as lif
 from self_models.spiking import chunks, currents, dtypes, prepare, unflatten, window, working_bytes
@@ -84,8 +83,7 @@ class Connection:
 
 def check(folder, model):
     """Raise UserError, before the evaluation, where no report can come of it."""
-    if importlib.util.find_spec('matplotlib') is None:
-        raise UserError('--report: draws with matplotlib, which is not installed; pip install matplotlib')
+    figures.check('--report')
     if model.timesteps <= model.depth:
         raise UserError(f'--report: in {model.timesteps} time steps no spike reaches the output; take --timesteps '
                         f'{model.depth + 1} or more')
@@ -348,11 +346,11 @@ def write(folder, model, data, device, args, at, accuracy, ann_accuracy, convers
         'leak': model.leak, 'depth': model.depth, 'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
         **summary(model, layers, connections, len(data.test)), 'training': training, 'notes': NOTES}
-    figures = {'accuracy': draw_accuracy(report), 'activity': draw_activity(report),
-               'surrogate': draw_surrogate(report), 'operations': draw_operations(report),
-               **({'training': draw_training(training)} if training else {})}
-    report['figures'] = [f'{name}.png' for name in figures]
-    for name, figure in figures.items():
+    drawn = {'accuracy': draw_accuracy(report), 'activity': draw_activity(report),
+             'surrogate': draw_surrogate(report), 'operations': draw_operations(report),
+             **({'training': draw_training(training)} if training else {})}
+    report['figures'] = [f'{name}.png' for name in drawn]
+    for name, figure in drawn.items():
         files.write_atomically(Path(folder, f'{name}.png'), lambda file, figure=figure: figure.savefig(file, dpi=150))
     text = json.dumps(report, indent=1)
     files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
@@ -369,13 +367,8 @@ def write(folder, model, data, device, args, at, accuracy, ann_accuracy, convers
 SNN, SNN_LIGHT, ANN, GREY = '#1f5fa8', '#8fb8de', '#c8553d', '#e6e6e6'
 
 
-def new_figure(width, height):
-    from matplotlib.figure import Figure  # without pyplot, which keeps figures and looks for a screen
-    return Figure(figsize=(width, height), layout='constrained')
-
-
 def draw_accuracy(report):
-    figure, numbers = new_figure(6.4, 4), report['accuracy']
+    figure, numbers = figures.new_figure(6.4, 4), report['accuracy']
     axes = figure.subplots()
     few = len(numbers['time_steps']) <= 30
     axes.plot(numbers['time_steps'], [100 * value for value in numbers['accuracy']], color=SNN,
@@ -392,7 +385,7 @@ def draw_accuracy(report):
 
 def draw_activity(report):
     layers = report['layers']
-    figure = new_figure(11, 1.8 + 0.28 * len(layers))
+    figure = figures.new_figure(11, 1.8 + 0.28 * len(layers))
     rate_axes, count_axes, threshold_axes = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
     rates = [[math.nan] * layer['first_step'] + layer['firing_rate_by_step'] for layer in layers]
     rates = [row + [math.nan] * (report['timesteps'] - len(row)) for row in rates]
@@ -416,7 +409,7 @@ def draw_activity(report):
 def draw_surrogate(report):
     numbers = report['surrogate']
     shares = [100 * count / numbers['total'] for count in numbers['count']]
-    figure = new_figure(8, 5.5)
+    figure = figures.new_figure(8, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     if numbers['activation'] == 'STDB':
         top.plot(numbers['delta_t'], numbers['gradient'], color=ANN)
@@ -449,7 +442,7 @@ def draw_surrogate(report):
 def draw_operations(report):
     numbers = report['operations']
     rows, energy = numbers['connections'], numbers['energy_uj']
-    figure = new_figure(11, 2.5 + 0.45 * len(rows))
+    figure = figures.new_figure(11, 2.5 + 0.45 * len(rows))
     axes, energy_axes = figure.subplots(1, 2, width_ratios=[2.2, 1])
     series = [('ANN: MACs', ANN, [row['ann_macs'] + row['ann_additions'] for row in rows], energy['ann']),
               ('SNN: ACs, exact', SNN, [row['synaptic_operations'] for row in rows], energy['snn_exact']),
@@ -482,7 +475,7 @@ def draw_operations(report):
 
 
 def draw_training(rows):
-    figure = new_figure(10, 3.8)
+    figure = figures.new_figure(10, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, what, scale in ((loss_axes, 'loss', 1), (accuracy_axes, 'accuracy', 100)):
         for part, color in (('train', SNN_LIGHT), ('validation', '#4a4a4a'), ('test', SNN)):

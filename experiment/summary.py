@@ -1,11 +1,15 @@
-"""Metrics files, as ann.py and snn.py write them, as a table: mean and spread over seeds. It needs no torch."""
+"""Metrics files, as ann.py and snn.py write them, as a table and a figure: mean and spread over seeds.
+
+It needs no torch.
+"""
 import json
 import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment import UserError
+from experiment import UserError, figures
+from experiment.files import write_atomically
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'predict',
@@ -26,7 +30,8 @@ class Run(NamedTuple):
     folder: str  # of pictures, else None
     ann: float  # accuracy on those, as the next
     converted: float
-    last: float  # of the last epoch so far, which may be below the start
+    epochs: dict  # {epoch: accuracy}, 0: an SNN's before training
+    curve: dict  # {time steps: accuracy} of epoch 0
     accuracy: float  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
@@ -73,7 +78,9 @@ def _run(path, args, machine, epochs):
     return Run(
         path, settings, seed, chosen_on, str(folder) if pictures else None,
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
-        last=float(epochs[-1][chosen]) if epochs and epochs[-1]['epoch'] else None, accuracy=accuracy,
+        epochs={int(epoch['epoch']): float(epoch[chosen]) for epoch in epochs},
+        curve={key: float(value) for epoch in epochs for key, value in epoch.get('curve', {}).items()},
+        accuracy=accuracy,
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
         factor=start['scaling_factor'] if 'scan' in start else None,
@@ -126,6 +133,15 @@ def columns(row_list):
             if len(set(map(json.dumps, column))) > 1 or key in shown and any(value is not None for value in column)}
 
 
+def names(row_list):
+    """What tells each row from the others, for a legend; of a single one, what it is of."""
+    shown = columns(row_list)
+    telling = {key: column for key, column in shown.items() if len(set(column)) > 1} or shown
+    bare = ('data', 'architecture')
+    return [', '.join(column[number] if key in bare else f'{key} {Path(column[number]).name}'
+                      for key, column in telling.items() if column[number] != '-') for number in range(len(row_list))]
+
+
 def cells(row_list):
     """The heading of a table and its rows, all as texts."""
     chosen_on = row_list[0][0].chosen_on
@@ -143,7 +159,7 @@ def cells(row_list):
             *(column[number] for column in settings.values()), str(len(row)),
             # one ANN for all seeds was measured once
             *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row]),
-               mean_and_spread([run.last for run in row])] if with_ann else []),
+               mean_and_spread([run.epochs.get(run.done or None) for run in row])] if with_ann else []),
             mean_and_spread([run.accuracy for run in row]), epochs_done(row),
             f'{statistics.mean(seconds):.2f}' if seconds else '-', ', '.join(sorted({run.machine for run in row}))])
     return heading, body
@@ -195,3 +211,16 @@ def summarize(paths, as_markdown=False):
     if unfinished:
         parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')
     return '\n\n'.join(parts)
+
+
+def draw(paths, path):
+    """Write figures.draw_runs of metrics files to `path`, a PNG whose description is the table of summarize().
+
+    Raises UserError as summarize() does, and where there is nothing to draw or no writing there.
+    """
+    row_list = rows(read(each) for each in dict.fromkeys(paths))
+    if not any(run.epochs for row in row_list for run in row):
+        raise UserError('--figure: there is no epoch of these runs to draw yet')
+    figure = figures.draw_runs(row_list, names(row_list))
+    about = {'Description': summarize(paths, as_markdown=True)}
+    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))

@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiment import UserError, summary
+from experiment import UserError, figures, summary
 from experiment.files import identifier, paths, write_atomically
 from experiment.options import file, positive_int
 
@@ -98,6 +98,12 @@ def script_path(text):
     return text
 
 
+def figure_path(text):
+    if not text.endswith('.png'):
+        raise argparse.ArgumentTypeError(f'{text!r} does not end in .png')
+    return text
+
+
 def slurm_value(text):
     if text[:1] in ('', '-') or ' ' in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is no value for an #SBATCH line: no spaces, no '-' in front")
@@ -110,7 +116,8 @@ def get_args_parser(kind, target):
     parser = argparse.ArgumentParser(
         f'{kind}_script.py', allow_abbrev=False,
         usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
-              f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown]',
+              f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown] '
+              '[--figure FILE.png]',
         description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
                     f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
     group = parser.add_mutually_exclusive_group()
@@ -129,6 +136,8 @@ def get_args_parser(kind, target):
                        help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
                             'spread over seeds')
     group.add_argument('--markdown', action='store_true', help='the table for a README')
+    group.add_argument('--figure', type=figure_path, metavar='FILE.png',
+                       help='draw them too: accuracy over epochs, over time steps and by scaling factor')
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -275,13 +284,18 @@ def main(module, published, argv=None):
     for flag in ('gpus', 'time', 'partition'):
         if getattr(args, flag) is not None and not args.slurm:
             error(f'argument --{flag}: goes with --slurm')
-    if args.markdown and not args.summarize:
-        error('argument --markdown: goes with --summarize')
+    for flag in ('markdown', 'figure'):
+        if getattr(args, flag) and not args.summarize:
+            error(f'argument --{flag}: goes with --summarize')
     if args.summarize:
         if args.flags or args.slurm:
             error('argument --summarize: writes no script, so the flags of one do not go with it')
         try:
+            if args.figure:
+                figures.check('--figure')
             print(summary.summarize(args.summarize, args.markdown))
+            if args.figure:
+                summary.draw(args.summarize, Path(args.figure))
         except UserError as reason:
             sys.exit(f'{parser.prog}: error: {" ".join(str(reason).split())}')
         return

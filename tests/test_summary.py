@@ -1,14 +1,16 @@
-"""The table of a sweep's metrics files, from files whose means and spreads are worked out here."""
+"""The table and the figure of a sweep's metrics files, from files whose means and spreads are worked out here."""
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import ann_script
 import snn_script
 from conftest import ROOT
-from experiment import UserError, summary
+from experiment import UserError, figures, summary
 
 
 @pytest.fixture
@@ -173,6 +175,47 @@ def test_scaling_factors_that_were_tried(written):
     assert [len(part) for part in table(paths)[0]] == [2, 1]
 
 
+def test_the_figure(written):
+    # epoch 0: 20 and 40, mean 30, root of 10^2 + 10^2 = 14.14; epoch 1: 50 and 52, mean 51, root of 2 = 1.41
+    # after 10 time steps: 10 and 30, mean 20, spread 14.14. The other row was not converted and did three epochs.
+    paths = [written(f's{seed}', [{**converted(start, 0.9), 'scan': {'0.5': 0.2, '1.0': start}, 'scanned_on': 'train',
+                                   'scaling_factor': 1.0, 'curve': {'2': 0.1, '10': early}}, *epochs(first)],
+                     seed=seed, timesteps=12, scaling_factor='auto')
+             for seed, start, early, first in ((0, 0.2, 0.1, 0.5), (1, 0.4, 0.3, 0.52))]
+    paths.append(written('scratch', epochs(0.25, 0.5, 0.75, seconds=(1, 1, 1)), timesteps=8, pretrained_ann=None))
+    row_list = summary.rows(map(summary.read, paths))
+    names = summary.names(row_list)
+    assert names == ['timesteps 12, pretrained_ann ann.pth, scaling_factor auto: 1.0, threshold_percentile 100.0',
+                     'timesteps 8']
+    over_epochs, over_time, by_factor = figures.draw_runs(row_list, names).axes
+    hybrid, scratch, ann = over_epochs.lines
+    for line, points in ((hybrid, [(0, 30), (1, 51)]), (scratch, [(1, 25), (2, 50), (3, 75)]),
+                         (over_time.lines[0], [(2, 10), (10, 20)]), (by_factor.lines[0], [(0.5, 20), (1, 30)])):
+        assert line.get_xydata() == pytest.approx(np.array(points))
+    assert list(ann.get_ydata()) == [90, 90]
+    shaded = over_time.collections[0].get_paths()[0].vertices[:, 1]
+    assert (shaded.min(), shaded.max()) == pytest.approx((20 - 14.142, 20 + 14.142), abs=1e-3)
+    assert [len(axes.lines[-1].get_xdata()) for axes in (over_time, by_factor)] == [0, 0]  # of scratch: nothing
+
+
+def test_the_figures_file(written, tmp_path, capsys):
+    paths = [written('a', epochs(0.5, 0.25)), written('b', epochs(0.5, 0.5), leak=0.9)]
+    ann_script.main(['--summarize', *paths, '--figure', 'made.png'])
+    with Image.open('made.png') as image:
+        assert image.text['Description'] == summary.summarize(paths, True)  # what it shows goes with it
+    (tmp_path / 'kept').write_text('')
+    for flags, status, said in ((['--summarize', written('none', []), '--figure', 'x.png'], 1, 'no epoch'),
+                                (['--summarize', *paths, '--figure', 'kept/x.png'], 1, 'kept'),
+                                (['--summarize', *paths, '--figure', 'x.pdf'], 2, '.png'),
+                                (['--figure', 'x.png'], 2, '--summarize')):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            ann_script.main(flags)
+        error = capsys.readouterr().err or f'{caught.value.code}\n'
+        assert (caught.value.code == 2) == (status == 2) and said in error and error.count('\n') == 1
+    assert not (tmp_path / 'x.png').exists()
+
+
 def test_the_same_run_twice(written):
     paths = [written(name, epochs(0.5, 0.5)) for name in ('a', 'b')]
     with pytest.raises(UserError, match='a.jsonl and b.jsonl are of the same settings and seed.*leave one out'):
@@ -217,6 +260,8 @@ def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
 
 @pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),
                          ids=lambda folder: folder.name)
-def test_the_tables_in_the_read_me_are_those_of_the_results(folder):
+def test_the_tables_in_the_read_me_and_the_figures_are_those_of_the_results(folder):
     table = summary.summarize(sorted(map(str, folder.glob('*.jsonl'))), True)
     assert table.strip() in (ROOT / 'README.md').read_text()
+    with Image.open(folder / 'figure.png') as figure:
+        assert figure.text['Description'] == table

@@ -1,0 +1,62 @@
+"""Drawing with matplotlib, without a screen, and the figure of a sweep's metrics files. It needs no torch."""
+import importlib.util
+import statistics
+import textwrap
+from itertools import cycle, product
+
+from experiment import UserError
+
+COLORS = ('#1f5fa8', '#c8553d', '#3b8f5a', '#8a5aa8', '#c79a2a', '#4a4a4a', '#5fb3c8', '#d885a8')
+LINES = ('-', '--', ':', '-.')  # once the colors are used up
+
+
+def check(flag):
+    """Raise UserError, before any work, where a flag's figures cannot be drawn."""
+    if importlib.util.find_spec('matplotlib') is None:
+        raise UserError(f'{flag}: draws with matplotlib, which is not installed; pip install matplotlib')
+
+
+def new_figure(width, height):
+    from matplotlib.figure import Figure  # without pyplot, which keeps figures and looks for a screen
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def draw_runs(row_list, names):
+    """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
+
+    Up to three axes: over epochs, over time steps and by scaling factor, the latter two of the converted network and
+    only where there are any. names: of the rows, for the legend.
+    """
+    runs = [run for row in row_list for run in row]
+    chosen_on = ' or '.join(sorted({run.chosen_on for run in runs}))
+    scanned_on = ' or '.join(sorted({run.scanned_on for run in runs if run.scan}))
+    panels = [('epochs', 'epoch', f'After each epoch, {chosen_on} images'),
+              ('curve', 'time steps', f'Converted, {chosen_on} images'),
+              ('scan', 'scaling factor', f'Converted, {scanned_on} images')]
+    panels = [panel for panel in panels if any(getattr(run, panel[0]) for run in runs)]
+    width = max(4.4 * len(panels), 6.4)
+    names = [textwrap.fill(name, int(14 * width)) for name in names]
+    figure = new_figure(width, 4 + 0.2 * sum(name.count('\n') + 1 for name in names))
+    for axes, (field, x, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for row, name, (line, color) in zip(row_list, names, cycle(product(LINES, COLORS))):
+            found = {}
+            for run in row:
+                for at, accuracy in getattr(run, field).items():
+                    found.setdefault(float(at), []).append(100 * accuracy)
+            at = sorted(found)
+            means = [statistics.mean(found[place]) for place in at]
+            spreads = [statistics.stdev(found[place]) if len(found[place]) > 1 else 0 for place in at]
+            axes.plot(at, means, color=color, linestyle=line, marker='o' if len(at) <= 20 else None, markersize=3.5,
+                      label=name)
+            axes.fill_between(at, [mean - spread for mean, spread in zip(means, spreads)],
+                              [mean + spread for mean, spread in zip(means, spreads)], color=color, alpha=0.2, lw=0)
+        axes.set(xlabel=x, ylabel='accuracy (%)', title=title)
+        axes.grid(alpha=0.3)
+        if field == 'epochs':
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            anns = sorted({run.ann for run in runs if run.ann is not None})
+            for number, ann in enumerate(anns):
+                axes.axhline(100 * ann, color='0.5', linestyle=':', label='_' if number else 'ANN')
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', frameon=False,
+                  fontsize='small')
+    return figure
