@@ -101,8 +101,11 @@ def main(args):
     if args.report:
         report.check(args.report, model)
     if args.timesteps <= model.depth:
-        notes.append(f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
-                     f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
+        silent = (f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
+                  f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
+        if distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
+            raise UserError(f'{silent}; take that many')
+        notes.append(silent)
 
     say = log.open_log('snn', name, args.log)
     say(log.header(args, model, device))

@@ -99,7 +99,7 @@ def convert(model, data, chosen_on, device, args, say):
     accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
-    found = {'ann_accuracy': accuracy, 'scaling_factor': args.scaling_factor}
+    found = {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on, 'scaling_factor': args.scaling_factor}
     # the test set has no part in what follows
     scanned_on = 'train' if data.validation is None else 'validation'
     images = getattr(data, scanned_on).sample(args.calibration_samples, args.seed, like=data.test)

@@ -17,7 +17,8 @@ def write(path, args, history):
     history: dicts of numbers: epoch, learning_rate, train_loss, train_accuracy, test_loss, test_accuracy (with
     --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
     fractions. Epoch 0 is an SNN before fine-tuning; with it stand curve, {time steps: accuracy}, and of a converted
-    one ann_accuracy, scaling_factor and, where that was chosen, scan, {factor: accuracy}, and the set it is of.
+    one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
+    {factor: accuracy}, and scanned_on (train or validation).
     """
     run = {'command': ' '.join(['python', *sys.argv]), 'args': log.arguments(args), 'commit': commit(),
            'torch': torch.__version__, 'machine': machine(args)}

@@ -15,15 +15,15 @@ from experiment import UserError, setup
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 97, '--test_samples', 50, '--no-gpu']
 
 
-def start(processes, script, *flags, cwd):
-    """Run a script of the project on so many processes; returns what they print."""
+def start(processes, script, *flags, cwd, status=0):
+    """Run a script of the project on so many processes; returns what they print, where it is to fail their errors."""
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)], cwd=cwd,
         text=True, capture_output=True, timeout=300,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
 
 
 def close(one, two):
@@ -71,6 +71,11 @@ def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
     tested, = [50 * entry['test_accuracy'] for entry in lines[1:] if 'test_accuracy' in entry]
     for count in (tested, *(144 * entry['validation_accuracy'] for entry in lines[1:])):
         assert count == pytest.approx(round(count))
+
+
+def test_too_few_time_steps_for_a_spike_at_the_output_say_how_many_it_takes(tmp_path):
+    errors = start(2, 'snn.py', *SMALL, '--timesteps', 5, '--epochs', 1, cwd=tmp_path, status=1)
+    assert re.search('^snn.py: error: --timesteps 5: .* in fewer than 6; take that many$', errors, re.M)
 
 
 def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):
