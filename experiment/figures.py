@@ -21,6 +21,17 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout='constrained')
 
 
+def over_seeds(row, field):
+    """Of a field of summary.Runs, {place: fraction}: the places in order, means and sample deviations there, in %."""
+    found = {}
+    for run in row:
+        for place, accuracy in getattr(run, field).items():
+            found.setdefault(float(place), []).append(100 * accuracy)
+    places = sorted(found)
+    return (places, [statistics.mean(found[place]) for place in places],
+            [statistics.stdev(found[place]) if len(found[place]) > 1 else 0 for place in places])
+
+
 def draw_runs(row_list, names):
     """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
 
@@ -39,13 +50,7 @@ def draw_runs(row_list, names):
     figure = new_figure(width, 4 + 0.2 * sum(name.count('\n') + 1 for name in names))
     for axes, (field, x, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for row, name, (line, color) in zip(row_list, names, cycle(product(LINES, COLORS))):
-            found = {}
-            for run in row:
-                for at, accuracy in getattr(run, field).items():
-                    found.setdefault(float(at), []).append(100 * accuracy)
-            at = sorted(found)
-            means = [statistics.mean(found[place]) for place in at]
-            spreads = [statistics.stdev(found[place]) if len(found[place]) > 1 else 0 for place in at]
+            at, means, spreads = over_seeds(row, field)
             axes.plot(at, means, color=color, linestyle=line, marker='o' if len(at) <= 20 else None, markersize=3.5,
                       label=name)
             axes.fill_between(at, [mean - spread for mean, spread in zip(means, spreads)],

@@ -53,6 +53,11 @@ def read(path):
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
+def read_all(paths):
+    """The Runs of metrics files, one named twice once. Raises UserError."""
+    return [read(path) for path in dict.fromkeys(paths)]
+
+
 def _run(path, args, machine, epochs):
     seed = int(args['seed'])
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
@@ -198,7 +203,12 @@ def summarize(paths, as_markdown=False):
     ALWAYS. Runs that chose their scaling factor make a further table, of the accuracies that each factor gave. Raises
     UserError for a file that is no metrics file, and for two of the same settings and seed.
     """
-    runs, form = [read(path) for path in dict.fromkeys(paths)], markdown if as_markdown else plain
+    return tables(read_all(paths), as_markdown)
+
+
+def tables(runs, as_markdown):
+    """The text of summarize(), of Runs."""
+    form = markdown if as_markdown else plain
     parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
     for chosen_on in ('test', 'validation'):
         row_list = rows(run for run in runs if run.chosen_on == chosen_on)
@@ -218,9 +228,10 @@ def draw(paths, path):
 
     Raises UserError as summarize() does, and where there is nothing to draw or no writing there.
     """
-    row_list = rows(read(each) for each in dict.fromkeys(paths))
-    if not any(run.epochs for row in row_list for run in row):
+    runs = read_all(paths)
+    row_list = rows(runs)
+    if not any(run.epochs for run in runs):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
     figure = figures.draw_runs(row_list, names(row_list))
-    about = {'Description': summarize(paths, as_markdown=True)}
+    about = {'Description': tables(runs, as_markdown=True)}
     write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))
