@@ -5,7 +5,7 @@
 
 The best epoch's weights go to trained_models/ann/<identifier>.pth, which snn.py takes as --pretrained_ann.
 """
-from experiment import options
+from experiment import UserError, options
 
 
 def get_args_parser():
@@ -21,13 +21,14 @@ def main(args):
     from experiment import checkpoint, distributed, engine, files, log, metrics, setup
 
     device = setup.set_up_device(args)
+    checkpoint.check_there(args.pretrained_ann, 'ann')
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_ann(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
     name = files.identifier('ann', args)
     paths = files.paths('ann', name)
-    notes, state = [], None
+    notes, state = setup.notes(args, device), None
 
     if source := setup.resume_file(args, paths.last):
         state = checkpoint.load(source, 'ann')
@@ -40,6 +41,8 @@ def main(args):
         new = checkpoint.load_weights(model, loaded, args.pretrained_ann, may_differ=[last_layer])
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
+    elif args.test_only:
+        raise UserError('--test_only: name the network with --pretrained_ann or --resume')
     if not args.test_only:
         files.check_writable(paths.best.parent, paths.metrics.parent)
         _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns

@@ -36,11 +36,12 @@ def get_args_parser():
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
-        help='balanced thresholds are multiplied by it; auto: by the best for these time steps; default %(default)s')
+        help='balanced thresholds are multiplied by it; auto: of those that do best at these time steps by the one '
+             'nearest to 0.7; default %(default)s')
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
-        help='training images that thresholds are balanced on; default %(default)s')
+        help='training images that thresholds are balanced on, and images that auto looks at; default %(default)s')
     add('--calibration_timesteps', type=options.positive_int, default=1000, metavar='T',
         help='time steps that thresholds are balanced over; default %(default)s')
     add = parser.add_argument_group('messages').add_argument
@@ -71,8 +72,10 @@ def main(args):
             raise UserError('--predict: name the network with --pretrained_snn')
         print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
         return
+    checkpoint.check_there(args.pretrained_ann, 'ann')
+    checkpoint.check_there(args.pretrained_snn, 'snn')
     data = setup.load_data(args)
-    notes, state = [], None
+    notes, state = setup.notes(args, device), None
     if args.pretrained_snn:
         state = checkpoint.load(args.pretrained_snn, 'snn')
         notes.append(setup.adopt(args, state, args.pretrained_snn))
@@ -102,9 +105,10 @@ def main(args):
         report.check(args.report, model)
     if args.timesteps <= model.depth:
         silent = (f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
-                  f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}')
+                  f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}, and nothing '
+                  'is learned: take more')
         if distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
-            raise UserError(f'{silent}; take that many')
+            raise UserError(silent)
         notes.append(silent)
 
     say = log.open_log('snn', name, args.log)

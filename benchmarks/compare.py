@@ -54,7 +54,8 @@ def build_ours(architecture, steps, device):
     from conftest import fill
     from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
     kind = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
-    model = fill(kind(architecture, timesteps=steps, dropout=0.3), 0).to(device)
+    backend = 'triton' if device.type == 'cuda' else 'torch'  # as snn.py chooses
+    model = fill(kind(architecture, timesteps=steps, dropout=0.3, backend=backend), 0).to(device)
     find_thresholds(model, torch.rand(2, 3, 32, 32, device=device), 40)
     model.threshold_update(0.7, list(model.thresholds))
     return model

@@ -19,17 +19,23 @@ def save(state, path):
     write_atomically(path, lambda file: torch.save(state, file))
 
 
+def check_there(path, kind):
+    """Raise UserError where a checkpoint that is wanted (not None) is missing, before hours of other work."""
+    if path is not None and not os.path.isfile(path):
+        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
+
+
 def load(path, kind):
     """The dict in a checkpoint file, on the CPU, tensors only. kind: 'ann' or 'snn'. Raises UserError."""
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
+    check_there(path, kind)
     state = read(path)
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
         raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
     is_snn = 'timesteps' in state
     if is_snn != (kind == 'snn'):
         other = 'snn' if is_snn else 'ann'
-        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; give it with --pretrained_{other}')
+        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
+                        f'give it to snn.py with --pretrained_{other}')
     return state
 
 

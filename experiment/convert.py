@@ -111,7 +111,10 @@ def convert(model, data, chosen_on, device, args, say):
         say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
             f'{factor}: {metrics.accuracy:.2%}' for factor, metrics in scan.items())
             + f'; taken: {found["scaling_factor"]}')
-    model.threshold_update(found['scaling_factor'], thresholds)
+    try:
+        model.threshold_update(found['scaling_factor'], thresholds)
+    except ValueError as error:
+        raise UserError(f'--scaling_factor {found["scaling_factor"]}: {error}') from error
     if args.output == 'fitted':
         scale = distributed.from_main(lambda: fitting_scale(model, ann, images, device, args))
         with torch.no_grad():

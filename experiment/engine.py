@@ -37,7 +37,10 @@ def learning_rate_at(epoch, args):
     The first epoch always has the full rate, also in a run too short for the intervals.
     """
     milestones = {int(float(part) * args.epochs) for part in args.lr_interval.split()}
-    return args.learning_rate / args.lr_reduce ** sum(1 < milestone <= epoch for milestone in milestones)
+    rate = args.learning_rate
+    for _ in range(sum(1 < milestone <= epoch for milestone in milestones)):
+        rate /= args.lr_reduce
+    return rate
 
 
 def make_optimizer(model, args):
@@ -59,6 +62,13 @@ def cross_entropy(logits, labels, scale=1.0):
     return F.cross_entropy(logits / scale, labels, reduction='sum')
 
 
+def check_finite(loss, where):
+    """Raise UserError where training has diverged."""
+    if not math.isfinite(loss):
+        raise UserError(f'the loss became {loss} {where}: lower --learning_rate, or for an SNN the gradient with '
+                        '--alpha or --gamma')
+
+
 def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=None, every=None):
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
@@ -74,9 +84,7 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
     def account(number, size, loss, hits):
         nonlocal total_loss, correct, seen
         value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f'the loss became {value} at batch {number}: lower --learning_rate, or for an SNN '
-                            'the gradient with --alpha or --gamma')
+        check_finite(value, f'at batch {number}')
         total_loss, correct, seen = total_loss + value, correct + hits.item(), seen + size
         if not seen:
             return
@@ -155,7 +163,10 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
     """
     best, chosen_on = best or (-1.0, 0), data.selection
     if done >= args.epochs:
-        say(f'{done} epochs are done already; a larger --epochs trains on')
+        enough = f'{done} epochs are done already; a larger --epochs trains on'
+        if fresh:  # no epoch would be this run's
+            raise UserError(enough)
+        say(enough)
     pin_memory, share, learner = device.type == 'cuda', distributed.share(), distributed.learner(model, device)
     say(f'the best epoch is chosen on the {chosen_on} set'
         + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
@@ -169,6 +180,7 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
                               pin_memory=pin_memory, share=share)
         trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
         tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
+        check_finite(tested.loss, f'after epoch {epoch}')  # before the last whole checkpoint is written over
         improved = tested.accuracy > best[0]
         if improved:
             best = tested.accuracy, epoch
@@ -188,8 +200,6 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
-    if fresh:  # no epoch ran, so no file of this name is this run's
-        return best
     if distributed.is_main():
         checkpoint.load_weights(model, checkpoint.read(paths.best), paths.best)
     distributed.share_weights(model)
@@ -226,9 +236,14 @@ def resume_optimizer(optimizer, state, path, args):
             and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
             and isinstance(state.setdefault('history', []), list)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
-    for flag in ('optimizer', 'amsgrad'):
+    # what an optimizer's state is of; and, when training, which images the best accuracy so far is of
+    flags = ('optimizer', 'amsgrad', *(() if args.test_only else ('dataset', 'seed', 'validation_fraction',
+                                                                  'test_samples')))
+    for flag in flags:
         if saved.get(flag) != getattr(args, flag):
-            raise UserError(f'{path}: was trained with --{flag} {saved.get(flag)}; say that to go on with it')
+            said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
+            raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '
+                            '--pretrained_ann or --pretrained_snn')
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state['optimizer'])

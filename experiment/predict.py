@@ -1,4 +1,6 @@
 """What a trained spiking network says of pictures that are in no data set."""
+import os
+
 import torch
 
 from experiment import UserError, checkpoint, data, engine, setup
@@ -21,6 +23,9 @@ def lines(path, args, device):
 
     path: the SNN's checkpoint. Raises UserError for pictures and checkpoints that cannot be read.
     """
+    for file in args.predict:
+        if not os.path.isfile(file):
+            raise UserError(f'--predict: {file}: there is no such file; name pictures')
     state = checkpoint.load(path, 'snn')
     adopt(args, state, path)
     said = [setup.adopt(args, state, path)]

@@ -19,9 +19,9 @@ def set_up_device(args):
     # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
     device = _device(args)
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)  # Triton starts its kernels on the current device, wherever the tensors are
     if distributed.wanted():
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
         distributed.start(device)
     return device
 
@@ -58,6 +58,15 @@ def choose_backend(args, device):
     if args.backend == 'triton' and not there:
         raise UserError('--backend triton: needs a CUDA device and the package triton; leave the flag out')
     args.backend = args.backend or ('triton' if there else 'torch')
+
+
+def notes(args, device):
+    """What is to be said of the flags on this device, a list of lines."""
+    slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if args.amp and device.type == 'cpu' and slow:
+        return ['--amp: this processor has no instructions for bfloat16 and computes it many times slower than '
+                'float32; leave the flag out']
+    return []
 
 
 def load_data(args):

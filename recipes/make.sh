@@ -3,10 +3,11 @@
 #
 #     bash recipes/make.sh && bash recipes/vgg5_cifar10_ann.sh && bash recipes/vgg5_cifar10_snn.sh
 #
-# RECIPES=DIR writes them elsewhere.
+# RECIPES=DIR writes them there instead (seen from the project's folder).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=${RECIPES:-recipes}
+mkdir -p "$folder"
 
 row() {  # architecture, data set, time steps, then flags of snn.py alone
     local name=$1_$2 ann=trained_models/ann/ann_$1_$2.pth

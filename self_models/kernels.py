@@ -50,6 +50,7 @@ def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, S
             factors = decay * tl.where(spike, 1.0, factors)
             ahead += grad_stride
             spikes += state_stride
+        tl.debug_barrier()  # what one thread stored above another may load below
     # g[k] = leak g[k+1] + f[k] grad[k]
     grad += last * grad_stride
     state += last * state_stride
@@ -73,9 +74,10 @@ def integrate(current, fired, neuron, state=None):
     """neuron.integrate: fills `fired` and turns current (n, M) into potentials in place; returns (u, spikes)."""
     steps, neurons = current.shape
     u, spikes = state or (torch.zeros_like(current[0]), torch.zeros_like(current[0]))
-    _forward[(triton.cdiv(neurons, BLOCK),)](
-        current, fired.view(torch.uint8), u, spikes, _scalars(current, neuron.leak, neuron.threshold), steps, neurons,
-        current.stride(0), fired.stride(0), BLOCK=BLOCK)
+    with torch.cuda.device_of(current):
+        _forward[(triton.cdiv(neurons, BLOCK),)](
+            current, fired.view(torch.uint8), u, spikes, _scalars(current, neuron.leak, neuron.threshold), steps,
+            neurons, current.stride(0), fired.stride(0), BLOCK=BLOCK)
     return u, spikes
 
 
@@ -84,6 +86,7 @@ def integrate_backward(grad, state, start, neuron):
     steps, neurons = grad.shape
     stdb = neuron.activation == 'STDB'
     first, decay = math.exp(-neuron.beta * (start + NEVER)), math.exp(-neuron.beta)
-    _backward[(triton.cdiv(neurons, BLOCK),)](
-        grad, state.view(torch.uint8) if stdb else state, _scalars(grad, neuron.leak, first, decay), steps, neurons,
-        grad.stride(0), state.stride(0), STDB=stdb, BLOCK=BLOCK)
+    with torch.cuda.device_of(grad):
+        _backward[(triton.cdiv(neurons, BLOCK),)](
+            grad, state.view(torch.uint8) if stdb else state, _scalars(grad, neuron.leak, first, decay), steps, neurons,
+            grad.stride(0), state.stride(0), STDB=stdb, BLOCK=BLOCK)

@@ -14,7 +14,7 @@ import torch
 import ann
 import snn
 from conftest import ROOT, same
-from experiment import UserError, convert, data, engine, options
+from experiment import UserError, convert, data, engine, setup
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
 SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
@@ -150,6 +150,37 @@ def test_a_loss_that_is_not_finite():
     fails(ann, 'loss became (nan|inf).*--learning_rate', *SMALL, '-lr', '1e30', '--epochs', 3)
 
 
+def test_a_loss_that_is_not_finite_after_the_last_step_costs_no_checkpoint():
+    whole = ('--batch_size', 96)  # one step an epoch: what it does is only seen in the test
+    run(ann, *SMALL, *whole, '--epochs', 1)
+    path = Path('trained_models/ann/ann_resnet6_digits.last.pth')
+    before = path.read_bytes()
+    fails(ann, 'loss became nan after epoch 2.*--learning_rate', *SMALL, *whole, '-lr', '1e30', '--epochs', 2,
+          '--resume')
+    assert path.read_bytes() == before
+
+
+def test_a_scaling_factor_that_is_too_large(trained):
+    fails(snn, r'--scaling_factor 1e\+308: a threshold', *SPIKING, *CALIBRATION, '--pretrained_ann', trained,
+          '--scaling_factor', '1e308')
+
+
+def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
+    cpu, plain, amp = torch.device('cpu'), *map(ann.get_args_parser().parse_args, ([], ['--amp']))
+    for supported, said in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda answer=supported: answer)
+        assert (len(setup.notes(amp, cpu)), len(setup.notes(plain, cpu))) == (said, 0)
+    assert setup.notes(amp, torch.device('cuda')) == []
+
+
+def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
+    current = []
+    for name, function in (('is_available', lambda: True), ('device_count', lambda: 2), ('set_device', current.append)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    device = setup.set_up_device(ann.get_args_parser().parse_args(['--devices', '1']))
+    assert current == [device] == [torch.device('cuda', 1)]
+
+
 def test_no_progress_stops_the_run(monkeypatch):
     monkeypatch.setattr(engine, 'test', lambda *_: engine.Metrics(2.3, 0.1))
     fails(snn, 'does not progress.*10.00%', *SPIKING, '--epochs', 10, '--train_samples', 8, '--timesteps', 6)
@@ -185,6 +216,8 @@ def test_learning_rate_schedule():
     args = ann.get_args_parser().parse_args(['--epochs', '10', '-lr', '1'])
     rates = [engine.learning_rate_at(epoch, args) for epoch in range(1, 11)]
     assert rates == pytest.approx([1] * 5 + [0.1] * 2 + [0.01] + [0.001] * 2)
+    args.lr_reduce = 1e200  # whose square no float holds
+    assert engine.learning_rate_at(10, args) == 0
     args.epochs = 1
     assert engine.learning_rate_at(1, args) == 1
 
@@ -279,6 +312,22 @@ def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
         assert (folder / name).read_bytes() == before[name]
 
 
+def test_another_runs_file_that_has_enough_epochs_already():
+    run(ann, *SMALL, '--epochs', 1)
+    fails(ann, '1 epochs are done already; a larger --epochs', *SMALL, '--epochs', 1, '--name', 'mine', '--resume',
+          'trained_models/ann/ann_resnet6_digits.last.pth')
+    assert not list(Path('trained_models/ann').glob('mine*.pth'))
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--validation_fraction', '0.3'], 'with --validation_fraction 0.0'), (['--seed', '1'], 'with --seed 0'),
+    (['--test_samples', '40'], 'with --test_samples 50')])
+def test_accuracies_of_other_images_are_not_compared_on_resume(flags, said):
+    run(ann, *SMALL, '--epochs', 1)
+    fails(ann, f'was trained {said};', *SMALL, '--epochs', 2, '--resume', *flags)
+    run(ann, *SMALL, '--test_only', '--resume', *flags)  # compares nothing
+
+
 def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
     run(snn, *SPIKING, '--epochs', 1)
     folder = Path('trained_models/snn')
@@ -300,6 +349,10 @@ def test_resume_auto_starts_anew_where_there_is_nothing(capsys):
     assert 'resumed' not in capsys.readouterr().out
     run(ann, *SMALL, '--epochs', 2, '--resume', 'auto')
     assert 'resumed from trained_models/ann/ann_resnet6_digits.last.pth, after epoch 1' in capsys.readouterr().out
+
+
+def test_test_only_wants_a_trained_ann():
+    fails(ann, '--test_only: name the network', *SMALL, '--test_only')
 
 
 def test_test_only_says_the_logged_accuracy_and_writes_nothing(trained, capsys, tmp_path):
@@ -491,7 +544,8 @@ def test_predict_says_the_classes_of_pictures(trained, capsys, tmp_path):
     assert right >= 14  # of 40; chance is 4
     assert sorted(tmp_path.rglob('*')) == before  # nothing is written
     Path('no.png').write_text('no picture')
-    for words, flags in (('no.png: not a picture', ['--pretrained_snn', path, '--predict', 'no.png']),
+    for words, flags in (('none.png: there is no such file', ['--pretrained_snn', path, '--predict', 'none.png']),
+                         ('no.png: not a picture', ['--pretrained_snn', path, '--predict', 'no.png']),
                          ('--predict: name the network', ['--predict', '0.png'])):
         fails(snn, words, '--no-gpu', *flags)
     state = load(path)
@@ -543,13 +597,6 @@ def test_importing_has_no_side_effects(module, tmp_path):
     done = subprocess.run([sys.executable, '-c', f'import {module}'], cwd=tmp_path, text=True, capture_output=True,
                           env={**os.environ, 'PYTHONPATH': str(ROOT)})
     assert (done.returncode, done.stdout, done.stderr, os.listdir(tmp_path)) == (0, '', '', [])
-
-
-def test_options_list_no_flag_twice():
-    for module in (ann, snn):
-        flags = [flag for action in module.get_args_parser()._actions for flag in action.option_strings]
-        assert len(flags) == len(set(flags))
-    assert options.number(float, 0, 1, open_low=True)('0.5') == 0.5
 
 
 @pytest.mark.parametrize('accuracies, factor', [

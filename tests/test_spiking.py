@@ -91,7 +91,7 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     model = fill(network('RESNET6', dataset='DIGITS', timesteps=12, activation='STDB').double(), 3).eval()
     x = ternary((5, 1, 8, 8), 5, 1.25, low=0)
     model.threshold_update(0.7, find_thresholds(model, x, 12))
-    monkeypatch.setattr('self_models.spiking.CHUNK_BYTES', {'cpu': 1})  # one sample at a time
+    monkeypatch.setattr(spiking, 'chunks', lambda batch, *_: [slice(i, i + 1) for i in range(batch)])
     against_reference(model, x)
 
 
