@@ -2,8 +2,7 @@
 
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
                   --timesteps 20 --epochs 10
-    python snn.py --architecture VGG5 --dataset DIGITS --pretrained_snn trained_models/snn/snn_vgg5_digits_20.pth \\
-                  --test_only
+    python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_20.pth --test_only
 
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
@@ -73,8 +72,6 @@ def main(args):
         print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
         return
     checkpoint.check_there(args.pretrained_ann, 'ann')
-    checkpoint.check_there(args.pretrained_snn, 'snn')
-    data = setup.load_data(args)
     notes, state = setup.notes(args, device), None
     if args.pretrained_snn:
         state = checkpoint.load(args.pretrained_snn, 'snn')
@@ -88,8 +85,7 @@ def main(args):
         name = files.identifier('snn', args)
         paths = files.paths('snn', name)
 
-    if args.report and args.test_only and state:
-        report.adopt(args, state)
+    data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)

@@ -6,17 +6,6 @@ import torch
 from experiment import UserError, checkpoint, data, engine, setup
 from self_models import INPUT_SHAPES
 
-FLAGS = ('architecture', 'dataset', 'kernel_size', 'image_size', 'output')  # that a checkpoint's run decides on
-
-
-def adopt(args, state, path):
-    """Take from an SNN's checkpoint what its run was told of network and images, where no flag was given."""
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    if not isinstance(state.get('classes'), list):
-        raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
-                        '--pretrained_snn, which adds them')
-    vars(args).update({key: saved[key] for key in FLAGS if key in saved and key not in args.given})
-
 
 def lines(path, args, device):
     """A line for each picture of args.predict: its likeliest classes with their confidences, the softmax of the output.
@@ -27,7 +16,9 @@ def lines(path, args, device):
         if not os.path.isfile(file):
             raise UserError(f'--predict: {file}: there is no such file; name pictures')
     state = checkpoint.load(path, 'snn')
-    adopt(args, state, path)
+    if not isinstance(state.get('classes'), list):
+        raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
+                        '--pretrained_snn, which adds them')
     said = [setup.adopt(args, state, path)]
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape)).to(device).eval()

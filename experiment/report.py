@@ -90,14 +90,6 @@ def check(folder, model):
     files.check_writable(Path(folder))
 
 
-def adopt(args, state):
-    """Take the surrogate's settings from the run that wrote a checkpoint, where no flag was given."""
-    saved = state.get('args')
-    for key in ('alpha', 'beta', 'gamma'):
-        if isinstance(saved, dict) and isinstance(saved.get(key), float) and key not in args.given:
-            setattr(args, key, saved[key])
-
-
 # -- counting ---------------------------------------------------------------------------------------------------------
 
 def fan_out(branch):

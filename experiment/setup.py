@@ -112,11 +112,16 @@ def resume_file(args, last):
 
 
 def adopt(args, state, path):
-    """Take timesteps, leak and activation from an SNN checkpoint where no flag was given; returns a line to say."""
-    settings = checkpoint.snn_settings(state, path)
-    taken = {key: settings[key] for key in ('timesteps', 'leak', 'activation')
-             if key in settings and key not in args.given}
-    vars(args).update(taken)
-    return f'{path}: runs at ' + ', '.join(
+    """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
+
+    Returns a line to say. Raises UserError.
+    """
+    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    settings = {key: saved[key] for key in ('architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta',
+                                            'gamma', 'output') if type(saved.get(key)) is type(getattr(args, key))}
+    settings |= checkpoint.snn_settings(state, path)
+    del settings['thresholds']  # no flag
+    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
         f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
         for key in ('timesteps', 'leak', 'activation'))

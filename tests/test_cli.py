@@ -443,9 +443,9 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     assert 'thresholds taken from' in capsys.readouterr().out
     assert sorted(file.name for file in path.parent.glob('*.pth')) == [f'{path.stem}.last.pth', path.name]
 
-    # evaluated alone, it runs as it was trained, and says so
+    # evaluated alone, it runs as it was trained, and says so; the file knows network and data set
     content = path.read_bytes()
-    run(snn, *flags, '--pretrained_snn', path, '--test_only')
+    run(snn, '--no-gpu', '--test_samples', 100, '--pretrained_snn', path, '--test_only')
     out = capsys.readouterr().out
     assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in out
     assert 'timesteps 12, leak 0.99, activation STDB' in out
@@ -453,6 +453,10 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     out = capsys.readouterr().out
     assert 'timesteps 9 as the flag says, leak 0.99' in out and 'at T = 9' in out
     assert path.read_bytes() == content
+    # what a file says that cannot be is not taken; a flag is
+    torch.save({**state, 'args': {**state['args'], 'architecture': 7, 'alpha': 'high', 'dataset': 'MNIST'}}, 'odd.pth')
+    run(snn, *flags, '--pretrained_snn', 'odd.pth', '--test_only')
+    assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in capsys.readouterr().out
 
 
 def metrics_of(path):
