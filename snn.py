@@ -99,10 +99,7 @@ def main(args):
         board = metrics.open_board('snn', name, args.tensorboard)
     if args.report:
         report.check(args.report, model)
-    if args.timesteps <= model.depth:
-        silent = (f'--timesteps {args.timesteps}: each of the {model.depth} spiking layers delays by one step, so '
-                  f'no spike reaches the output of {args.architecture} in fewer than {model.depth + 1}, and nothing '
-                  'is learned: take more')
+    if silent := setup.too_few_steps(model):
         if distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
             raise UserError(silent)
         notes.append(silent)

@@ -40,7 +40,8 @@ def machine(args):
     """What a run computes on, in words."""
     if torch.cuda.is_available() and args.gpu is not False:
         return torch.cuda.get_device_name()
-    return f'{torch.get_num_threads()} threads of {_processor()}'
+    # its instructions say more of its speed than its name
+    return f'{torch.get_num_threads()} threads of {_processor()}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def _processor():

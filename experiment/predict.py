@@ -23,6 +23,8 @@ def lines(path, args, device):
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape)).to(device).eval()
     checkpoint.load_snn(model, state, path)
+    if silent := setup.too_few_steps(model):
+        said.append(silent)
     images = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict])
     engine.seed_all(args.seed)
     with torch.no_grad(), engine.lowered(device, args.amp):

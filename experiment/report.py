@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from experiment import UserError, engine, figures, files, log
+from experiment import UserError, engine, figures, files, log, setup
 from experiment.data import epoch_loader
 from self_models import neuron as lif
 from self_models.spiking import chunks, currents, dtypes, prepare, unflatten, window, working_bytes
@@ -84,9 +84,8 @@ class Connection:
 def check(folder, model):
     """Raise UserError, before the evaluation, where no report can come of it."""
     figures.check('--report')
-    if model.timesteps <= model.depth:
-        raise UserError(f'--report: in {model.timesteps} time steps no spike reaches the output; take --timesteps '
-                        f'{model.depth + 1} or more')
+    if silent := setup.too_few_steps(model):
+        raise UserError(f'--report: {silent}')
     files.check_writable(Path(folder))
 
 

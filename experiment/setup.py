@@ -100,6 +100,14 @@ def _build(vgg, resnet, args, data, **options):
         raise UserError(str(error)) from error
 
 
+def too_few_steps(model):
+    """What to say where no spike can reach the output of a spiking network, else None."""
+    if model.timesteps > model.depth:
+        return None
+    return (f'--timesteps {model.timesteps}: each of the {model.depth} spiking layers delays by one step, so no spike '
+            f'reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more')
+
+
 def resume_file(args, last):
     """The checkpoint that --resume asks for, or None. last: where this run keeps its own. Raises UserError."""
     if args.resume == 'auto':

@@ -75,7 +75,7 @@ def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
 
 def test_too_few_time_steps_for_a_spike_at_the_output_say_how_many_it_takes(tmp_path):
     errors = start(2, 'snn.py', *SMALL, '--timesteps', 5, '--epochs', 1, cwd=tmp_path, status=1)
-    assert re.search('^snn.py: error: --timesteps 5: .* in fewer than 6, .*: take more$', errors, re.M)
+    assert re.search('^snn.py: error: --timesteps 5: .* in fewer than 6, .*; take more$', errors, re.M)
 
 
 def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):

@@ -329,7 +329,7 @@ def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder
     monkeypatch.setattr(engine, 'test_over_time', evaluated)
     Path('file').write_text('in the way')
     fails('file: cannot write there', 'file')
-    fails('no spike reaches the output; take --timesteps 6', 'folder', '--timesteps', 5)
+    fails('no spike reaches the output in fewer than 6,', 'folder', '--timesteps', 5)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     fails('pip install matplotlib', 'folder')
     assert not Path('folder').exists()
