@@ -120,6 +120,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
+        if message.startswith('unrecognized arguments: ') and not message.split(': ')[1].startswith('-'):
+            message += '; a value with spaces wants quotes'
         self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')  # without the usage: one line
 
     def parse_known_args(self, args=None, namespace=None):

@@ -134,6 +134,13 @@ def test_more_samples_than_there_are():
     fails(ann, 'there are 1437 train images', *SMALL, '--train_samples', 2000)
 
 
+def test_a_value_with_spaces_wants_quotes(capsys):
+    for flags, said in ((['--lr_interval', '0.6', '0.8'], True), (['--epoch', '3'], False)):
+        with pytest.raises(SystemExit) as stopped:
+            ann.get_args_parser().parse_args(flags)
+        assert stopped.value.code == 2 and ('wants quotes' in capsys.readouterr().err) is said
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is present')
 def test_cuda_asked_for_and_absent():
     fails(ann, 'no CUDA device', *SMALL[:-1], '--gpu')
