@@ -6,6 +6,6 @@ cd "$(dirname "$0")"
 # 1. Train an ANN: no biases, average pooling.
 python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_rate 1e-3 --epochs 20 --lr_interval 0.8
 
-# 2. Copy its weights into spiking layers, balance their thresholds, and fine-tune with STDB over 20 time steps.
+# 2. Copy its weights into spiking layers, balance their thresholds, and fine-tune with STDB over 12 time steps.
 python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \
-              --timesteps 20 --calibration_timesteps 100 --epochs 3 --learning_rate 3e-5
+              --timesteps 12 --scaling_factor auto --calibration_timesteps 100 --epochs 3 --learning_rate 1e-5

@@ -1,8 +1,8 @@
 """Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020).
 
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
-                  --timesteps 20 --epochs 10
-    python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_20.pth --test_only
+                  --timesteps 12 --scaling_factor auto --epochs 3 --learning_rate 1e-5
+    python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_12.pth --test_only
 
 Without a pretrained file it trains from scratch. The best epoch's network goes to
 trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
