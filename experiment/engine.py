@@ -236,9 +236,9 @@ def resume_optimizer(optimizer, state, path, args):
             and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
             and isinstance(state.setdefault('history', []), list)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
-    # what an optimizer's state is of; and, when training, which images the best accuracy so far is of
-    flags = ('optimizer', 'amsgrad', *(() if args.test_only else ('dataset', 'seed', 'validation_fraction',
-                                                                  'test_samples')))
+    flags = ['optimizer', 'amsgrad']  # which say what the optimizer's state is
+    if not args.test_only:  # and those which say what images the best accuracy so far is of
+        flags += ['dataset', 'seed', 'validation_fraction', 'test_samples']
     for flag in flags:
         if saved.get(flag) != getattr(args, flag):
             said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
