@@ -8,4 +8,4 @@ python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_r
 
 # 2. Copy its weights into spiking layers, balance their thresholds, and fine-tune with STDB over 12 time steps.
 python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \
-              --timesteps 12 --scaling_factor auto --calibration_timesteps 100 --epochs 3 --learning_rate 1e-5
+              --timesteps 12 --scaling_factor auto --calibration_timesteps 100 --epochs 3

@@ -1,7 +1,7 @@
 """Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020).
 
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
-                  --timesteps 12 --scaling_factor auto --epochs 3 --learning_rate 1e-5
+                  --timesteps 12 --scaling_factor auto --epochs 3
     python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_12.pth --test_only
 
 Without a pretrained file it trains from scratch. The best epoch's network goes to
@@ -28,9 +28,9 @@ def get_args_parser():
     add('--alpha', type=options.non_negative, default=0.3, metavar='X', help='height of STDB; default %(default)s')
     add('--beta', type=options.non_negative, default=0.01, metavar='X', help='decay of STDB; default %(default)s')
     add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
-    add('--output', default='mean', choices=['mean', 'fitted', 'sum'],
-        help="what the loss sees of the output over time: its mean; that in the units of the ANN's logits, by a factor "
-             'that conversion puts into the last weights; or, as published, its sum; default %(default)s')
+    add('--output', default='fitted', choices=['fitted', 'mean', 'sum'],
+        help="what the loss sees of the output over time: its mean in the units of the ANN's logits, by a factor that "
+             'conversion puts into the last weights; the plain mean; or, as published, the sum; default %(default)s')
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
