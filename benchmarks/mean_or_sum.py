@@ -1,7 +1,7 @@
 """Why the loss sees the output's mean: which images the gradient of a converted network's loss comes from.
 
     python benchmarks/mean_or_sum.py --pretrained_ann trained_models/ann/ann_vgg5_mnist.pth -a VGG5 --dataset MNIST \\
-        --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0
+        --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0 --output mean
 
 Takes the flags of snn.py. Prints, for 512 training images in training mode, how many are misclassified, what share of
 the gradient's norm at the logits those supply, and how many images have a norm below 0.05.

@@ -293,7 +293,10 @@ def main(module, published, argv=None):
         try:
             if args.figure:
                 figures.check('--figure')
-            print(summary.summarize(args.summarize, args.markdown))
+            try:
+                print(summary.summarize(args.summarize, args.markdown), flush=True)
+            except BrokenPipeError:  # `| head` has read enough; Python's flush at exit would fail once more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             if args.figure:
                 summary.draw(args.summarize, Path(args.figure))
         except UserError as reason:

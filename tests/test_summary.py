@@ -1,5 +1,6 @@
 """The table and the figure of a sweep's metrics files, from files whose means and spreads are worked out here."""
 import json
+import os
 import subprocess
 import sys
 
@@ -256,6 +257,17 @@ def test_a_file_that_is_not_there_is_one_line_and_status_1(tmp_path):
                           text=True, capture_output=True)
     assert done.returncode == 1
     assert done.stderr.startswith('ann_script.py: error: none.jsonl: cannot be read') and done.stderr.count('\n') == 1
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a pipe that closes early is another error there')
+def test_a_reader_that_has_seen_enough_costs_neither_a_traceback_nor_the_figure(written):
+    path, (reading, writing) = written('a', epochs(0.8, 0.9)), os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / 'ann_script.py', '--summarize', path, '--figure', 'made.png'],
+                          stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, '')
+    Image.open('made.png').verify()
 
 
 @pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),
