@@ -85,6 +85,11 @@ def main(args):
         name = files.identifier('snn', args)
         paths = files.paths('snn', name)
 
+    if args.output == 'fitted' and not state and not args.pretrained_ann:
+        if 'output' in args.given:
+            raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
+        args.output = 'mean'
+
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)

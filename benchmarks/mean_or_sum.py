@@ -1,10 +1,10 @@
 """Why the loss sees the output's mean: which images the gradient of a converted network's loss comes from.
 
     python benchmarks/mean_or_sum.py --pretrained_ann trained_models/ann/ann_vgg5_mnist.pth -a VGG5 --dataset MNIST \\
-        --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0 --output mean
+        --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0
 
-Takes the flags of snn.py. Prints, for 512 training images in training mode, how many are misclassified, what share of
-the gradient's norm at the logits those supply, and how many images have a norm below 0.05.
+Takes the flags of snn.py, but for --output. Prints, for 512 training images in training mode, how many are
+misclassified, what share of the gradient's norm at the logits those supply, and how many images have a norm below 0.05.
 """
 import sys
 from pathlib import Path
@@ -25,6 +25,7 @@ IMAGES = 512
 def main(args):
     if not args.pretrained_ann:
         raise UserError('--pretrained_ann: name the ANN whose conversion is to be looked at')
+    args.output = 'mean'  # without a factor of the conversion's
     device = setup.set_up_device(args)
     setup.choose_backend(args, device)
     data = setup.load_data(args)

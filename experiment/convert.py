@@ -1,7 +1,6 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import math
 import tempfile
-from functools import partial
 
 import torch
 
@@ -45,25 +44,24 @@ def balanced_thresholds(model, data, args, say):
 
 
 def scan_factors(model, thresholds, images, device, args):
-    """{scaling factor: Metrics} of the converted network at its time steps on a data set, for each of FACTORS."""
-    loss_function = partial(engine.cross_entropy, scale=args.timesteps)
+    """{scaling factor: accuracy} of the converted network at its time steps on a data set, for each of FACTORS."""
     scan = {}
     for factor in FACTORS:
         model.threshold_update(factor, thresholds)
-        scan[factor] = engine.test(model, images, loss_function, device, args)
+        scan[factor] = engine.test(model, images, engine.cross_entropy, device, args).accuracy
     return scan
 
 
 def chosen_factor(scan, count):
-    """Of the scaling factors that do as well as the best one, that nearest to the usual 0.7, then of the lower loss.
+    """Of the scaling factors that do as well as the best one, that nearest to the usual 0.7, then the lower one.
 
-    scan: {factor: Metrics} on `count` images, over which an accuracy p has a standard error of sqrt(p (1 - p) / count).
+    scan: {factor: accuracy} on `count` images, over which accuracy p has a standard error of sqrt(p (1 - p) / count).
     As well as the best: within one of those (the one-standard-error rule, Breiman et al. 1984).
     """
-    best = max(metrics.accuracy for metrics in scan.values())
+    best = max(scan.values())
     least = best - math.sqrt(best * (1 - best) / count)
-    return min((factor for factor in scan if scan[factor].accuracy >= least),
-               key=lambda factor: (round(abs(factor - 0.7), 6), scan[factor].loss))
+    return min((factor for factor in scan if scan[factor] >= least),
+               key=lambda factor: (round(abs(factor - 0.7), 6), factor))
 
 
 @torch.no_grad()
@@ -88,7 +86,7 @@ def fitting_scale(model, ann, images, device, args):
 
 
 def convert(model, data, chosen_on, device, args, say):
-    """Load the ANN's weights, balance and scale the thresholds; returns what was measured, for the metrics.
+    """Load the ANN's weights, balance and scale the thresholds, fit the output; returns what was measured.
 
     chosen_on: 'test' or 'validation', the set that the ANN's accuracy is of.
     """
@@ -107,9 +105,9 @@ def convert(model, data, chosen_on, device, args, say):
         found['scanned_on'] = scanned_on
         scan = scan_factors(model, thresholds, images, device, args)
         found['scaling_factor'] = chosen_factor(scan, len(images))
-        found['scan'] = {str(factor): metrics.accuracy for factor, metrics in scan.items()}
+        found['scan'] = {str(factor): accuracy for factor, accuracy in scan.items()}
         say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
-            f'{factor}: {metrics.accuracy:.2%}' for factor, metrics in scan.items())
+            f'{factor}: {accuracy:.2%}' for factor, accuracy in scan.items())
             + f'; taken: {found["scaling_factor"]}')
     try:
         model.threshold_update(found['scaling_factor'], thresholds)
@@ -120,5 +118,6 @@ def convert(model, data, chosen_on, device, args, say):
         with torch.no_grad():
             model.classifier[-1].weight *= scale  # changes no prediction: there is no threshold after it
         found['output_scale'] = scale
-        say(f"the output layer's weights are multiplied by {scale:.4g}, which fits its mean to the ANN's logits")
+        say(f"the output layer's weights are multiplied by {scale:.4g}, which fits its mean to the ANN's logits"
+            if scale != 1 else "the output has nothing of the ANN's logits, so it is not fitted to them")
     return found

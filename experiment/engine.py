@@ -230,16 +230,19 @@ def save(paths, improved, best, model, optimizer, args, history, **state):
 
 
 def resume_optimizer(optimizer, state, path, args):
-    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError."""
+    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings; a test needs none.
+
+    Raises UserError.
+    """
     best, saved = state.get('best'), state.get('args')
     if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
             and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
             and isinstance(state.setdefault('history', []), list)):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
-    flags = ['optimizer', 'amsgrad']  # which say what the optimizer's state is
-    if not args.test_only:  # and those which say what images the best accuracy so far is of
-        flags += ['dataset', 'seed', 'validation_fraction', 'test_samples']
-    for flag in flags:
+    if args.test_only:
+        return
+    # what the optimizer's state is, and what images the best accuracy so far is of
+    for flag in ('optimizer', 'amsgrad', 'dataset', 'seed', 'validation_fraction', 'test_samples'):
         if saved.get(flag) != getattr(args, flag):
             said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
             raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '

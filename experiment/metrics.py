@@ -18,7 +18,7 @@ def write(path, args, history):
     --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
     fractions. Epoch 0 is an SNN before fine-tuning; with it stand curve, {time steps: accuracy}, and of a converted
     one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
-    {factor: accuracy}, and scanned_on (train or validation).
+    {factor: accuracy}, and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
     run = {'command': ' '.join(['python', *sys.argv]), 'args': log.arguments(args), 'commit': commit(),
            'torch': torch.__version__, 'machine': machine(args)}

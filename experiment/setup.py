@@ -125,11 +125,15 @@ def adopt(args, state, path):
     Returns a line to say. Raises UserError.
     """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    settings = {key: saved[key] for key in ('architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta',
-                                            'gamma', 'output') if type(saved.get(key)) is type(getattr(args, key))}
+    settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
+    settings |= {key: saved[key] for key in ('architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta',
+                                             'gamma', 'output') if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
     del settings['thresholds']  # no flag
+    if args.output == 'fitted' != settings['output'] and 'output' in args.given:
+        raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
+                        'flag out, or convert with --pretrained_ann')
     vars(args).update({key: value for key, value in settings.items() if key not in args.given})
     return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
         f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-        for key in ('timesteps', 'leak', 'activation'))
+        for key in ('timesteps', 'leak', 'activation', 'output'))
