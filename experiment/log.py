@@ -1,4 +1,5 @@
 """What a run says: to the terminal, or with --log to logs/{ann,snn}/<identifier>.log."""
+import shlex
 import sys
 from pathlib import Path
 
@@ -34,11 +35,16 @@ def header(args, model, device):
     """The lines that open a log: the command, every argument, the network, the machine."""
     count, processes = sum(p.numel() for p in model.parameters()), distributed.share()[1]
     return '\n'.join([
-        f'command: python {" ".join(sys.argv)}',
+        f'command: {command()}',
         *(f'  {key}: {value}' for key, value in arguments(args).items()),
         str(model),
         f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads'
         + (f', {processes} processes, each with batches of {args.batch_size}' if processes > 1 else ''), ''])
+
+
+def command():
+    """The command of this run, quoted so that a shell takes it as it was."""
+    return shlex.join(['python', *sys.argv])
 
 
 def arguments(args):

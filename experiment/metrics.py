@@ -2,7 +2,6 @@
 import json
 import platform
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ def write(path, args, history):
     one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
     {factor: accuracy}, and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
-    run = {'command': ' '.join(['python', *sys.argv]), 'args': log.arguments(args), 'commit': commit(),
+    run = {'command': log.command(), 'args': log.arguments(args), 'commit': commit(),
            'torch': torch.__version__, 'machine': machine(args)}
     text = ''.join(json.dumps(line) + '\n' for line in [run, *history])
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -6,7 +6,6 @@ what it counted, and the figures are drawn from that JSON alone.
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -332,7 +331,7 @@ def write(folder, model, data, device, args, at, accuracy, ann_accuracy, convers
     layers, connections = measure(model, data, device, args)
     training, line = training_rows(checkpoint)
     report = {
-        'command': ' '.join(['python', *sys.argv]), 'checkpoint': checkpoint and str(checkpoint),
+        'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
         'leak': model.leak, 'depth': model.depth, 'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},

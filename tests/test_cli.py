@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -230,10 +231,13 @@ def test_learning_rate_schedule():
 
 
 def test_ann_run_writes_what_it_says(command, tmp_path):
-    done = command('ann.py', *SMALL, '--epochs', 2, '--log', '--name', 'mine')
+    flags = [*SMALL, '--epochs', '2', '--lr_interval', '0.5 0.9', '--log', '--name', 'mine']
+    done = command('ann.py', *flags)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / 'logs/ann/mine.log').read_text()
     assert '\r' not in log  # no trace of a progress bar
+    said = re.search(r'^command: (.*)$', log, re.M).group(1)
+    assert shlex.split(said) == ['python', str(ROOT / 'ann.py'), *flags]
     for words in ('architecture: RESNET6', 'kernel_size: 3', '(pre_process)', 'train loss', 'best test accuracy',
                   'chosen on the test set, as in the published code'):
         assert words in log
