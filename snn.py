@@ -60,7 +60,7 @@ def get_args_parser():
 def main(args):
     # not above: --help and the sweeps need not wait for torch
     from experiment import checkpoint, distributed, engine, files, log, metrics, nir_export, predict, report, setup
-    from experiment.convert import convert
+    from experiment.convert import MEASURED, convert
 
     if args.export_nir:
         nir_export.check(args.export_nir)
@@ -133,6 +133,11 @@ def main(args):
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     history = state['history'] if source else []
+    if history and 'ann_accuracy' in history[0] and not args.test_only:  # a resumed run says what it began with, too
+        found = {key: history[0][key] for key in MEASURED if key in history[0]}
+        results.append(('ANN', found['ann_accuracy']))
+        if accuracy := history[0].get('curve', {}).get(str(args.timesteps)):  # unless a flag has changed the steps
+            results.append(('converted SNN', accuracy))
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
         at = time_steps(100)

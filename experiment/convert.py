@@ -10,6 +10,9 @@ from self_models.conversion import find_thresholds
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
 
+# what convert() returns, as far as it was measured
+MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', 'scan', 'output_scale')
+
 
 def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""

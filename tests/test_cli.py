@@ -266,16 +266,23 @@ def kill_in_epoch(monkeypatch, number):
     monkeypatch.setattr(engine, 'train_epoch', train_epoch)
 
 
+def last_table(capsys):
+    return re.findall(r'^\S.{23} +[\d.]+% +[-\d]+$', capsys.readouterr().out, re.M)
+
+
 @pytest.mark.parametrize('module', [ann, snn])
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, monkeypatch):
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, monkeypatch, capsys):
     flags = [*SMALL, '--epochs', 4] if module is ann else [
         *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--epochs', 4]
     run(module, *flags, '--name', 'whole')
+    table = last_table(capsys)
+    assert len(table) == (0 if module is ann else 3)  # ANN, converted, fine-tuned
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_epoch(patch, 3)
         run(module, *flags, '--name', 'killed')
     torch.rand(7)  # a new process would not go on with this generator either
     run(module, *flags, '--name', 'killed', '--resume')
+    assert last_table(capsys) == table
     folder = Path('trained_models', module.__name__)
     for kind in ('.pth', '.last.pth'):
         whole, killed = load(folder / f'whole{kind}'), load(folder / f'killed{kind}')
