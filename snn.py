@@ -40,7 +40,8 @@ def get_args_parser():
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
-        help='training images that thresholds are balanced on, and images that auto looks at; default %(default)s')
+        help='training images that thresholds are balanced on, and images that auto looks at and the output is fitted '
+             'on; default %(default)s')
     add('--calibration_timesteps', type=options.positive_int, default=1000, metavar='T',
         help='time steps that thresholds are balanced over; default %(default)s')
     add = parser.add_argument_group('messages').add_argument
