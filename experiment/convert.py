@@ -1,5 +1,6 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import math
+import os
 import tempfile
 
 import torch
@@ -16,7 +17,8 @@ MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', '
 
 def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
-    settings = {'architecture': args.architecture, 'dataset': args.dataset, 'data_dir': args.data_dir,
+    settings = {'architecture': args.architecture, 'dataset': args.dataset,
+                'data_dir': os.path.expanduser(args.data_dir),  # a shell may have done so
                 'image_size': args.image_size,
                 'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction,
                 'samples': args.calibration_samples,

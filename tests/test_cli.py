@@ -457,7 +457,8 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     # balanced thresholds are cached beside the ANN, unscaled, and found there again
     cached = json.loads(Path(f'{trained}.thresholds.json').read_text())['thresholds']
     assert [0.7 * value for value in cached] == pytest.approx(state['thresholds'][:3])
-    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--test_only', '--name', 'again')
+    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--test_only', '--name', 'again',
+        '--data_dir', os.path.expanduser('~/Datasets'))  # the default, as a shell gives it
     assert 'thresholds taken from' in capsys.readouterr().out
     assert sorted(file.name for file in path.parent.glob('*.pth')) == [f'{path.stem}.last.pth', path.name]
 
