@@ -137,8 +137,9 @@ def main(args):
     if history and 'ann_accuracy' in history[0] and not args.test_only:  # a resumed run says what it began with, too
         found = {key: history[0][key] for key in MEASURED if key in history[0]}
         results.append(('ANN', found['ann_accuracy']))
-        if accuracy := history[0].get('curve', {}).get(str(args.timesteps)):  # unless a flag has changed the steps
-            results.append(('converted SNN', accuracy))
+        curve = history[0].get('curve', {})
+        if str(args.timesteps) in curve:  # unless a flag has changed the steps
+            results.append(('converted SNN', curve[str(args.timesteps)]))
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
         at = time_steps(100)

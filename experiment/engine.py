@@ -237,7 +237,8 @@ def resume_optimizer(optimizer, state, path, args):
     best, saved = state.get('best'), state.get('args')
     if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
             and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
-            and isinstance(state.setdefault('history', []), list)):
+            and isinstance(state.setdefault('history', []), list)
+            and all(isinstance(entry, dict) for entry in state['history'])):
         raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
     if args.test_only:
         return

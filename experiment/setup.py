@@ -130,7 +130,7 @@ def adopt(args, state, path):
                                              'gamma', 'output') if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
     del settings['thresholds']  # no flag
-    if args.output == 'fitted' != settings['output'] and 'output' in args.given:
+    if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
         raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
                         'flag out, or convert with --pretrained_ann')
     vars(args).update({key: value for key, value in settings.items() if key not in args.given})

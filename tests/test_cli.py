@@ -293,7 +293,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, mo
 
 @pytest.mark.parametrize('change', [
     {'optimizer': None}, {'optimizer': {}}, {'optimizer': 'text'}, {'epoch': 'one'}, {'epoch': -1}, {'best': None},
-    {'best': [0.1]}, {'args': []}])
+    {'best': [0.1]}, {'args': []}, {'history': [1]}])
 def test_a_training_state_that_cannot_be_resumed(change):
     run(ann, *SMALL, '--epochs', 1)
     path = 'trained_models/ann/ann_resnet6_digits.last.pth'
