@@ -14,7 +14,7 @@ def lines(path, args, device):
     """
     for file in args.predict:
         if not os.path.isfile(file):
-            raise UserError(f'--predict: {file}: there is no such file; name pictures')
+            raise UserError(f'--predict: {file}: is not a file; name pictures, such as new/*.jpg')
     state = checkpoint.load(path, 'snn')
     if not isinstance(state.get('classes'), list):
         raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '

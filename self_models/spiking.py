@@ -82,7 +82,6 @@ class SpikeTrain:
         grad = grad.view(steps, batch, -1)
         return grad if self.mask is None else grad.mul_(self.mask[samples])
 
-
     def part(self, samples):
         """The train of a slice of the samples; of a train without link."""
         return dataclasses.replace(self, fired=self.fired[:, samples],

@@ -567,7 +567,8 @@ def test_predict_says_the_classes_of_pictures(trained, capsys, tmp_path):
     assert right >= 14  # of 40; chance is 4
     assert sorted(tmp_path.rglob('*')) == before  # nothing is written
     Path('no.png').write_text('no picture')
-    for words, flags in (('none.png: there is no such file', ['--pretrained_snn', path, '--predict', 'none.png']),
+    for words, flags in (('none.png: is not a file', ['--pretrained_snn', path, '--predict', 'none.png']),
+                         ('trained_models: is not a file', ['--pretrained_snn', path, '--predict', 'trained_models']),
                          ('no.png: not a picture', ['--pretrained_snn', path, '--predict', 'no.png']),
                          ('--predict: name the network', ['--predict', '0.png'])):
         fails(snn, words, '--no-gpu', *flags)
