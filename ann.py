@@ -22,15 +22,19 @@ def main(args):
 
     device = setup.set_up_device(args)
     checkpoint.check_there(args.pretrained_ann, 'ann')
+    name = files.identifier('ann', args)
+    paths = files.paths('ann', name)
+    source = setup.resume_file(args, paths.last)
+    if not args.test_only:
+        files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_ann(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
-    name = files.identifier('ann', args)
-    paths = files.paths('ann', name)
     notes, state = setup.notes(args, device), None
 
-    if source := setup.resume_file(args, paths.last):
+    if source:
         state = checkpoint.load(source, 'ann')
         checkpoint.load_weights(model, state, source)
         engine.resume_optimizer(optimizer, state, source, args)
@@ -44,8 +48,6 @@ def main(args):
     elif args.test_only:
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
     if not args.test_only:
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
         board = metrics.open_board('ann', name, args.tensorboard)
 
     say = log.open_log('ann', name, args.log)

@@ -91,6 +91,9 @@ def main(args):
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
 
+    if not args.test_only:
+        files.check_writable(paths.best.parent, paths.metrics.parent)
+        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
@@ -100,8 +103,6 @@ def main(args):
     if source:
         engine.resume_optimizer(optimizer, state, source, args)
     if not args.test_only:
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
         board = metrics.open_board('snn', name, args.tensorboard)
     if args.report:
         report.check(args.report, model)
@@ -138,7 +139,7 @@ def main(args):
         found = {key: history[0][key] for key in MEASURED if key in history[0]}
         results.append(('ANN', found['ann_accuracy']))
         curve = history[0].get('curve', {})
-        if str(args.timesteps) in curve:  # unless a flag has changed the steps
+        if str(args.timesteps) in curve:
             results.append(('converted SNN', curve[str(args.timesteps)]))
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far

@@ -89,13 +89,15 @@ def crop_and_flip(images, padding=4):
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
 
 
-def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0):
+def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0,
+         num_workers=2):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
     train_samples, test_samples: take so many images at random, the same ones for the same seed.
     validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
     from its beginning, those held out are its end, so they are the same ones whatever train_samples.
+    num_workers: processes that decode the pictures of a FOLDER, where that is done here.
     """
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:
@@ -124,7 +126,7 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
     elif name == 'FOLDER':
         resize, shape = partial(_resize, size=image_size), (3, image_size, image_size)
         if sum(len(labels) for _, labels in (train, held_out, test)) * math.prod(shape) <= IN_MEMORY_BYTES:
-            train, held_out, test = [(_decode(files, resize, image_size) if files else files, labels)
+            train, held_out, test = [(_decode(files, resize, image_size, num_workers) if files else files, labels)
                                      for files, labels in (train, held_out, test)]
         how = test_how = {'prepare': resize}
     else:
@@ -335,11 +337,11 @@ def _read_all(files, prepare, indices):
     return torch.stack([_read(files[index], prepare) for index in indices])
 
 
-def _decode(files, prepare, size):
-    """All the files as uint8 (N, 3, size, size), read by several processes where there are many."""
+def _decode(files, prepare, size, num_workers):
+    """All the files as uint8 (N, 3, size, size), read by so many processes where there are many files."""
     from tqdm import tqdm
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    workers = min(8, torch.get_num_threads()) if len(files) > 2000 else 0
+    workers = num_workers if len(files) > 2000 else 0
     # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
     batch_size = max(1, 2 ** 20 // images[0].nbytes)
     batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]

@@ -11,7 +11,9 @@ from experiment.files import write_atomically
 
 
 def write(path, args, history):
-    """Write a metrics file: a line about the run, then a line an epoch. Raises UserError.
+    """Write a metrics file: a line about the run (of a resumed one, about its last part), then a line an epoch.
+
+    Raises UserError.
 
     history: dicts of numbers: epoch, learning_rate, train_loss, train_accuracy, test_loss, test_accuracy (with
     --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
@@ -19,7 +21,7 @@ def write(path, args, history):
     one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
     {factor: accuracy}, and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
-    run = {'command': log.command(), 'args': log.arguments(args), 'commit': commit(),
+    run = {'command': log.command(), 'args': log.arguments(args), 'commit': COMMIT,
            'torch': torch.__version__, 'machine': machine(args)}
     text = ''.join(json.dumps(line) + '\n' for line in [run, *history])
     write_atomically(path, lambda file: file.write(text.encode()))
@@ -33,6 +35,9 @@ def commit():
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+COMMIT = commit()  # of the code that runs, whatever becomes of the files meanwhile
 
 
 def machine(args):

@@ -139,7 +139,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES),
         help='default %(default)s')
     add('--dropout', type=below_one, default=dropout, metavar='P',
-        help='dropout after each convolution (0.5 in the classifier); default %(default)s')
+        help='dropout after convolutions, but for those before a pool (0.5 in the classifier); '
+             'default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
@@ -197,7 +198,7 @@ def run(main, args, script):
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         memory = isinstance(error, MemoryError) or any(
-            words in str(error) for words in ('out of memory', 'allocate memory'))
+            words in str(error) for words in ('out of memory', 'allocate memory', 'ALLOC_FAILED'))
         if not memory:
             raise
         sys.exit(f'{script}: error: out of memory; lower --batch_size, --timesteps or --image_size')

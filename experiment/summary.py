@@ -12,8 +12,8 @@ from experiment import UserError, figures
 from experiment.files import write_atomically
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
-NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'log', 'tensorboard', 'report', 'predict',
-                'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
+NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',
+                'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
@@ -158,15 +158,16 @@ def cells(row_list):
                f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch', 'machine']
     body = []
     for number, row in enumerate(row_list):
-        ann = [run.ann for run in row]
+        ann, of_its_seed = [run.ann for run in row], '*' in str(row[0].settings.get('pretrained_ann'))
         seconds = [value for run in row for value in run.seconds]
         body.append([
             *(column[number] for column in settings.values()), str(len(row)),
             # one ANN for all seeds was measured once
-            *([mean_and_spread(ann if len(set(ann)) > 1 else ann[:1]), mean_and_spread([run.converted for run in row]),
+            *([mean_and_spread(ann if of_its_seed or len(set(ann)) > 1 else ann[:1]),
+               mean_and_spread([run.converted for run in row]),
                mean_and_spread([run.epochs.get(run.done or None) for run in row])] if with_ann else []),
             mean_and_spread([run.accuracy for run in row]), epochs_done(row),
-            f'{statistics.mean(seconds):.2f}' if seconds else '-', ', '.join(sorted({run.machine for run in row}))])
+            f'{statistics.mean(seconds):.2f}' if seconds else '-', '; '.join(sorted({run.machine for run in row}))])
     return heading, body
 
 

@@ -15,7 +15,7 @@ import torch
 import ann
 import snn
 from conftest import ROOT, same
-from experiment import UserError, convert, data, engine, setup
+from experiment import UserError, convert, data, engine, options, setup
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
 SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
@@ -46,6 +46,17 @@ def trained(tmp_path_factory):
     finally:
         os.chdir(before)
     return str(folder / 'trained_models' / 'ann' / 'ann_resnet6_digits.pth')
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate'), RuntimeError("can't allocate memory: 9 B"),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), RuntimeError('a bug')])
+def test_out_of_memory_is_said_and_a_bug_is_not_hidden(error, monkeypatch):
+    def main(args):
+        raise error
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(RuntimeError if str(error) == 'a bug' else SystemExit, match='a bug|lower --batch_size'):
+        options.run(main, None, 'ann.py')
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
@@ -344,6 +355,22 @@ def test_accuracies_of_other_images_are_not_compared_on_resume(flags, said):
     run(ann, *SMALL, '--epochs', 1)
     fails(ann, f'was trained {said};', *SMALL, '--epochs', 2, '--resume', *flags)
     run(ann, *SMALL, '--test_only', '--resume', *flags, '--optimizer', 'Adam')  # compares and trains nothing
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--timesteps', 9], 'with --timesteps 8'), (['--leak', 0.5], 'with --leak 1.0')])
+def test_accuracies_of_other_neurons_are_not_compared_on_resume(flags, said):
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'mine')
+    fails(snn, f'was trained {said};', *SPIKING, '--epochs', 2, '--name', 'mine', '--resume', *flags)
+
+
+@pytest.mark.parametrize('module, flags', [(ann, SMALL), (snn, SPIKING)])
+def test_a_name_is_taken_before_data_is_read(module, flags, monkeypatch):
+    # which can take minutes, in which another run of the name could end
+    def load_data(args):
+        raise UserError('locked' if list(Path('trained_models', module.__name__).glob('.*.lock')) else 'open')
+    monkeypatch.setattr(setup, 'load_data', load_data)
+    fails(module, 'locked', *flags)
 
 
 def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():

@@ -268,6 +268,16 @@ def test_unreadable_picture_in_an_epoch(tmp_path, monkeypatch, workers):
     assert str(error.value).startswith(f'{bad}: ') and '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('workers', [0, 1])
+def test_pictures_are_decoded_by_as_many_processes_as_asked_for(tmp_path, workers):
+    picture(tmp_path / 'a.png', (9, 9, 9), (2, 2))
+
+    def prepare(image):
+        return image.point(lambda value: 0 if torch.utils.data.get_worker_info() is None else 1)
+    images = data._decode([tmp_path / 'a.png'] * 2001, prepare, 2, workers)
+    assert images.shape == (2001, 3, 2, 2) and (images == workers).all()
+
+
 class Deadly(torch.utils.data.Dataset):
     def __len__(self):
         return 4

@@ -63,7 +63,8 @@ def test_mean_and_sample_standard_deviation(written):
     # last: 85, 92, 97. Mean 91.33; squares 40.11 + 0.44 + 32.11 = 72.67, / 2 = 36.33, root 6.03.
     # converted: 50, 60, 70: mean 60, deviation 10. Seconds: 2 and 4 in each run, mean 3.
     paths = [written(f'leaky{seed}', [converted(start, 0.95), *epochs(first, second)], seed=seed, leak=0.9,
-                     resume='auto' if seed else None, devices=str(seed), num_workers=seed, log=bool(seed))
+                     resume='auto' if seed else None, devices=str(seed), num_workers=seed, log=bool(seed),
+                     backend='triton' if seed else 'torch')
              for seed, start, first, second in ((0, 0.5, 0.90, 0.85), (1, 0.6, 0.80, 0.92), (2, 0.7, 0.97, 0.97))]
     # a single seed has no spread; its converted network was never surpassed
     paths.append(written('other', [converted(0.88, 0.95), *epochs(0.7, 0.8, best=0.88, seconds=(1.0, 1.5))], seed=2))
@@ -74,6 +75,13 @@ def test_mean_and_sample_standard_deviation(written):
         {'architecture': 'VGG5', 'leak': '1.0', 'seeds': '1', 'ANN': '95.00', 'converted': '88.00',
          'last epoch': '80.00', ON_TEST: '88.00', 'epochs done': '2', 's/epoch': '1.25', 'machine': 'x'}]]
     assert 'unfinished' not in text and 'sample standard deviation' in text
+
+
+def test_two_anns_of_one_accuracy_are_two(written):
+    def of(name):
+        return [written(f'{name}{seed}'.replace('/', '-'), [converted(0.5, 0.95), *epochs(0.9, 0.9)], seed=seed,
+                        pretrained_ann=name.format(seed)) for seed in (0, 1)]
+    assert [table(of(name))[0][0][0]['ANN'] for name in ('ann.pth', 'ann_seed{}.pth')] == ['95.00', '95.00 ± 0.00']
 
 
 def test_plain_columns_are_aligned(written):
