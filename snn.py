@@ -137,10 +137,7 @@ def main(args):
     history = state['history'] if source else []
     if history and 'ann_accuracy' in history[0] and not args.test_only:  # a resumed run says what it began with, too
         found = {key: history[0][key] for key in MEASURED if key in history[0]}
-        results.append(('ANN', found['ann_accuracy']))
-        curve = history[0].get('curve', {})
-        if str(args.timesteps) in curve:
-            results.append(('converted SNN', curve[str(args.timesteps)]))
+        results += [('ANN', found['ann_accuracy']), ('converted SNN', history[0][f'{chosen_on}_accuracy'])]
     if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
         # a curve costs nothing: logits after t steps are W times the spikes so far
         at = time_steps(100)

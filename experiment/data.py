@@ -90,14 +90,14 @@ def crop_and_flip(images, padding=4):
 
 
 def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0,
-         num_workers=2):
+         num_workers=0):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
     train_samples, test_samples: take so many images at random, the same ones for the same seed.
     validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
     from its beginning, those held out are its end, so they are the same ones whatever train_samples.
-    num_workers: processes that decode the pictures of a FOLDER, where that is done here.
+    num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none.
     """
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:

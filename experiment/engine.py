@@ -245,7 +245,7 @@ def resume_optimizer(optimizer, state, path, args):
     # what the optimizer's state is, and what the best accuracy so far is of: images and time
     for flag in ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples',
                  'timesteps', 'leak'):
-        if hasattr(args, flag) and saved.get(flag) != getattr(args, flag):
+        if saved.get(flag) != getattr(args, flag, None):  # ann.py knows no time
             said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
             raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '
                             '--pretrained_ann or --pretrained_snn')
