@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from experiment import UserError, checkpoint, distributed, files, log, metrics
 from experiment.data import NO_IMAGE, epoch_loader
+from self_models.spiking import SpikingNetwork
 
 
 class Metrics(NamedTuple):
@@ -62,11 +63,70 @@ def cross_entropy(logits, labels, scale=1.0):
     return F.cross_entropy(logits / scale, labels, reduction='sum')
 
 
-def check_finite(loss, where):
-    """Raise UserError where training has diverged."""
+def check_finite(loss, where, model, images=None):
+    """Raise UserError where a loss or a model's weights are not finite; the message names the first layer at fault.
+
+    images: (B, C, H, W) that the loss is of, on which layers are looked at too.
+    """
+    layer = layer_not_finite(model, None if math.isfinite(loss) else images)
+    if math.isfinite(loss) and not layer:
+        return
+    said = f'{layer} left the finite range'
     if not math.isfinite(loss):
-        raise UserError(f'the loss became {loss} {where}: lower --learning_rate, or for an SNN the gradient with '
-                        '--alpha or --gamma')
+        said = f'the loss became {loss} {where}' + (f', as {said}' if layer else '')
+    else:
+        said += f' {where}'
+    raise UserError(f'{said}: lower --learning_rate' + (
+        ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds' if is_spiking(model) else ''))
+
+
+def is_finite(tensor):
+    return all(map(math.isfinite, torch.aminmax(tensor)))  # either is NaN where a value is
+
+
+def is_spiking(model):
+    return isinstance(model, SpikingNetwork)
+
+
+@torch.no_grad()
+def layer_not_finite(model, images=None):
+    """What of a model is not finite, in words: the first such weights, else an output on images; '' for none."""
+    for name, weight in model.named_parameters():
+        if not is_finite(weight):
+            return f'the weights of {name.removesuffix(".weight")}'
+    if images is None:
+        return ''
+    if is_spiking(model):
+        spikes = (train for _, train in model.layers(images)) if model.timesteps > model.depth else ()
+        return next((f'the membrane potentials of {name}' for name, train in zip(model.layer_names, spikes)
+                     if not math.isfinite(train.fault)), '')
+    found, hooks = [], []
+    for name, module in model.named_modules():
+        if hasattr(module, 'weight'):
+            hooks.append(module.register_forward_hook(
+                lambda _, __, output, name=name: found.append((name, is_finite(output)))))
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return next((f'the output of {name}' for name, finite in found if not finite), '')
+
+
+def read_later(values):
+    """Start to copy a tensor of numbers to the host; returns a function that waits for that copy and gives a list.
+
+    It does not wait for what a GPU is given to do meanwhile, as Tensor.tolist() would.
+    """
+    copy = values.to('cpu', non_blocking=True)  # into pinned memory
+    if not values.is_cuda:
+        return copy.tolist
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=None, every=None):
@@ -75,17 +135,18 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
     loss_function: (logits (B, labels), labels (B,)) -> the sum of the samples' losses. amp: whether in bfloat16. say,
     every: a function that prints a line, and after how many batches it says how training goes.
     Among several processes the loader yields this one's part of each batch; the Metrics are of all.
-    Raises UserError at the first loss that is not finite.
+    Raises UserError at the first loss that is not finite; the step that it would lead to is not taken.
     """
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
     processes = distributed.share()[1]
 
-    def account(number, size, loss, hits):
+    def account(number, images, size, measured):
         nonlocal total_loss, correct, seen
-        value = loss.item()
-        check_finite(value, f'at batch {number}')
-        total_loss, correct, seen = total_loss + value, correct + hits.item(), seen + size
+        loss, hits = measured()
+        if not math.isfinite(loss):
+            check_finite(loss, f'at batch {number}', getattr(model, 'module', model), images)  # not DDP's wrapping
+        total_loss, correct, seen = total_loss + loss, correct + int(hits), seen + size
         if not seen:
             return
         bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
@@ -103,10 +164,15 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
             loss = loss_function(logits, labels)
         # the mean over the whole batch; gradients are averaged over the processes, so times their number
         (loss * (processes / loader.sizes[number - 1])).backward()
+        loss = loss.detach()
+        if optimizer.defaults.get('fused'):
+            # Such a step heeds this without a wait for the GPU: the weights stay as they were when it went wrong.
+            optimizer.found_inf = (~loss.isfinite()).float()
         optimizer.step()
+        measured = read_later(torch.stack([loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)]))
         if last:  # read a batch later, so that the host does not wait for a GPU within a step
             account(*last)
-        last = number, size, loss.detach(), (logits.detach().argmax(1) == labels).sum()
+        last = number, images, size, measured
     account(*last)
     total_loss, correct, seen = distributed.total([total_loss, correct, seen], device)
     return Metrics(total_loss / seen, correct / seen)
@@ -180,7 +246,9 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
                               pin_memory=pin_memory, share=share)
         trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
         tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
-        check_finite(tested.loss, f'after epoch {epoch}')  # before the last whole checkpoint is written over
+        # before the last whole checkpoint is written over
+        images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(device)
+        check_finite(tested.loss, f'after epoch {epoch}', model, images)
         improved = tested.accuracy > best[0]
         if improved:
             best = tested.accuracy, epoch

@@ -12,6 +12,7 @@ VGG_LAYOUTS = {  # 'A' is a 2x2 average pool, a number the output channels of a 
     'VGG16': [64, 64, 'A', 128, 128, 'A', 256, 256, 256, 'A', 512, 512, 512, 'A', 512, 512, 512],
     'VGG19': [64, 64, 'A', 128, 128, 'A', 256, 256, 256, 256, 'A', 512, 512, 512, 512, 'A', 512, 512, 512, 512]}
 VGG11_CIFAR100 = [64, 'A', 128, 256, 256, 'A', 512, 512, 512, 'A', 512, 512]
+VGG_HIDDEN, VGG11_CIFAR100_HIDDEN = 4096, 1024  # width of the classifier's two hidden layers
 
 RESNET_BLOCKS = {  # basic blocks in each stage
     'RESNET6': [1, 1, 0, 0], 'RESNET12': [1, 1, 1, 1], 'RESNET20': [2, 2, 2, 2], 'RESNET34': [3, 4, 6, 3]}

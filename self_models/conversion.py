@@ -11,6 +11,7 @@ from tqdm import tqdm
 from self_models import neuron as lif
 from self_models.spiking import CHUNK_BYTES, Branch, SpikeTrain, currents, flatten, prepare
 
+BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
 SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
 BINS = 2 ** 16  # of the histogram that a percentile is read from
 
@@ -75,8 +76,8 @@ def find_thresholds(model, images, timesteps, progress=False, percentile=100):
     Raises DeadLayerError, a ValueError, for a layer whose threshold would not exceed 0 or is not finite, and ValueError
     for timesteps < 1, a percentile out of range and images that are no floats of that shape.
 
-    Memory does not grow with B: images go through a few at a time, and a layer's spikes wait for the next layer as
-    bits, in a temporary file where they are many (B T N / 8 bytes).
+    Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
+    spikes wait for the next layer as bits, in a temporary file where they are many (B T N / 8 bytes).
     """
     if images.dim() != 4 or not len(images) or not images.is_floating_point():
         raise ValueError(f'images must be floats of shape (B, C, H, W) with B of 1 or more, not {tuple(images.shape)} '
@@ -96,23 +97,24 @@ def find_thresholds(model, images, timesteps, progress=False, percentile=100):
 def _balance_all(model, images, timesteps, percentile, progress):
     """The thresholds, one layer after another; find_thresholds without its care for the model."""
     # a group is what runs again at the least (see balance); the steps make up the batch
-    size = max(1, min(16, len(images) // 8))
+    train = SpikeTrain(None, tuple(images.shape[1:]), 0)
+    fitting = BLOCK_BYTES // 2 // (model.largest_convolution(train) * images.itemsize)
+    size = max(1, min(16, len(images) // 8, fitting))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     stages = model.balanced_stages()
-    # of the input only the bits are stored; a pixel's sign is held as the mask of its train
-    store, signs = SpikeStore(timesteps, images[0].numel()), flatten(images.sign(), 1)[0]
+    # of the input only the bits are stored; a pixel's sign is the mask of its train
+    store = SpikeStore(timesteps, images[0].numel())
     for group in groups:
         for t in range(timesteps):
             store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
-    train = SpikeTrain(None, tuple(images.shape[1:]), 0)
     thresholds = []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(stages[0][0].weight.device.type, enabled=False)):
         for index, (synapse, _, pools) in enumerate(stages):
-            source = partial(current_source, store, train, signs if index == 0 else None, synapse)
+            source = partial(current_source, store, train, images if index == 0 else None, synapse)
             shape = Branch(train, synapse).output_shape()
             output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
-            memory = max(CHUNK_BYTES[synapse.weight.device.type], synapse.weight.nbytes)
+            memory = max(CHUNK_BYTES[synapse.weight.device.type], min(synapse.weight.nbytes, BLOCK_BYTES))
             block = max(1, memory // (size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
             blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
             threshold = balance(source, groups, blocks, shape[0], model.neuron(index), percentile, output, bar)
@@ -131,17 +133,18 @@ def _balance_all(model, images, timesteps, percentile, progress):
     return thresholds
 
 
-def current_source(store, train, signs, synapse, channels=slice(None)):
+def current_source(store, train, images, synapse, channels=slice(None)):
     """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`.
 
-    channels: indices of the output channels that are wanted; all of them unless given.
+    images: (B, C, H, W) whose signs these spikes have, or None. channels: indices of the output channels that are
+    wanted; all of them unless given.
     """
     dtype, device = synapse.weight.dtype, synapse.weight.device
     weight = prepare(synapse.weight[channels], dtype)
 
     def current(group, first, stop):
         fired = store.read(group, first, stop, device)
-        mask = None if signs is None else signs[group].to(device, dtype)
+        mask = None if images is None else flatten(images[group].sign(), 1)[0].to(device, dtype)
         part = SpikeTrain(fired, train.shape, 0, mask=mask, pools=train.pools)
         return currents([Branch(part, synapse)], [weight], slice(None), dtype, dtype)
 
@@ -229,8 +232,10 @@ def likely_threshold(source, current, groups, blocks, channels):
     """
     steps = blocks[-1][1]
     few = max(1, steps // 16)
+    late = [(max(i, steps - few), stop) for i, stop in blocks if stop > steps - few]
     # currents are stored channels-last: (m, b, H * W * C); of each step the largest, as one outlier says little
-    largest = sum(current(group, steps - few, steps).view(few, -1, channels).amax(1).sum(0) for group in groups)
+    largest = sum(current(group, i, stop).view(stop - i, -1, channels).amax(1).sum(0)
+                  for group in groups for i, stop in late)
     narrow = source(largest.topk(-(-channels // 8)).indices)
     _, group, block = max(((narrow(group, *block).max().item(), group, block) for group in groups for block in blocks),
                           key=lambda found: found[0])

@@ -10,6 +10,8 @@ from self_models.architectures import (
     RESNET_BLOCKS,
     RESNET_STAGES,
     VGG11_CIFAR100,
+    VGG11_CIFAR100_HIDDEN,
+    VGG_HIDDEN,
     VGG_LAYOUTS,
     input_shape_of,
 )
@@ -48,7 +50,7 @@ def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None
             layers += [conv(channels, item, kernel_size), nn.ReLU(), nn.Dropout(dropout)]
             channels = item
             height, width = (size + 2 * ((kernel_size - 1) // 2) - kernel_size + 1 for size in (height, width))
-    hidden = 1024 if on_cifar100 else 4096
+    hidden = VGG11_CIFAR100_HIDDEN if on_cifar100 else VGG_HIDDEN
     classifier = nn.Sequential(
         nn.Linear(channels * height * width, hidden, bias=False), nn.ReLU(), nn.Dropout(0.5),
         nn.Linear(hidden, hidden, bias=False), nn.ReLU(), nn.Dropout(0.5),

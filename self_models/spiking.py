@@ -29,6 +29,7 @@ class SpikeTrain:
     shape: (C, H, W) or (features,) of the layer; N is its product
     mask: (B, N) factors held over time, or None; pools: 2x2 average pools after it
     link: (n, B, N') with N' after the pools; holds no data (stride 0), carries the gradient of floats(); or None
+    fault: () 0, or NaN where a potential of this layer or of one before it left the finite range
     """
     fired: torch.Tensor
     shape: tuple
@@ -36,6 +37,7 @@ class SpikeTrain:
     mask: torch.Tensor = None
     pools: int = 0
     link: torch.Tensor = None
+    fault: torch.Tensor | float = 0.0
 
     @property
     def pooled_shape(self):
@@ -76,7 +78,7 @@ class SpikeTrain:
         for pool in range(self.pools, 0, -1):
             (h, w), (high, wide) = ([size >> p for size in self.shape[1:]] for p in (pool, pool - 1))
             grad = (grad.view(-1, h, 1, w, 1, self.shape[0]).expand(-1, -1, 2, -1, 2, -1)
-                    .reshape(-1, 2 * h, 2 * w, self.shape[0]))
+                    .reshape(-1, 2 * h, 2 * w, self.shape[0]).contiguous())  # of one pixel reshape makes a view
             if (high, wide) != (2 * h, 2 * w):  # an odd last row or column belongs to no window
                 grad = F.pad(grad, (0, 0, 0, wide - 2 * w, 0, high - 2 * h))
         grad = grad.view(steps, batch, -1)
@@ -96,7 +98,7 @@ def join(trains):
     return dataclasses.replace(
         trains[0], fired=torch.cat([train.fired for train in trains], 1),
         mask=None if trains[0].mask is None else torch.cat([train.mask for train in trains]),
-        link=None if links[0] is None else _Joined.apply(*links))
+        link=None if links[0] is None else _Joined.apply(*links), fault=sum(train.fault for train in trains))
 
 
 class _Joined(torch.autograd.Function):
@@ -235,6 +237,7 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
     dtype, compute_dtype, device = *dtypes(weights[0]), weights[0].device
     batch, size = source.fired.shape[1], math.prod(shape)
     fired = torch.empty(steps, batch, size, dtype=torch.bool, device=device)
+    fault = sum(branch.train.fault for branch in branches)
     learns = torch.is_grad_enabled() and (
         any(w.requires_grad for w in weights) or any(b.train.link is not None for b in branches))
     # LinearSpike's gradient needs the potentials; STDB's follows from the spikes
@@ -243,13 +246,15 @@ def lif_layer(branches, neuron, dropout=None, pools=0):
         prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
         for samples in chunks(batch, working_bytes(branches, dtype), weights):
             current = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
-            lif.integrate(current, fired[:, samples].flatten(1), neuron)
+            u, _ = lif.integrate(current, fired[:, samples].flatten(1), neuron)
+            # A potential that is not finite stays so: the last ones tell. Spikes do not, as NaN exceeds no threshold.
+            fault = fault + sum(0 * end for end in torch.aminmax(u))
             if factor is not None:
                 factor[:, samples] = lif.linear_factor(current, neuron.threshold).view(factor[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
             mask = F.dropout(torch.ones(batch, size, dtype=dtype, device=device), dropout.p)
-    train = SpikeTrain(fired, shape, start + 1, mask=mask, pools=pools)
+    train = SpikeTrain(fired, shape, start + 1, mask=mask, pools=pools, fault=fault)
     if learns:
         inputs = [t for b in branches for t in (b.train.link, b.weight)]
         train.link = _LIFLayer.apply(train, factor, branches, neuron, compute_dtype, *inputs)
@@ -412,13 +417,16 @@ class SpikingNetwork(nn.Module):
         return SpikeTrain(fired, tuple(x.shape[1:]), 0, mask=flatten(x.sign().to(dtype), 1)[0])
 
     def forward(self, x):
-        """(B, C, H, W) float images -> (B, labels): the output currents W s summed over all time steps."""
+        """(B, C, H, W) float images -> (B, labels): the output currents W s summed over all time steps.
+
+        All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
+        """
         weight = self.classifier[-1].weight
         if self.timesteps <= self.depth:
             return F.linear(weight.new_zeros(len(x), weight.shape[1]), weight)
         train = self.last_spikes(x)
         counts = _SpikeCounts.apply(train.link, train, weight.dtype)
-        return self.readout(unflatten(counts[None], train.pooled_shape))
+        return self.readout(unflatten(counts[None], train.pooled_shape)) + train.fault
 
     @torch.no_grad()
     def curve(self, x, at):
@@ -438,7 +446,7 @@ class SpikingNetwork(nn.Module):
             stop = max(0, steps - train.start)
             counts = counts + train.total(slice(row, stop), weight.dtype)
             outputs[i], row = self.readout(unflatten(counts[None], train.pooled_shape)), stop
-        return outputs
+        return outputs + train.fault
 
     def last_spikes(self, x):
         """The spikes that the output layer receives from images x (B, C, H, W)."""

@@ -61,6 +61,23 @@ def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
     assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=5e-3)
 
 
+def test_memory_grows_neither_with_images_nor_with_steps(monkeypatch):
+    model, x = vgg5(), ternary((130, 1, 8, 8), 1, low=0)
+    sizes, original = [], conversion.Branch.output
+
+    def output(branch, spikes, weight):
+        found = original(branch, spikes, weight)
+        sizes.append(spikes.nbytes + found.nbytes)
+        return found
+
+    monkeypatch.setattr(conversion.Branch, 'output', output)
+    # the largest convolution takes and gives 64 * 64 + 64 values of 8 bytes: 33 kB an image and step
+    monkeypatch.setattr(conversion, 'BLOCK_BYTES', 200_000)
+    monkeypatch.setattr(conversion, 'CHUNK_BYTES', {'cpu': 100_000})
+    find_thresholds(model, x, 64)
+    assert max(sizes) <= 200_000
+
+
 def test_by_hand_on_the_first_layer():
     model, x = vgg5(), ternary((2, 1, 8, 8), 1, low=0)
     assert find_thresholds(model, x, 12)[0] == pytest.approx(model.features[0](x).max().item())

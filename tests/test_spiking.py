@@ -1,15 +1,18 @@
 """The spiking networks against numbers of the published code and against the step-by-step reference."""
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import self_models.layers as layers
 import self_models.spiking as spiking
 import step_by_step
 from conftest import ROOT, fill, ternary
 from self_models import ARCHITECTURES, INPUT_SHAPES, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, find_thresholds
+from self_models.architectures import RESNET_STAGES
 
 
 def network(architecture, **options):
@@ -258,6 +261,67 @@ def test_imagenet_shape(architecture):
     logits.sum().backward()
     assert logits.shape == (1, 5)
     assert spiking.state_dict().keys() == dense.state_dict().keys()
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Every architecture with a few channels only: its pools and strides as they are, a hundredth of the work."""
+    monkeypatch.setattr(layers, 'VGG_LAYOUTS', {
+        name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
+    monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
+    monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
+    original = layers.conv
+    monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: original(
+        *(3 if size == 64 else size for size in (inputs, outputs)), *more))
+
+
+# From the smallest to 40: each way in which sizes can halve to 1, with odd and even ones between; not square too.
+SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 19, 22, 23, 24, 25, 31, 32, 33, 39, 40]
+
+
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+@pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_every_image_size_that_builds_trains(architecture, activation, narrow):
+    built = learning = 0
+    for number, size in enumerate(SIZES):
+        shape = (3, size, size + (0, 3)[number % 2])
+        try:
+            model = network(architecture, input_shape=shape, activation=activation, gamma=0.9, alpha=0.9, beta=0.1)
+        except ValueError as error:
+            assert re.search('too often|2x2 pixels', str(error))
+            continue
+        built += 1
+        model = fill(model.double(), number).eval()
+        model.network_update(model.depth + 2, 0.9)
+        model.threshold_update(1.0, [0.05 if activation == 'STDB' else 0.5] * len(model.thresholds))
+        x, labels = ternary((2, *shape), number, 1.25), torch.tensor([1, 7])
+        F.cross_entropy(model(x), labels).backward()
+        got = {name: p.grad for name, p in model.named_parameters()}
+        assert all(grad.isfinite().all() for grad in got.values())
+        model.zero_grad()
+        F.cross_entropy(step_by_step.run(model, x)[0], labels).backward()
+        learning += all(p.grad.any() for p in model.parameters())
+        for name, p in model.named_parameters():
+            assert (got[name] - p.grad).norm() <= 1e-9 * p.grad.norm(), (size, name)
+    smallest = 2 if architecture.startswith('RESNET') else 4 if architecture == 'VGG5' else 16
+    assert built == sum(size >= smallest for size in SIZES)
+    assert learning > built / 2 or activation == 'Linear'  # whose gradient few potentials are near enough to have
+
+
+@pytest.mark.parametrize('part', ['weight', 'potential'])
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_a_potential_that_is_not_finite_is_not_taken_for_silence(architecture, part):
+    # NaN exceeds no threshold: such a neuron never fires, and what comes behind it would look like a silent network
+    model = fill(network(architecture, dataset='DIGITS', timesteps=14, default_threshold=0.3).double(), 3).eval()
+    x = ternary((2, 1, 8, 8), 5, 1.25, low=0)
+    assert model(x).isfinite().all() and model(x).abs().max() > 0
+    with torch.no_grad():
+        if part == 'weight':
+            model.get_submodule(model.layer_names[1]).weight[0, 0] = math.nan
+        else:  # finite weights whose products are not
+            model.get_submodule(model.layer_names[1]).weight[0] = 1e308
+    assert model(x).isnan().all() and model.curve(x, [8, 14]).isnan().all()
+    assert [bool(train.fault.isnan()) for _, train in model.layers(x)][:2] == [False, True]
 
 
 @pytest.mark.parametrize('architecture, names', [
