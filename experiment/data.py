@@ -379,7 +379,7 @@ def _read(file, prepare):
 
 
 def _rgb(image):
-    """The first frame of a picture that was just opened as RGB: the right way up, and over black where transparent."""
+    """The first frame of a picture that was just opened, as RGB: upright, and over black where it is transparent."""
     import numpy as np
     from PIL import Image
     decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
