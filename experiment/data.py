@@ -5,6 +5,8 @@ import io
 import math
 import os
 import socket
+import warnings
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,9 @@ _TORCHVISION = {
 }
 _EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp', '.tif', '.tiff', '.webp')
 NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
+# EXIF's orientation: what brings such a picture upright, as Pillow names it
+_UPRIGHT = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
+            7: 'TRANSVERSE', 8: 'ROTATE_90'}
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
 
 
@@ -105,7 +110,11 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
     elif name == 'DIGITS':
         train, test, classes = _digits()
     elif name in ('IMAGENET', 'FOLDER'):
-        train, test, classes = _folders(name, root)
+        try:
+            train, test, classes = _folders(name, root)
+        except OSError as error:
+            raise UserError(f'{error.filename}: cannot be read ({error.strerror}); mend or delete it, or say with '
+                            '--data_dir where the pictures are') from error
     else:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
     held_out = _subset(*train, round(validation_fraction * len(train[1])), seed, 'train', from_end=True)
@@ -286,10 +295,46 @@ def _folders(name, root):
 
 
 def _by_class(folder):
-    """{class: its picture files}, both sorted; names that start with a dot are passed over."""
-    return {label: sorted(os.path.join(at, file) for at, _, files in os.walk(folder / label, followlinks=True)
-                          for file in files if file.lower().endswith(_EXTENSIONS) and not file.startswith('.'))
-            for label in sorted(os.listdir(folder)) if (folder / label).is_dir() and not label.startswith('.')}
+    """{class: its picture files}, both sorted; files and folders whose names start with a dot are passed over.
+
+    A folder is walked once, however many links lead to it, and where it lies rather than where a link leads to it. A
+    link to a folder that holds the class folders leads back, and is passed over. A link to a file counts as a file.
+    """
+    set_places = (_real(folder), _real(folder.parent))
+    around = {path for place in set_places for path in (place, *place.parents)}
+    places = {entry.name: _real(entry.path) for entry in _entries(folder) if entry.is_dir()}
+    places = {label: place for label, place in places.items() if place not in around}
+    first = {}
+    for label, place in places.items():
+        if (other := first.setdefault(place, label)) != label:
+            raise UserError(f'{folder}: classes {other} and {label} are one and the same folder; delete a link')
+    walked = around.union(*(place.parents for place in first)) - first.keys()
+    files = {label: [] for label in places}
+    to_walk = deque((label, os.path.join(folder, label)) for label in places)
+    while to_walk:
+        label, at = to_walk.popleft()
+        if (place := _real(at)) in walked:
+            continue
+        walked.add(place)
+        for entry in _entries(at):
+            if entry.is_dir():
+                put = to_walk.append if entry.is_symlink() else to_walk.appendleft  # links are followed last
+                put((label, entry.path))
+            elif entry.name.lower().endswith(_EXTENSIONS):
+                if not entry.is_file():
+                    raise UserError(f'{entry.path}: is no file, or a link to none; mend or delete it')
+                files[label].append(entry.path)
+    return {label: sorted(found) for label, found in files.items()}
+
+
+def _entries(folder):
+    """What a folder holds, sorted by name, but for names that start with a dot."""
+    with os.scandir(folder) as entries:
+        return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
+
+
+def _real(path):
+    return Path(os.path.realpath(path))
 
 
 def _resize(image, size):
@@ -305,8 +350,8 @@ def picture(file, name, input_shape):
     channels, height, width = input_shape
     image = _read(file, _imagenet_test() if name == 'IMAGENET' else partial(_resize, size=height))
     if channels == 1:
-        from torchvision.transforms.functional import rgb_to_grayscale
-        image = rgb_to_grayscale(image)
+        parts = torch.tensor([299, 587, 114])[:, None, None]  # in thousandths, of ITU-R 601: grey stays as it is
+        image = ((parts * image).sum(0, keepdim=True) + 500).div(1000, rounding_mode='floor').to(torch.uint8)
     images, _ = Pictures(image[None], torch.zeros(1, dtype=torch.int64), signed=channels > 1).batch([0])
     return images[0]
 
@@ -321,16 +366,84 @@ def _read(file, prepare):
     import numpy as np
     from PIL import Image
     try:
-        with Image.open(file) as image:
-            if image.mode.startswith('I'):  # 16-bit grey, which Pillow would clip rather than scale
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            if image.mode == 'P':  # by way of RGBA, or Pillow warns of transparency
-                image = image.convert('RGBA')
-            image = image.convert('RGB')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken
+            with Image.open(file) as opened:
+                image = _rgb(opened)
+    except UserError as error:
+        raise UserError(f'{file}: {error}') from error
     except Exception as error:  # Pillow's decoders raise nearly anything
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
     return torch.from_numpy(np.array(prepare(image))).permute(2, 0, 1)
+
+
+def _rgb(image):
+    """The first frame of a picture that was just opened, as RGB: upright, and over black where it is transparent."""
+    import numpy as np
+    from PIL import Image
+    decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    if decoder == 'raw' and tags.get(284) == 2 and 16 in tags.get(258, ()):  # PlanarConfiguration, BitsPerSample
+        raise UserError('holds uncompressed 16-bit colours in separate planes, which Pillow misreads; '
+                        'save it compressed or as an 8-bit picture')
+    image.filename = ''  # or Pillow maps the file into memory, a TIFF that lies on its side with its sides exchanged
+    image.load()
+    upright = _UPRIGHT.get(_orientation(image))
+    key = image.info.get('transparency')
+    if image.mode in ('P', 'PA', 'LA', 'RGBA', 'RGBa'):
+        colours = image.convert('RGBA')
+        image = Image.new('RGB', image.size)
+        image.paste(colours, mask=colours)
+    elif image.mode == 'La':  # grey that is composed over black already
+        image = image.getchannel(0)
+    elif image.mode.startswith('I') or image.mode == 'F':
+        image = _eight_bits(image, key, tags)
+    elif key is not None:  # one colour that is transparent, in the file's own depth
+        if layout in ('L;2', 'L;4'):
+            key *= {'L;2': 85, 'L;4': 17}[layout]
+        elif layout == 'RGB;16B':
+            key = [value // 256 for value in key]
+        values = np.array(image.convert('L') if image.mode == '1' else image)
+        values[(np.atleast_3d(values) == key).all(-1)] = 0
+        image = Image.fromarray(values)
+    if image.mode != 'RGB':
+        image = image.convert('RGB')
+    return image.transpose(Image.Transpose[upright]) if upright else image
+
+
+def _orientation(image):
+    """The EXIF tag of a loaded picture, or None. It is no part of a TIFF any more, which Pillow turns in loading."""
+    try:
+        return image.getexif().get(0x0112)
+    except Exception:  # a damaged block; the picture itself is whole
+        return None
+
+
+def _eight_bits(image, key, tags):
+    """A grey picture of 16 bits, or of floats from 0 to 1, as one of 8 bits, which Pillow would clip rather than scale.
+
+    key: the value that is transparent, or None. tags: a TIFF's. Raises UserError where nothing says which value is
+    white: for signed and 32-bit integers, and for floats beyond 0 to 1, the range that pictures of floats have by
+    convention, and for those that are not numbers.
+    """
+    import numpy as np
+    from PIL import Image
+    values = np.array(image)
+    if image.mode == 'F':
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UserError('holds floats that are not from 0 to 1, so what is white is unknown; '
+                            'save it as an 8- or 16-bit picture')
+        levels = np.rint(values * 255)
+    elif image.mode.startswith('I;16') or image.format in ('PNG', 'PPM'):  # the latter have 16 bits at most
+        if key is not None:
+            values[values == key] = 0
+        levels = values // (16 if tags.get(258) == (12,) else 256)  # BitsPerSample
+    else:
+        raise UserError(f'holds integers of mode {image.mode}, so what is white is unknown; '
+                        'save it as an 8- or 16-bit picture')
+    levels = levels.astype(np.uint8)
+    return Image.fromarray(255 - levels if tags.get(262) == 0 else levels)  # PhotometricInterpretation: white is 0
 
 
 def _read_all(files, prepare, indices):

@@ -1,15 +1,20 @@
+import errno
+import math
 import os
 import pickle
 import signal
 import struct
 import subprocess
 import sys
+import zlib
+from functools import partial
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from experiment import UserError, data
 from experiment.data import crop_and_flip, epoch_loader, load
@@ -198,8 +203,363 @@ def test_folder_takes_any_picture(tmp_path):
     assert train.labels.tolist() == [0, 0, 0, 1, 1]
     # No picture is cropped or flipped in memory; those of one colour keep it through resizing.
     assert [train.images[n].unique().tolist() for n in range(3)] == [[255], [127], [128]]
-    assert all(torch.equal(train.images[n, :, 5, 5], torch.tensor([255, 0, 0], dtype=torch.uint8)) for n in (3, 4))
+    # The last one's red is half transparent, over black.
+    assert [train.images[n, :, 5, 5].tolist() for n in (3, 4)] == [[255, 0, 0], [128, 0, 0]]
     assert torch.equal(test[0][0], torch.tensor([1., -1, -1])[:, None, None].expand(3, 12, 12))
+
+
+def pixels(file):
+    """A picture as the networks get it, in its own size: (H, W, 3)."""
+    return data._read(file, lambda image: image).permute(1, 2, 0)
+
+
+def row(file):
+    """The pixels of a picture of one row; those of grey ones as one number each."""
+    values = pixels(file)
+    assert len(values) == 1
+    return [colour[0] if len(set(colour)) == 1 else tuple(colour) for colour in values[0].tolist()]
+
+
+def refusal(file):
+    """The one line that says why a picture is not read, without the file's name, which it starts with."""
+    with pytest.raises(UserError) as error:
+        data._read(file, lambda image: image)
+    text = str(error.value)
+    assert text.startswith(f'{file}: ') and '\n' not in text
+    return text[len(f'{file}: '):]
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+# What the EXIF standard says of each orientation: the side of the picture at which the stored row 0 is, and column 0.
+STORED = {1: lambda picture: picture,                  # top, left
+          2: lambda picture: picture[:, ::-1],         # top, right
+          3: lambda picture: picture[::-1, ::-1],      # bottom, right
+          4: lambda picture: picture[::-1],            # bottom, left
+          5: lambda picture: picture.T,                # left, top
+          6: lambda picture: picture[:, ::-1].T,       # right, top
+          7: lambda picture: picture[::-1, ::-1].T,    # right, bottom
+          8: lambda picture: picture[::-1].T}          # left, bottom
+
+
+@pytest.mark.parametrize('orientation', STORED)
+@pytest.mark.parametrize('ending, options', [
+    ('jpg', {}), ('png', {}), ('webp', {'lossless': True}), ('tif', {}), ('tif', {'compression': 'tiff_deflate'})])
+def test_pictures_are_turned_upright(tmp_path, ending, options, orientation):
+    upright = np.kron([[10, 60, 110], [160, 200, 240]], np.ones((8, 8))).astype(np.uint8)  # JPEG keeps such blocks
+    file = tmp_path / f'a.{ending}'
+    Image.fromarray(STORED[orientation](upright).copy()).save(file, exif=exif(orientation), **options)
+    found = pixels(file).int().numpy()
+    assert found.shape == (16, 24, 3) and abs(found - upright[:, :, None]).max() <= 2
+
+
+@pytest.mark.parametrize('in_memory', [True, False])
+def test_pictures_are_turned_upright_wherever_they_are_read(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(data, 'IN_MEMORY_BYTES', 0)
+    lying = np.zeros((8, 8, 3), dtype=np.uint8)
+    lying[:, :4] = 255  # white on the left, which orientation 6 turns to the top
+    for place in ('train/a', 'train/b', 'test/a'):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(lying).save(tmp_path / place / '1.png', exif=exif(6))
+    train, test = load('FOLDER', tmp_path, image_size=8)[:2]
+    train.augment = False
+    for image in (train[0][0], test[0][0], data.picture(tmp_path / 'test/a/1.png', 'FOLDER', (3, 8, 8))):
+        assert (image[:, :4] == 1).all() and (image[:, 4:] == -1).all()
+    assert data.picture(tmp_path / 'test/a/1.png', 'MNIST', (1, 8, 8))[0, :, 0].tolist() == [1] * 4 + [0] * 4
+
+
+def test_damaged_exif_does_not_cost_the_picture(tmp_path, recwarn):
+    orientation = struct.pack('<HHIHH', 0x0112, 3, 1, 6, 0)
+    maker = struct.pack('<HHII', 0x010f, 2, 100, 5000)  # a text that lies behind the end of the block
+    lying = Image.fromarray(np.repeat(np.array([[0], [255]], dtype=np.uint8), 2, 1))  # black above white
+    for n, (block, turned) in enumerate([
+            (b'II*\0\x08\0\0\0\x02\0' + maker + orientation, True),  # what can be read holds
+            (b'II*\0\x08\0\0\0\xff\xff' + orientation, True),
+            (b'II*\0\x08\0\0\0\x02\0' + orientation[:5], False),
+            (b'XX*\0\x08\0\0\0\x01\0' + orientation, False), (b'II', False), (b'', False), (b'\xff' * 40, False)]):
+        for ending, options in (('jpg', {}), ('png', {}), ('webp', {'lossless': True})):
+            file = tmp_path / f'{n}.{ending}'
+            lying.resize((16, 16), 0).save(file, exif=b'Exif\0\0' + block, **options)
+            values = pixels(file)[:, :, 0].int()
+            bright = values[:, :8] if turned else values[8:]  # orientation 6 turns the lower half to the left
+            dark = values[:, 8:] if turned else values[:8]
+            assert bright.min() > 250 and dark.max() < 5, (n, ending)
+    text = PngInfo()
+    text.add_text('Raw profile type exif', 'exif\n\n\nno hexadecimal digits')
+    lying.save(tmp_path / 'text.png', pnginfo=text)
+    assert pixels(tmp_path / 'text.png')[:, 0, 0].tolist() == [0, 255]
+    assert not recwarn.list
+
+
+def write_png(path, depth, colour_type, content, transparent=b'', palette=b''):
+    """A PNG of one row, by the standard: content, its row; transparent, its chunk tRNS."""
+    width = len(content) * 8 // depth // {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour_type]
+    chunks = [(b'IHDR', struct.pack('>IIBBBBB', width, 1, depth, colour_type, 0, 0, 0)), (b'PLTE', palette),
+              (b'tRNS', transparent), (b'IDAT', zlib.compress(b'\0' + content)), (b'IEND', b'')]
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+        for name, body in chunks if body or name == b'IEND'))
+    return path
+
+
+RED_GREEN = bytes([255, 0, 0, 0, 255, 0])
+
+
+@pytest.mark.parametrize('depth, colour_type, content, transparent, shown', [
+    (8, 6, bytes([255, 200, 100, 0, 255, 200, 100, 128, 255, 200, 100, 255]), b'',  # 200 * 128 / 255 = 100.4
+     [0, (128, 100, 50), (255, 200, 100)]),
+    (8, 4, bytes([255, 0, 255, 51, 200, 255]), b'', [0, 51, 200]),
+    (16, 4, struct.pack('>4H', 65535, 51 * 257, 65535, 0), b'', [51, 0]),
+    (16, 6, struct.pack('>4H', 65535, 0, 65535, 128 * 257), b'', [(128, 0, 128)]),
+    (8, 3, bytes([0, 1]), b'\0', [0, (0, 255, 0)]),  # an index, as Pillow has it
+    (8, 3, bytes([0, 1]), b'\x80\x33', [(128, 0, 0), (0, 51, 0)]),  # bytes
+    (4, 3, bytes([0x01]), b'\xff\0', [(255, 0, 0), 0]),
+    (8, 0, bytes([200, 201]), b'\0\xc8', [0, 201]),
+    (1, 0, b'\x40', b'\0\1', [0] * 8),
+    (1, 0, b'\x40', b'\0\0', [0, 255, 0, 0, 0, 0, 0, 0]),
+    (2, 0, b'\x1b', b'\0\2', [0, 85, 0, 255]),  # levels 0 to 3; the key is one of these
+    (4, 0, b'\x5f', b'\0\x0f', [85, 0]),
+    (16, 0, struct.pack('>HH', 51400, 51401), struct.pack('>H', 51400), [0, 200]),
+    (8, 2, bytes([255, 0, 9, 255, 0, 8]), struct.pack('>HHH', 255, 0, 9), [0, (255, 0, 8)]),
+    (16, 2, struct.pack('>6H', 65535, 0, 512, 65535, 0, 768), struct.pack('>HHH', 65535, 0, 512), [0, (255, 0, 3)])])
+def test_transparency_is_composed_over_black(tmp_path, recwarn, depth, colour_type, content, transparent, shown):
+    palette = RED_GREEN if colour_type == 3 else b''
+    assert row(write_png(tmp_path / 'a.png', depth, colour_type, content, transparent, palette)) == shown
+    assert not recwarn.list
+
+
+def test_a_white_shape_on_a_transparent_ground(tmp_path):
+    shape = Image.new('RGBA', (32, 32), (255, 255, 255, 0))
+    shape.paste((255, 255, 255, 255), (8, 8, 24, 24))
+    for ending, options in (('png', {}), ('webp', {'lossless': True, 'exact': True}), ('tif', {})):
+        shape.save(tmp_path / f'a.{ending}', **options)
+        values = pixels(tmp_path / f'a.{ending}')
+        assert (values[8:24, 8:24] == 255).all() and values.sum() == 16 * 16 * 3 * 255
+    palette = Image.new('P', (2, 1))
+    palette.putpalette(RED_GREEN)
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / 'a.gif', transparency=0)
+    assert row(tmp_path / 'a.gif') == [0, (0, 255, 0)]
+    with_alpha = Image.new('RGBA', (1, 1), (255, 0, 0, 51)).convert('PA')
+    with_alpha.save(tmp_path / 'palette.tif')
+    assert row(tmp_path / 'palette.tif') == [(51, 0, 0)]
+
+
+def write_tiff(path, bits, content, *, width, photometric=1, form=1, extra=None, planes=1):
+    """A little-endian TIFF of one row, by the standard. form: SampleFormat; extra: ExtraSamples; planes: how many."""
+    tags = {256: (4, [width]), 257: (4, [1]), 258: (3, bits), 259: (3, [1]), 262: (3, [photometric]),
+            273: (4, [0] * planes), 277: (3, [len(bits)]), 278: (4, [1]), 279: (4, [len(content) // planes] * planes),
+            284: (3, [min(planes, 2)]), 339: (3, [form] * len(bits)), **({338: (3, [extra])} if extra else {})}
+    start = 8 + 2 + 12 * len(tags) + 4  # of what is too long for an entry
+
+    def body(strips):
+        entries, long = b'', b''
+        for tag, (kind, values) in sorted({**tags, 273: (4, strips)}.items()):
+            packed = struct.pack('<' + {3: 'H', 4: 'I'}[kind] * len(values), *values)
+            if len(packed) > 4:
+                packed, long = struct.pack('<I', start + len(long)), long + packed
+            entries += struct.pack('<HHI', tag, kind, len(values)) + packed.ljust(4, b'\0')
+        return b'II*\0\x08\0\0\0' + struct.pack('<H', len(tags)) + entries + b'\0' * 4 + long
+
+    begin = len(body([0] * planes))
+    path.write_bytes(body([begin + n * len(content) // planes for n in range(planes)]) + content)
+    return path
+
+
+@pytest.mark.parametrize('bits, content, options, shown', [
+    ([16], struct.pack('<3H', 0, 32768, 65535), {}, [0, 128, 255]),
+    ([16], struct.pack('<3H', 0, 32768, 65535), {'photometric': 0}, [255, 127, 0]),  # white is 0
+    ([12], bytes([0xff, 0xf8, 0x00, 0x01, 0x00]), {}, [255, 128, 1]),  # 4095, 2048, 16
+    ([8], bytes([0, 100, 255]), {'photometric': 0}, [255, 155, 0]),
+    ([32], struct.pack('<3f', 0, 100 / 255, 1), {'form': 3}, [0, 100, 255]),
+    ([32], struct.pack('<3f', 0, 100 / 255, 1), {'form': 3, 'photometric': 0}, [255, 155, 0]),
+    ([8, 8], bytes([100, 128, 0, 0, 9, 255]), {'extra': 1}, [100, 0, 9]),  # multiplied by alpha already
+    ([8, 8], bytes([200, 51, 255, 0, 9, 255]), {'extra': 2}, [40, 0, 9]),
+    ([8] * 4, bytes([100, 0, 0, 100, 0, 0, 0, 0, 9, 8, 7, 255]), {'photometric': 2, 'extra': 1},
+     [(100, 0, 0), 0, (9, 8, 7)]),
+    ([8] * 4, bytes([255, 0, 0, 51, 255, 0, 0, 0, 9, 8, 7, 255]), {'photometric': 2, 'extra': 2},
+     [(51, 0, 0), 0, (9, 8, 7)]),
+    ([16] * 3, struct.pack('<9H', 65535, 0, 512, 0, 0, 0, 255, 256, 257), {'photometric': 2},
+     [(255, 0, 2), 0, (0, 1, 1)]),
+    ([8] * 4, bytes([0, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 255]), {'photometric': 5}, [(255, 0, 0), 255, 0]),  # CMYK
+    ([8] * 3, bytes(range(9)), {'photometric': 2, 'planes': 3}, [(0, 3, 6), (1, 4, 7), (2, 5, 8)])])
+def test_tiff(tmp_path, bits, content, options, shown):
+    assert row(write_tiff(tmp_path / 'a.tif', bits, content, width=3, **options)) == shown
+
+
+def test_lab(tmp_path):
+    red = bytes([136, 80, 67])  # sRGB's red has L* 53.2 of 100, a* 80.1 and b* 67.2
+    file = write_tiff(tmp_path / 'a.tif', [8] * 3, red + bytes([0, 0, 0, 255, 0, 0]), width=3, photometric=8)
+    shown = torch.tensor([[255, 0, 0], [0, 0, 0], [255, 255, 255]])
+    assert (pixels(file)[0].int() - shown).abs().max() <= 12  # levels of 0.4 and 1 are coarse
+
+
+@pytest.mark.parametrize('bits, content, options, reason', [
+    ([32], struct.pack('<2i', 5, 300), {'form': 2}, 'integers of mode I'),
+    ([32], struct.pack('<2I', 0, 2 ** 32 - 1), {}, 'integers of mode I'),
+    ([16], struct.pack('<2h', -5, 300), {'form': 2}, 'integers of mode I'),
+    *[([32], struct.pack('<2f', 0.5, value), {'form': 3}, 'floats that are not from 0 to 1')
+      for value in (-0.1, 1.1, 255, math.nan, math.inf)],
+    ([16] * 3, struct.pack('<6H', *range(6)), {'photometric': 2, 'planes': 3}, '16-bit colours in separate planes')])
+def test_pictures_without_a_known_range_are_refused(tmp_path, bits, content, options, reason):
+    text = refusal(write_tiff(tmp_path / 'a.tif', bits, content, width=2, **options))
+    assert reason in text and 'save it' in text
+
+
+def test_grey_pictures_keep_their_levels(tmp_path):
+    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
+    Image.fromarray(levels.numpy()).save(tmp_path / 'a.png')
+    assert torch.equal(data.picture(tmp_path / 'a.png', 'MNIST', (1, 16, 16)), levels[None] / 255)
+    picture(tmp_path / 'b.png', (255, 0, 0))
+    assert (data.picture(tmp_path / 'b.png', 'MNIST', (1, 16, 16)) == torch.tensor(76.) / 255).all()  # 0.299 * 255
+
+
+@pytest.mark.parametrize('content, shown', [
+    (b'P5 3 1 15\n' + bytes([0, 7, 15]), [0, 119, 255]),  # 7 * 17
+    (b'P5 2 1 1023\n' + struct.pack('>2H', 512, 1023), [128, 255]),
+    (b'P5 3 1 65535\n' + struct.pack('>3H', 255, 32768, 65535), [0, 128, 255]),
+    (b'P2 3 1 1023\n0 512 1023\n', [0, 128, 255]),
+    (b'P6 1 1 65535\n' + struct.pack('>3H', 0, 32896, 65535), [(0, 128, 255)]),
+    (b'P4 8 1\n\x40', [255, 0, 255, 255, 255, 255, 255, 255])])  # where 1 is black
+def test_ppm(tmp_path, content, shown):
+    (tmp_path / 'a.pgm').write_bytes(content)
+    assert row(tmp_path / 'a.pgm') == shown
+
+
+@pytest.mark.parametrize('mode, colour, ending, shown', [
+    ('CMYK', (0, 255, 255, 0), 'jpg', (255, 0, 0)), ('CMYK', (0, 0, 0, 255), 'jpg', (0, 0, 0)),
+    ('YCbCr', (76, 85, 255), 'tif', (255, 0, 0)), ('1', 1, 'bmp', (255, 255, 255)), ('L', 77, 'webp', (77, 77, 77)),
+    ('RGBX', (1, 2, 3, 4), 'tif', (1, 2, 3))])
+def test_colour_spaces(tmp_path, mode, colour, ending, shown):
+    picture(tmp_path / f'a.{ending}', colour, (16, 16), mode)
+    difference = pixels(tmp_path / f'a.{ending}').int() - torch.tensor(shown)
+    assert difference.abs().max() <= 2
+
+
+@pytest.mark.parametrize('ending, options', [
+    ('gif', {}), ('webp', {'lossless': True}), ('png', {}), ('tif', {})])
+def test_the_first_frame_counts(tmp_path, ending, options):
+    first, *others = [Image.new('RGB', (2, 2), colour) for colour in ('red', 'blue', 'lime')]
+    first.save(tmp_path / f'a.{ending}', save_all=True, append_images=others, **options)
+    assert (pixels(tmp_path / f'a.{ending}') == torch.tensor([255, 0, 0])).all()
+
+
+def test_large_pictures(tmp_path, monkeypatch, recwarn):
+    picture(tmp_path / 'a.png', (9, 9, 9), (10, 10))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 60)  # Pillow warns beyond this, and refuses twice as much
+    assert (pixels(tmp_path / 'a.png') == 9).all() and not recwarn.list
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 49)
+    assert 'decompression bomb' in refusal(tmp_path / 'a.png')
+
+
+def loop_folder(root):
+    """Two classes of two pictures to train on and one to test on."""
+    for place in ('train/cat/1', 'train/cat/sub/2', 'train/dog/1', 'train/dog/sub/2', 'test/cat/3', 'test/dog/3'):
+        picture(root / f'{place}.png')
+    return root
+
+
+def names(root, part='train'):
+    """The pictures that FOLDER takes, with their classes."""
+    (train, labels), (test, test_labels), classes = data._folders('FOLDER', root)
+    files, numbers = (train, labels) if part == 'train' else (test, test_labels)
+    return [(classes[number], os.path.relpath(file, root / part)) for file, number in zip(files, numbers.tolist())]
+
+
+WITHOUT_LINKS = [('cat', 'cat/1.png'), ('cat', 'cat/sub/2.png'), ('dog', 'dog/1.png'), ('dog', 'dog/sub/2.png')]
+
+
+def test_hidden_folders_hold_no_pictures(tmp_path):
+    loop_folder(tmp_path)
+    for place in ('cat/.ipynb_checkpoints/1', 'cat/sub/.trash/deeper/2', 'dog/sub/.a', 'dog/._1', '.git/3'):
+        picture(tmp_path / 'train' / f'{place}.png')
+    (tmp_path / 'train/cat/sub/.broken.png').symlink_to('nowhere')
+    assert names(tmp_path) == WITHOUT_LINKS
+
+
+@pytest.mark.parametrize('links', [
+    {'dog/loop': '.'}, {'dog/loop': '..'}, {'dog/loop': '../..'}, {'dog/sub/loop': '..'},
+    {'dog/sub/loop': '../../..'}, {'dog/again': 'sub'}, {'dog/a': 'sub', 'dog/b': 'sub'},
+    {'cat/dog': '../dog', 'dog/cat': '../cat'}, {'cat/a': '../dog/sub'}, {'loop': '.'}, {'loop': '..'}])
+def test_links_that_lead_back(tmp_path, links):
+    loop_folder(tmp_path)
+    for link, target in links.items():
+        (tmp_path / 'train' / link).symlink_to(target)
+    assert names(tmp_path) == WITHOUT_LINKS
+
+
+def test_links_that_lead_elsewhere(tmp_path):
+    root = loop_folder(tmp_path / 'set')
+    picture(tmp_path / 'store/one/4.png')
+    picture(tmp_path / 'store/two/5.JPG')
+    picture(tmp_path / 'eels/eel/6.png')
+    picture(tmp_path / 'eels/other/7.png')
+    (tmp_path / 'store/one/loop').symlink_to('..')
+    (tmp_path / 'eels/eel/up').symlink_to('..')  # to what holds a class; other/ is none of it
+    (root / 'train/cat/one').symlink_to(tmp_path / 'store/one')
+    (root / 'train/cat/single.png').symlink_to(tmp_path / 'store/two/5.JPG')
+    (root / 'train/dog/store').symlink_to('../../../store')
+    (root / 'train/eel').symlink_to(tmp_path / 'eels/eel')
+    # store/two by way of dog/store, which was there before cat/one/loop; store/one counts once
+    assert names(root) == [('cat', 'cat/1.png'), ('cat', 'cat/one/4.png'), ('cat', 'cat/single.png'),
+                           ('cat', 'cat/sub/2.png'), ('dog', 'dog/1.png'), ('dog', 'dog/store/two/5.JPG'),
+                           ('dog', 'dog/sub/2.png'), ('eel', 'eel/6.png')]
+    assert names(root, 'test') == [('cat', 'cat/3.png'), ('dog', 'dog/3.png')]
+
+
+def test_a_test_folder_that_is_a_link(tmp_path):
+    loop_folder(tmp_path)
+    (tmp_path / 'test').rename(tmp_path / 'unused')
+    (tmp_path / 'test').symlink_to('train')
+    assert names(tmp_path, 'test') == names(tmp_path) == WITHOUT_LINKS
+
+
+def test_links_that_are_refused(tmp_path):
+    loop_folder(tmp_path)
+    (tmp_path / 'train/fox').symlink_to('dog')
+    assert 'classes dog and fox are one and the same folder' in message('FOLDER', tmp_path)
+    (tmp_path / 'train/fox').unlink()
+    (tmp_path / 'train/dog/notes').symlink_to('nowhere')  # no picture, so nothing is missed
+    assert len(load('FOLDER', tmp_path).train) == 4
+    (tmp_path / 'train/dog/9.png').symlink_to('nowhere')
+    assert message('FOLDER', tmp_path).startswith(f'{tmp_path}/train/dog/9.png: is no file, or a link to none')
+    (tmp_path / 'train/dog/9.png').unlink()
+    os.mkfifo(tmp_path / 'train/dog/9.png')  # reading which would wait for ever
+    assert message('FOLDER', tmp_path).startswith(f'{tmp_path}/train/dog/9.png: is no file')
+    (tmp_path / 'train/dog/9.png').unlink()
+    (tmp_path / 'train/dog/9.png').symlink_to('9.png')
+    assert message('FOLDER', tmp_path).startswith(f'{tmp_path}/train/dog/9.png: cannot be read (Too many levels')
+
+
+@pytest.mark.parametrize('place', ['train', 'train/dog', 'train/dog/sub', 'test/cat'])
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, place):
+    loop_folder(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path='.'):  # as it is for all but root
+        if os.path.realpath(path) == str(tmp_path / place):
+            raise PermissionError(errno.EACCES, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    assert message('FOLDER', tmp_path).startswith(f'{tmp_path / place}: cannot be read (Permission denied)')
+
+
+def test_names_of_any_kind(tmp_path):
+    root = loop_folder(tmp_path)
+    (root / 'train/cat/1.png').rename(root / 'train/cat/1.PNG')
+    (root / 'train/cat/sub').rename(root / 'train/cat/sub.jpg')
+    odd = os.fsdecode(b'\xe9.png')  # no UTF-8
+    (root / 'train/dog/1.png').rename(root / 'train/dog' / odd)
+    assert names(root) == [('cat', 'cat/1.PNG'), ('cat', 'cat/sub.jpg/2.png'), ('dog', 'dog/sub/2.png'),
+                           ('dog', f'dog/{odd}')]
+    (root / 'train/dog' / odd).write_bytes(b'')
+    assert message('FOLDER', root).startswith(f'{root}/train/dog/{odd}: not a picture')
 
 
 def test_folder_labels_go_by_name(tmp_path):
@@ -276,6 +636,17 @@ def test_pictures_are_decoded_by_as_many_processes_as_asked_for(tmp_path, worker
         return image.point(lambda value: 0 if torch.utils.data.get_worker_info() is None else 1)
     images = data._decode([tmp_path / 'a.png'] * 2001, prepare, 2, workers)
     assert images.shape == (2001, 3, 2, 2) and (images == workers).all()
+
+
+def test_processes_decode_as_one_does(tmp_path):
+    files = [write_png(tmp_path / 'a.png', 16, 0, struct.pack('>4H', 0, 300, 40000, 65535)),
+             write_png(tmp_path / 'b.png', 8, 6, bytes(range(64)))]
+    noise(tmp_path / 'c.jpg', (30, 20))
+    Image.open(tmp_path / 'c.jpg').save(tmp_path / 'd.jpg', exif=exif(6))
+    files += [tmp_path / 'c.jpg', tmp_path / 'd.jpg']
+    resize = partial(data._resize, size=8)
+    one, two = (data._decode(files * 501, resize, 8, workers) for workers in (0, 2))
+    assert torch.equal(one, two) and torch.equal(one[:4], data._read_all(files, resize, range(4)))
 
 
 class Deadly(torch.utils.data.Dataset):
