@@ -4,9 +4,11 @@ import importlib
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
 _HOMES = {
-    'LinearSpike': 'neuron', 'PoissonGenerator': 'neuron', 'STDB': 'neuron', 'VGG': 'vgg',
-    'VGG_SNN_STDB': 'vgg_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet', 'ResNet20': 'resnet',
-    'ResNet34': 'resnet', 'RESNET_SNN_STDB': 'resnet_spiking', 'find_thresholds': 'conversion'}
+    'LIFParameters': 'lif', 'LayerRecord': 'spiking_network', 'LinearSpike': 'surrogate',
+    'PoissonGenerator': 'encoding', 'QCFS': 'qcfs',
+    'RESNET_SNN_STDB': 'resnet_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet',
+    'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'surrogate', 'VGG': 'vgg', 'VGG_SNN_STDB': 'vgg_spiking',
+    'convert': 'conversion', 'copy_weights': 'conversion', 'find_thresholds': 'threshold_balancing'}
 
 __all__ = ['ARCHITECTURES', 'INPUT_SHAPES', *_HOMES]
 

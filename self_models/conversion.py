@@ -1,243 +1,117 @@
-"""ANN to SNN: threshold balancing (Rathi et al. 2020, algorithm 1; Diehl et al. 2016)."""
+"""From an ANN to a spiking network: copying its weights, folding batch norm, putting QCFS bounds to thresholds."""
 import math
-import tempfile
-from functools import partial
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from torch import nn
 
-from self_models import neuron as lif
-from self_models.spiking import CHUNK_BYTES, Branch, SpikeTrain, currents, flatten, prepare
+from self_models.layers import Scale
+from self_models.qcfs import QCFS
+from self_models.resnet import ResNet
+from self_models.resnet_spiking import RESNET_SNN_STDB
+from self_models.spiking_network import SpikingNetwork
+from self_models.threshold_balancing import DeadLayerError, find_thresholds
+from self_models.vgg import VGG
+from self_models.vgg_spiking import VGG_SNN_STDB
 
-BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
-SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
-BINS = 2 ** 16  # of the histogram that a percentile is read from
+__all__ = ['DeadLayerError', 'convert', 'copy_weights', 'find_thresholds', 'is_quantized']
+
+# with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
+QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
 
 
-class DeadLayerError(ValueError):
-    """A layer whose input does not exceed 0, so that no threshold can be found for it."""
+def is_quantized(ann: nn.Module) -> bool:
+    """Whether an ANN's activations are QCFS."""
+    return any(isinstance(module, QCFS) for module in ann.modules())
 
 
-class SpikeStore:
-    """The spikes of a layer at `steps` steps, `size` neurons, as bits: in memory while few, else in a temporary file.
+def has_batch_norm(ann: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
 
-    They are written and read by groups of samples (slices), a few steps at a time.
+
+def convert(ann: VGG | ResNet, timesteps: int, **options) -> SpikingNetwork:
+    """The spiking network of an ANN whose activations are QCFS, ready to run: nothing is left to be balanced.
+
+    Its output over `timesteps` steps, divided by them, stands for the ANN's logits; at T = 1 and levels 1 it equals
+    them. Batch norm is folded in its running statistics. options: of VGG_SNN_STDB or RESNET_SNN_STDB, in place of
+    direct input, delay 0, initial potential 1/2 and leak 1.
+
+    Raises ValueError for an ANN without QCFS, whose thresholds are to be balanced (find_thresholds), and where a bound
+    or a batch norm is not finite or not above 0. Source: Bu et al., ICLR 2022.
     """
-
-    def __init__(self, steps, size):
-        self.file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
-        self.steps, self.size, self.row = steps, size, -(-size // 8)
-        self.spiked = False
-
-    def _seek(self, group, first):
-        self.file.seek((group.start * self.steps + (group.stop - group.start) * first) * self.row)
-
-    def write(self, group, first, spikes):
-        """spikes: (m, b, size) bool, of steps first ... first + m - 1."""
-        self.spiked = self.spiked or bool(spikes.any())
-        self._seek(group, first)
-        if spikes.is_cuda:  # pack before the copy, which is the slow part
-            padded = F.pad(spikes.view(torch.uint8), (0, 8 * self.row - self.size))
-            bits = (padded.unflatten(-1, (-1, 8)) << _shifts(spikes.device)).sum(-1, dtype=torch.uint8).cpu().numpy()
-        else:
-            bits = np.packbits(spikes.numpy(), axis=-1)
-        self.file.write(bits.data)
-
-    def read(self, group, first, stop, device):
-        """(m, b, size) bool on `device`."""
-        self._seek(group, first)
-        shape = (stop - first, group.stop - group.start, self.row)
-        bits = np.frombuffer(self.file.read(math.prod(shape)), np.uint8).reshape(shape)
-        if device.type == 'cuda':
-            bits = torch.from_numpy(bits.copy()).to(device)
-            return (bits.unsqueeze(-1) >> _shifts(device) & 1).flatten(-2)[..., :self.size].bool()
-        return torch.from_numpy(np.unpackbits(bits, axis=-1, count=self.size)).view(torch.bool)
-
-
-def _shifts(device):
-    """Of the bits in a byte, the first one highest, as in numpy.packbits."""
-    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)
+    if not is_quantized(ann):
+        raise ValueError('an ANN without QCFS has no bounds to take thresholds from: build the spiking network, copy '
+                         'the weights with copy_weights and balance the thresholds with find_thresholds')
+    kind = VGG_SNN_STDB if isinstance(ann, VGG) else RESNET_SNN_STDB
+    weight = next(ann.parameters())
+    snn = kind(**ann.layout, timesteps=timesteps, bias=has_batch_norm(ann), **{**QUANTIZED, **options})
+    snn.to(weight.device, weight.dtype).train(ann.training)
+    copy_weights(ann, snn)
+    return snn
 
 
 @torch.no_grad()
-def find_thresholds(model, images, timesteps, progress=False, percentile=100):
-    """Balance the thresholds of a spiking network, layer after layer; returns them, a list of floats.
+def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
+    """Copy an ANN's weights into the spiking network of its layout, batch norm folded.
 
-    A layer's threshold is the maximum over images, units and steps of its input current W s, with the layers before
-    it spiking at the thresholds already found, at leak 1 and without dropout; or, less at the mercy of outliers, a
-    percentile of those currents (as Rueckauer et al. 2017 take one of activations). Of a ResNet only the pre-process
-    layers are balanced.
-
-    model: VGG_SNN_STDB or RESNET_SNN_STDB; it is left at the thresholds found, else as it was.
-    images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
-    percentile: in (0, 100], where 100 is the maximum; found to 1 / 32768 of that, and in twice its time.
-    Raises DeadLayerError, a ValueError, for a layer whose threshold would not exceed 0 or is not finite, and ValueError
-    for timesteps < 1, a percentile out of range and images that are no floats of that shape.
-
-    Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
-    spikes wait for the next layer as bits, in a temporary file where they are many (B T N / 8 bytes).
+    Of QCFS activations the bounds become thresholds; as spikes are 0 or 1, a bound also goes into the weights of the
+    next synapse, of a plain identity into its Scale. Raises ValueError as `convert` does.
     """
-    if images.dim() != 4 or not len(images) or not images.is_floating_point():
-        raise ValueError(f'images must be floats of shape (B, C, H, W) with B of 1 or more, not {tuple(images.shape)} '
-                         f'of {images.dtype}')
-    if not 0 < percentile <= 100:
-        raise ValueError(f'percentile must be above 0 and at most 100, not {percentile}')
-    before = model.timesteps, model.leak
-    model.network_update(timesteps, 1.0)
-    try:
-        thresholds = _balance_all(model, images, timesteps, percentile, progress)
-    finally:
-        model.network_update(*before)
-    model.threshold_update(1.0, thresholds)
-    return thresholds
+    thresholds, last = [], None
+
+    def fold(source, norm, target, height):
+        # gamma (W x - mean) / sqrt(var + eps) + beta
+        factor, shift = torch.ones_like(source.weight[:, :1].flatten(1)[:, 0]), None
+        if norm is not None:
+            check_norm(norm)
+            factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+            shift = norm.bias - norm.running_mean * factor
+        target.weight.copy_(source.weight * factor.view(-1, *[1] * (source.weight.dim() - 1)) * height)
+        if shift is not None:
+            target.bias.copy_(shift)
+
+    def height_of(activation):
+        if not isinstance(activation, QCFS):
+            return 1.0
+        bound = activation.bound.item()
+        if not 0 < bound < math.inf:
+            raise ValueError(f'a QCFS bound must be finite and above 0, not {bound}')
+        thresholds.append(bound)
+        return bound
+
+    def chain(sources, targets, height):
+        """Fold the synapses of two chains of modules; returns the height of the last spikes."""
+        targets = [module for module in targets if isinstance(module, (nn.Conv2d, nn.Linear))]
+        sources = list(sources)
+        for i, module in enumerate(sources):
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                following = sources[i + 1] if i + 1 < len(sources) else None
+                norm = following if isinstance(following, nn.modules.batchnorm._BatchNorm) else None
+                fold(module, norm, targets.pop(0), height)
+            elif isinstance(module, (nn.ReLU, QCFS)):
+                height = height_of(module)
+        return height
+
+    if isinstance(ann, VGG):
+        chain([*ann.features, *ann.classifier], [*snn.features, *snn.classifier], 1.0)
+    else:
+        last = chain(ann.pre_process, snn.pre_process, 1.0)
+        for stage in ('layer1', 'layer2', 'layer3', 'layer4'):
+            for source, target in zip(getattr(ann, stage), getattr(snn, stage), strict=True):
+                chain(source.residual, target.residual, last)
+                chain(source.identity, target.identity, last)
+                for module in target.identity:
+                    if isinstance(module, Scale):
+                        module.factor.fill_(last)
+                last = height_of(source.activation)
+        chain(ann.classifier, snn.classifier, last)
+    if thresholds:
+        snn.threshold_update(1.0, thresholds)
 
 
-def _balance_all(model, images, timesteps, percentile, progress):
-    """The thresholds, one layer after another; find_thresholds without its care for the model."""
-    # a group is what runs again at the least (see balance); the steps make up the batch
-    train = SpikeTrain(None, tuple(images.shape[1:]), 0)
-    fitting = BLOCK_BYTES // 2 // (model.largest_convolution(train) * images.itemsize)
-    size = max(1, min(16, len(images) // 8, fitting))
-    groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
-    stages = model.balanced_stages()
-    # of the input only the bits are stored; a pixel's sign is the mask of its train
-    store = SpikeStore(timesteps, images[0].numel())
-    for group in groups:
-        for t in range(timesteps):
-            store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
-    thresholds = []
-    with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
-          torch.autocast(stages[0][0].weight.device.type, enabled=False)):
-        for index, (synapse, _, pools) in enumerate(stages):
-            source = partial(current_source, store, train, images if index == 0 else None, synapse)
-            shape = Branch(train, synapse).output_shape()
-            output = SpikeStore(store.steps - 1, math.prod(shape)) if index + 1 < len(stages) else None
-            memory = max(CHUNK_BYTES[synapse.weight.device.type], min(synapse.weight.nbytes, BLOCK_BYTES))
-            block = max(1, memory // (size * synapse.weight.itemsize * (math.prod(train.shape) + math.prod(shape))))
-            blocks = [(i, min(i + block, store.steps)) for i in range(0, store.steps, block)]
-            threshold = balance(source, groups, blocks, shape[0], model.neuron(index), percentile, output, bar)
-            if not 0 < threshold < math.inf:
-                if not store.spiked:
-                    why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, '
-                           'or train the ANN further')
-                elif percentile == 100 or threshold:
-                    why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
-                else:
-                    why = (f'has an input whose {percentile}th percentile is not above 0, so no threshold can be '
-                           'found: take a higher percentile, or train the ANN further')
-                raise DeadLayerError(f'{model.layer_names[index]} {why}')
-            thresholds.append(threshold)
-            store, train = output, SpikeTrain(None, shape, 0, pools=pools)
-    return thresholds
-
-
-def current_source(store, train, images, synapse, channels=slice(None)):
-    """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`.
-
-    images: (B, C, H, W) whose signs these spikes have, or None. channels: indices of the output channels that are
-    wanted; all of them unless given.
-    """
-    dtype, device = synapse.weight.dtype, synapse.weight.device
-    weight = prepare(synapse.weight[channels], dtype)
-
-    def current(group, first, stop):
-        fired = store.read(group, first, stop, device)
-        mask = None if images is None else flatten(images[group].sign(), 1)[0].to(device, dtype)
-        part = SpikeTrain(fired, train.shape, 0, mask=mask, pools=train.pools)
-        return currents([Branch(part, synapse)], [weight], slice(None), dtype, dtype)
-
-    return current
-
-
-def balance(source, groups, blocks, channels, neuron, percentile, output, bar):
-    """The largest of the currents over all groups and blocks of steps, or a percentile of them; `output` is given the
-    spikes at that threshold.
-
-    source: current_source, but for its argument `channels`, of which the layer has so many.
-
-    Spikes need the threshold, and the threshold needs every current. So that currents need not be found twice, spikes
-    are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. It seldom
-    grows, as it starts from that of the few channels that look largest, which cost little to run through first.
-    """
-    if not blocks:  # the delays of the layers before have used up every step
-        return 0.0
-    current = source()
-
-    def run(group, threshold):
-        at_start, state = threshold, None
-        for first, stop in blocks:
-            step_currents = current(group, first, stop)
-            if percentile == 100:
-                largest = step_currents.max().item()
-                if math.isnan(largest):
-                    return math.inf
-                threshold = max(threshold, largest)
-            if output is not None and threshold == at_start:
-                fired = torch.empty_like(step_currents, dtype=torch.bool)
-                state = lif.integrate(step_currents.flatten(1), fired.flatten(1),
-                                      neuron._replace(threshold=threshold), state)
-                output.write(group, first, fired[:output.steps - first])
-        return threshold
-
-    if percentile < 100:
-        threshold = current_percentile(current, groups, blocks, percentile, bar)
-        if output is not None and 0 < threshold < math.inf:
-            for group in groups:
-                run(group, threshold)
-        return threshold
-    threshold, last_growth = 0.0, 0
-    if output is not None:
-        threshold = likely_threshold(source, current, groups, blocks, channels)
-    for number, group in enumerate(groups):
-        before, threshold = threshold, run(group, threshold)
-        if threshold > before:
-            last_growth = number + 1
-        bar.update()
-    if output is not None and 0 < threshold < math.inf:
-        for group in groups[:last_growth]:
-            run(group, threshold)
-    return threshold
-
-
-def current_percentile(current, groups, blocks, percentile, bar):
-    """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 where it is not above 0."""
-    counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
-    for group in groups:
-        for block in blocks:
-            values = current(group, *block).flatten()
-            largest = values.max().item()
-            if not math.isfinite(largest):
-                return math.inf
-            top = top or max(0.0, largest)
-            while top < largest:
-                top *= 2
-                counts = torch.cat([counts.view(-1, 2).sum(1), counts.new_zeros(BINS // 2)])
-            if top:
-                for part in values.split(2 ** 24):  # up to which float32 counts exactly
-                    counts += torch.histc(part, BINS, 0, top).cpu()
-            total += len(values)
-        bar.update()
-    # of n values in ascending order the 1 + round(p (n - 1))th
-    above = total - 1 - round(percentile / 100 * (total - 1))
-    index = int((counts.flip(0).cumsum(0).flip(0) > above).sum()) - 1  # the last bin with more than that from it on
-    return (index + 1) / BINS * top if index > 0 else 0.0
-
-
-def likely_threshold(source, current, groups, blocks, channels):
-    """A current of the layer that is likely its largest, 0 or more.
-
-    It is where the eighth of the channels that is the largest in the last few steps has its own largest current.
-    """
-    steps = blocks[-1][1]
-    few = max(1, steps // 16)
-    late = [(max(i, steps - few), stop) for i, stop in blocks if stop > steps - few]
-    # currents are stored channels-last: (m, b, H * W * C); of each step the largest, as one outlier says little
-    largest = sum(current(group, i, stop).view(stop - i, -1, channels).amax(1).sum(0)
-                  for group in groups for i, stop in late)
-    narrow = source(largest.topk(-(-channels // 8)).indices)
-    _, group, block = max(((narrow(group, *block).max().item(), group, block) for group in groups for block in blocks),
-                          key=lambda found: found[0])
-    # found by the same product as later on: another one's last bit may differ
-    return max(0.0, current(group, *block).max().item())
+def check_norm(norm):
+    if not (norm.track_running_stats and norm.running_var is not None):
+        raise ValueError('a batch norm has no running statistics to fold')
+    for what in ('weight', 'bias', 'running_mean', 'running_var'):
+        values = getattr(norm, what)
+        if not values.isfinite().all() or what == 'running_var' and values.min() < 0:
+            raise ValueError(f'the {what} of a batch norm is not finite or, of a variance, below 0')

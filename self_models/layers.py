@@ -1,9 +1,11 @@
 """The modules of VGG and ResNet, built from the table in architectures.py, that ANN and SNN share.
 
-They carry no bias and no batch norm: an LIF layer has neither, so the weights can be copied as they are.
+As published they carry no bias and no batch norm, so that the weights can be copied as they are. An ANN may have batch
+norm, which conversion folds into weights and biases, so an SNN may have biases.
 """
 import math
 
+import torch
 from torch import nn
 
 from self_models.architectures import (
@@ -15,19 +17,61 @@ from self_models.architectures import (
     VGG_LAYOUTS,
     input_shape_of,
 )
+from self_models.qcfs import QCFS
+
+ACTIVATIONS = ('ReLU', 'QCFS')
 
 
-def conv(inputs, outputs, kernel_size, stride=1):
-    """A convolution without bias that, at stride 1 and an odd kernel, keeps height and width."""
-    return nn.Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=False)
+class Scale(nn.Module):
+    """A factor () that conversion sets: of a plain identity, whose spikes stand for a layer's bound, not for 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('factor', torch.ones(()))
+
+    def forward(self, x):
+        """x of any shape -> the same shape and type."""
+        return x * self.factor.to(x.dtype)
 
 
-def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None):
-    """(features, classifier): the two nn.Sequential of a VGG.
+class Parts:
+    """What the layers of a network are made of.
+
+    bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`. batch_norm: behind every
+    convolution and linear layer but the last. Raises ValueError for another activation.
+    """
+
+    def __init__(self, bias=False, activation='ReLU', levels=8, batch_norm=False):
+        if activation not in ACTIVATIONS:
+            raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
+        self.bias, self.levels, self.batch_norm = bias, levels, batch_norm
+        self.quantized = activation == 'QCFS'
+
+    def activation(self):
+        return QCFS(self.levels) if self.quantized else nn.ReLU()
+
+    def conv(self, inputs, outputs, kernel_size, stride=1):
+        """[a convolution that, at stride 1 and an odd kernel, keeps height and width, and its batch norm if any]"""
+        layer = conv(inputs, outputs, kernel_size, stride, self.bias)
+        return [layer, nn.BatchNorm2d(outputs)] if self.batch_norm else [layer]
+
+    def linear(self, inputs, outputs):
+        layer = nn.Linear(inputs, outputs, bias=self.bias)
+        return [layer, nn.BatchNorm1d(outputs)] if self.batch_norm else [layer]
+
+
+def conv(inputs, outputs, kernel_size, stride=1, bias=False):
+    """A convolution that, at stride 1 and an odd kernel, keeps height and width."""
+    return nn.Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=bias)
+
+
+def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None, **parts):
+    """(features, classifier): the two nn.Sequential of a VGG. parts: of Parts.
 
     A dropout that would stand directly before a pool is left out (Rathi et al., published code).
     Raises ValueError for an unknown name and for images too small for the network's pools.
     """
+    parts = Parts(**parts)
     if vgg_name not in VGG_LAYOUTS:
         raise ValueError(f'unknown architecture {vgg_name!r}: choose one of {", ".join(VGG_LAYOUTS)}')
     channels, height, width = input_shape_of(dataset, input_shape)
@@ -47,38 +91,44 @@ def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None
             layers.append(nn.AvgPool2d(2))
             height, width = height // 2, width // 2
         else:
-            layers += [conv(channels, item, kernel_size), nn.ReLU(), nn.Dropout(dropout)]
+            layers += [*parts.conv(channels, item, kernel_size), parts.activation(), nn.Dropout(dropout)]
             channels = item
             height, width = (size + 2 * ((kernel_size - 1) // 2) - kernel_size + 1 for size in (height, width))
     hidden = VGG11_CIFAR100_HIDDEN if on_cifar100 else VGG_HIDDEN
     classifier = nn.Sequential(
-        nn.Linear(channels * height * width, hidden, bias=False), nn.ReLU(), nn.Dropout(0.5),
-        nn.Linear(hidden, hidden, bias=False), nn.ReLU(), nn.Dropout(0.5),
-        nn.Linear(hidden, labels, bias=False))
+        *parts.linear(channels * height * width, hidden), parts.activation(), nn.Dropout(0.5),
+        *parts.linear(hidden, hidden), parts.activation(), nn.Dropout(0.5),
+        nn.Linear(hidden, labels, bias=parts.bias))
     return nn.Sequential(*layers), classifier
 
 
 class BasicBlock(nn.Module):
-    """conv-ReLU-dropout-conv plus identity, then ReLU. In an SNN the two ReLUs are LIF layers."""
+    """conv-ReLU-dropout-conv plus identity, then ReLU. In an SNN the two ReLUs are LIF layers. parts: Parts."""
 
-    def __init__(self, inputs, outputs, stride, dropout):
+    def __init__(self, inputs, outputs, stride, dropout, parts):
         super().__init__()
         self.residual = nn.Sequential(
-            conv(inputs, outputs, 3, stride), nn.ReLU(), nn.Dropout(dropout), conv(outputs, outputs, 3))
-        changes = stride != 1 or inputs != outputs
-        self.identity = nn.Sequential(*[conv(inputs, outputs, 1, stride)] if changes else [])
+            *parts.conv(inputs, outputs, 3, stride), parts.activation(), nn.Dropout(dropout),
+            *parts.conv(outputs, outputs, 3))
+        if stride != 1 or inputs != outputs:
+            identity = parts.conv(inputs, outputs, 1, stride)
+        else:
+            identity = [Scale()] if parts.bias else []
+        self.identity, self.activation = nn.Sequential(*identity), parts.activation()
 
     def forward(self, x):
-        return (self.residual(x) + self.identity(x)).relu()
+        return self.activation(self.residual(x) + self.identity(x))
 
 
-def resnet_layers(resnet_name, labels, dataset, dropout, input_shape=None):
-    """[pre_process, layer1, layer2, layer3, layer4, final_pool, classifier] of a ResNet, each an nn.Module.
+def resnet_layers(resnet_name, labels, dataset, dropout, input_shape=None, **parts):
+    """[pre_process, layer1, layer2, layer3, layer4, final_pool, classifier] of a ResNet, each an nn.Module. parts: of
+    Parts.
 
     Raises ValueError for an unknown name and for images under 2x2 pixels.
     """
     if resnet_name not in RESNET_BLOCKS:
         raise ValueError(f'unknown architecture {resnet_name!r}: choose one of {", ".join(RESNET_BLOCKS)}')
+    parts = Parts(**parts)
     channels, height, width = input_shape_of(dataset, input_shape)
     large = min(height, width) >= 224
     if large:
@@ -86,28 +136,31 @@ def resnet_layers(resnet_name, labels, dataset, dropout, input_shape=None):
     if min(height, width) < 2:
         raise ValueError(f'{resnet_name} needs images of 2x2 pixels or more, not {height}x{width}')
     pre_process = nn.Sequential(
-        conv(channels, 64, 3, 2 if large else 1), nn.ReLU(), nn.Dropout(dropout),
-        conv(64, 64, 3), nn.ReLU(), nn.Dropout(dropout),
-        conv(64, 64, 3), nn.ReLU(), nn.AvgPool2d(2))
+        *parts.conv(channels, 64, 3, 2 if large else 1), parts.activation(), nn.Dropout(dropout),
+        *parts.conv(64, 64, 3), parts.activation(), nn.Dropout(dropout),
+        *parts.conv(64, 64, 3), parts.activation(), nn.AvgPool2d(2))
     channels, height, width = 64, height // 2, width // 2
     stages = []
     for (outputs, stride), count in zip(RESNET_STAGES, RESNET_BLOCKS[resnet_name], strict=True):
         blocks = []
         for i in range(count):
-            blocks.append(BasicBlock(channels, outputs, stride if i == 0 else 1, dropout))
+            blocks.append(BasicBlock(channels, outputs, stride if i == 0 else 1, dropout, parts))
             channels = outputs
         if blocks:
             height, width = -(-height // stride), -(-width // stride)
         stages.append(nn.Sequential(*blocks))
     final_pool = nn.AdaptiveAvgPool2d(2) if large else nn.Identity()
     height, width = (2, 2) if large else (height, width)
-    return [pre_process, *stages, final_pool, nn.Sequential(nn.Linear(channels * height * width, labels, bias=False))]
+    classifier = nn.Sequential(nn.Linear(channels * height * width, labels, bias=parts.bias))
+    return [pre_process, *stages, final_pool, classifier]
 
 
 def initialize(model):
-    """Conv2d N(0, sqrt(2 / (k^2 C_out))), Linear N(0, 0.01), as in the published code."""
+    """Conv2d N(0, sqrt(2 / (k^2 C_out))), Linear N(0, 0.01), as in the published code; biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, 0, math.sqrt(2 / (math.prod(module.kernel_size) * module.out_channels)))
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, 0, 0.01)
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)

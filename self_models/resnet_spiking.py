@@ -1,6 +1,7 @@
 """ResNet as a spiking network."""
 from self_models.layers import resnet_layers
-from self_models.spiking import Branch, SpikingNetwork, lif_layer, stages_of
+from self_models.lif_layer import SynapticInput, lif_layer
+from self_models.spiking_network import SpikingNetwork, stages_of
 
 
 class RESNET_SNN_STDB(SpikingNetwork):
@@ -9,16 +10,19 @@ class RESNET_SNN_STDB(SpikingNetwork):
     resnet_name, labels, dataset, input_shape: as for ResNet, as are the parameters' names, so that its state_dict
     fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T; leak in (0, 1];
     default_threshold: of every LIF layer until threshold_update, of those in blocks thereafter. dropout: one mask a
-    sample, held over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. Raises ValueError for values
-    that make no network.
+    sample, held over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. bias: biases in every layer,
+    and a factor in every plain identity, as an ANN with batch norm needs them once that is folded. encoding, delay,
+    initial_potential, learn_threshold, learn_leak: as for SpikingNetwork. Raises ValueError for values that make no
+    network.
     """
 
     def __init__(self, resnet_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
                  alpha=0.3, beta=0.01, dropout=0.2, dataset='CIFAR10', gamma=0.3, input_shape=None,
-                 backend='torch'):
-        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=0.9)
+                 backend='torch', bias=False, **options):
+        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=0.9,
+                         **options)
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
-         self.classifier) = resnet_layers(resnet_name, labels, dataset, dropout, input_shape)
+         self.classifier) = resnet_layers(resnet_name, labels, dataset, dropout, input_shape, bias=bias)
         blocks = [f'{name}.{i}' for name in ('layer1', 'layer2', 'layer3', 'layer4')
                   for i in range(len(getattr(self, name)))]
         pre_process = [f'pre_process.{i}' for i in (0, 3, 6)]
@@ -34,14 +38,14 @@ class RESNET_SNN_STDB(SpikingNetwork):
         index = self.balanced
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
             conv1, _, dropout, conv2 = block.residual
-            branches = [Branch(train, conv1)]
-            inner = lif_layer(branches, self.neuron(index), dropout)
-            yield branches, inner
-            branches = [Branch(train, *block.identity), Branch(inner, conv2)]
-            train = lif_layer(branches, self.neuron(index + 1))
-            yield branches, train
+            inputs = [SynapticInput(train, conv1)]
+            inner = lif_layer(inputs, self.lif_parameters(index), dropout)
+            yield inputs, inner
+            inputs = [SynapticInput(train, *block.identity), SynapticInput(inner, conv2)]
+            train = lif_layer(inputs, self.lif_parameters(index + 1))
+            yield inputs, train
             index += 2
         return train
 
-    def readout(self, counts):
-        return super().readout(self.final_pool(counts))
+    def readout(self, counts, steps):
+        return super().readout(self.final_pool(counts), steps)

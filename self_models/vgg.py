@@ -8,12 +8,17 @@ class VGG(nn.Module):
     """A bias-free VGG with average pooling (Rathi et al. 2020, section 3).
 
     vgg_name: a key of architectures.VGG_LAYOUTS. labels: number of classes. dataset: a key of INPUT_SHAPES;
-    input_shape (C, H, W) overrides the shape that it implies. Raises ValueError where they do not go together.
+    input_shape (C, H, W) overrides the shape that it implies. activation: 'ReLU', or 'QCFS' of so many levels.
+    batch_norm: behind every layer but the last. Raises ValueError where they do not go together.
     """
 
-    def __init__(self, vgg_name='VGG16', labels=10, dataset='CIFAR10', kernel_size=3, dropout=0.2, input_shape=None):
+    def __init__(self, vgg_name='VGG16', labels=10, dataset='CIFAR10', kernel_size=3, dropout=0.2, input_shape=None,
+                 activation='ReLU', levels=8, batch_norm=False):
         super().__init__()
-        self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape)
+        self.layout = dict(vgg_name=vgg_name, labels=labels, dataset=dataset, kernel_size=kernel_size, dropout=dropout,
+                           input_shape=input_shape)  # what the spiking network of the same layout is built of
+        self.features, self.classifier = vgg_layers(**self.layout, activation=activation, levels=levels,
+                                                    batch_norm=batch_norm)
         initialize(self)
 
     def forward(self, x):

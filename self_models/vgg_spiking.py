@@ -1,6 +1,6 @@
 """VGG as a spiking network."""
 from self_models.layers import vgg_layers
-from self_models.spiking import SpikingNetwork, stages_of
+from self_models.spiking_network import SpikingNetwork, stages_of
 
 
 class VGG_SNN_STDB(SpikingNetwork):
@@ -9,15 +9,18 @@ class VGG_SNN_STDB(SpikingNetwork):
     vgg_name, labels, dataset, kernel_size, input_shape: as for VGG, as are the parameters' names, so that its
     state_dict fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T;
     leak in (0, 1]; default_threshold: of every LIF layer until threshold_update. dropout: one mask a sample, held
-    over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. Raises ValueError for values that make no
-    network.
+    over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. bias: biases in every layer, as an ANN with
+    batch norm leaves them once that is folded. encoding, delay, initial_potential, learn_threshold, learn_leak: as for
+    SpikingNetwork. Raises ValueError for values that make no network.
     """
 
     def __init__(self, vgg_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
                  alpha=0.3, beta=0.01, dropout=0.2, kernel_size=3, dataset='CIFAR10', gamma=0.3, input_shape=None,
-                 backend='torch'):
-        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=1.0)
-        self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape)
+                 backend='torch', bias=False, **options):
+        super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=1.0,
+                         **options)
+        self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape,
+                                                    bias=bias)
         names = [f'{part}.{i}' for part in ('features', 'classifier')
                  for i, module in enumerate(getattr(self, part)) if hasattr(module, 'weight')]
         self.set_layers(names[:-1], depth=len(names) - 1, balanced=len(names) - 1)

@@ -24,6 +24,12 @@ def fill(model, seed):
     return model
 
 
+def network(architecture, **options):
+    """The spiking network of that name."""
+    from self_models import RESNET_SNN_STDB, VGG_SNN_STDB
+    return (VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB)(architecture, **options)
+
+
 def ternary(shape, seed=0, scale=1.0, low=-1):
     """(B, C, H, W) of -1, 0 and 1 times scale: a Poisson encoder passes them on unchanged, so no draw matters."""
     return torch.from_numpy(np.random.RandomState(seed).randint(low, 2, size=shape) * scale)

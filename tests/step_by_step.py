@@ -1,36 +1,45 @@
-"""The plain reference: the paper's equations one time step after another, differentiated by autograd.
+"""The plain reference: the equations one time step after another, differentiated by autograd.
 
 It uses the modules of a network of self_models but none of its machinery, so the two can be held against each other.
 """
 import torch
 from torch import nn
 
-from self_models.neuron import STDB, LinearSpike
+from self_models import STDB, LinearSpike
 
 
 class Layer:
-    """One LIF layer: u(t) = leak u(t-1) + input(t) - theta o(t), o(t) = [u(t-1) / theta - 1 > 0]."""
+    """One LIF layer, from u(-1) = F theta:
+
+    delay 1   u(t) = leak u(t-1) + input(t) - theta o(t), o(t) = [u(t-1) / theta - 1 > 0]
+    delay 0   h(t) = leak u(t-1) + input(t), o(t) = [h(t) / theta - 1 > 0], u(t) = h(t) - theta o(t)
+    """
 
     def __init__(self, model, index):
-        neuron = model.neuron(index)
-        self.threshold, self.leak, self.neuron = neuron.threshold, neuron.leak, neuron
+        self.threshold, self.leak, self.model = model.thresholds[index], model.leaks[index], model
         self.u = self.last = None
 
-    def fire(self, like, t):
-        if self.u is None:
-            self.u, self.last = torch.zeros_like(like), torch.full_like(like, -999)
-        z = self.u / self.threshold - 1
-        if self.neuron.activation == 'STDB':
-            spikes = STDB.apply(z, t - self.last, self.neuron.alpha, self.neuron.beta)
+    def fire(self, potential, t):
+        z = potential / self.threshold - 1
+        if self.model.activation == 'STDB':
+            spikes = STDB.apply(z, t - self.last, self.model.alpha, self.model.beta)
         else:
-            spikes = LinearSpike.apply(z, self.neuron.gamma)
-        self.last = torch.where(spikes.bool(), torch.full_like(like, t), self.last)
+            spikes = LinearSpike.apply(z, self.model.gamma)
+        self.last = torch.where(spikes.bool(), torch.full_like(self.last, t), self.last)
         return spikes
 
     def step(self, current, t):
-        """Input current at step t -> spikes at step t, which do not depend on it yet."""
-        spikes = self.fire(current.detach(), t)
-        self.u = self.leak * self.u + current - self.threshold * spikes.detach()
+        """Input current at step t -> spikes at step t, which with a delay do not depend on it yet."""
+        if self.u is None:
+            self.last = torch.full_like(current.detach(), -999)
+            self.u = torch.zeros_like(current.detach()) + self.model.initial_potential * self.threshold
+        if self.model.delay:
+            spikes = self.fire(self.u, t)
+            self.u = self.leak * self.u + current - self.threshold * spikes.detach()
+        else:
+            h = self.leak * self.u + current
+            spikes = self.fire(h, t)
+            self.u = h - self.threshold * spikes.detach()
         return spikes
 
 
@@ -60,7 +69,7 @@ def run(model, images, masks=None):
         return x, index
 
     for t in range(model.timesteps):
-        x = model.input_layer(images)
+        x = images if model.encoding == 'direct' else model.input_layer(images)
         if hasattr(model, 'features'):
             x, _ = chain(x, [*model.features, *model.classifier], t)
         else:
@@ -74,23 +83,23 @@ def run(model, images, masks=None):
     return logits, history
 
 
+@torch.no_grad()
 def find_thresholds(model, images, timesteps, percentile=100):
     """Thresholds of the balanced layers, each found by a run of its own through the layers before it.
 
     A percentile is taken of the currents at the steps that the delays of the layers before leave, by nearest rank.
     """
-    found, before = [], (model.timesteps, model.leak, list(model.thresholds))
+    found, before = [], (model.timesteps, model.leak, model.thresholds.clone())
     model.network_update(timesteps, 1.0)
     for index in range(model.balanced):
         currents = []
         module = model.get_submodule(model.layer_names[index])
         hook = module.register_forward_hook(lambda _, __, output, seen=currents: seen.append(output.flatten()))
-        with torch.no_grad():
-            run(model, images)
+        run(model, images)
         hook.remove()
-        values = torch.cat(currents[index:]).sort().values
+        values = torch.cat(currents[0 if module.bias is not None else index * model.delay:]).sort().values
         found.append(values[round(percentile / 100 * (len(values) - 1))].item())
         model.thresholds[index] = found[-1]
     model.network_update(*before[:2])
-    model.thresholds[:] = before[2]
+    model.thresholds.copy_(before[2])
     return found

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from conftest import fill, ternary
-from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
-from self_models import neuron as lif
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, LIFParameters, find_thresholds
+from self_models.lif import lif_backward, lif_forward, linear_factor
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 if DEVICE == 'cpu':
@@ -22,12 +22,12 @@ def both(steps, neurons, dtype=torch.float64, **options):
         generator = torch.Generator().manual_seed(steps)
         current, grad = (torch.randn(steps, neurons, dtype=torch.float64, generator=generator).to(DEVICE, dtype)
                          for _ in range(2))
-        neuron = lif.Neuron(**values, backend=backend)
+        neuron = LIFParameters(**values, backend=backend)
         # rows apart from one another, as those of a few samples among many are
         fired = torch.zeros(steps, neurons + 5, dtype=torch.bool, device=DEVICE)
-        state = lif.integrate(current, fired[:, 2:neurons + 2], neuron)
-        linear = lif.linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else fired[:, 2:-3]
-        lif.integrate_backward(grad, linear, 3, neuron)
+        state = lif_forward(current, fired[:, 2:neurons + 2], neuron, potentials=current)
+        linear = linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else fired[:, 2:-3]
+        lif_backward(grad, linear, 3, neuron)
         results.append((current, fired, grad, *state))
     return results
 
@@ -50,13 +50,13 @@ def test_float32_is_close_to_float64():
 
 
 def test_state_goes_on_from_call_to_call():
-    neuron = lif.Neuron(0.7, 0.9, 'STDB', 0.3, 0.04, 0.3, 'triton')
+    neuron = LIFParameters(0.7, 0.9, 'STDB', 0.3, 0.04, 0.3, 'triton')
     current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
     fired = torch.zeros(12, 50, dtype=torch.bool, device=DEVICE)
     whole = current.clone()
-    lif.integrate(whole, fired, neuron)
-    state = lif.integrate(current[:5], fired[:5], neuron)
-    lif.integrate(current[5:], fired[5:], neuron, state)
+    lif_forward(whole, fired, neuron, potentials=whole)
+    state = lif_forward(current[:5], fired[:5], neuron, potentials=current[:5])
+    lif_forward(current[5:], fired[5:], neuron, state, potentials=current[5:])
     assert torch.equal(whole, current)
 
 

@@ -4,18 +4,18 @@ import math
 import pytest
 import torch
 
-from self_models import neuron as lif
-from self_models.neuron import STDB, LinearSpike, Neuron, PoissonGenerator
+from self_models import STDB, LIFParameters, LinearSpike, PoissonGenerator
+from self_models.lif import lif_backward, lif_forward, linear_factor
 
 
 def make(threshold=1.0, leak=1.0, activation='STDB'):
-    return Neuron(threshold, leak, activation, alpha=0.3, beta=0.01, gamma=0.3)
+    return LIFParameters(threshold, leak, activation, alpha=0.3, beta=0.01, gamma=0.3)
 
 
 def potentials_and_spikes(current, neuron, dtype=torch.float64):
     u = torch.tensor(current, dtype=dtype).view(-1, 1)
     fired = torch.empty(u.shape, dtype=torch.bool)
-    lif.integrate(u, fired, neuron)
+    lif_forward(u, fired, neuron, potentials=u)
     return u.flatten().tolist(), fired.int().flatten().tolist()
 
 
@@ -40,11 +40,11 @@ def test_a_potential_equal_to_the_threshold_does_not_fire():
 def test_state_carries_a_scan_over_a_cut():
     current = torch.randn(40, 7, dtype=torch.float64)
     whole, fired = current.clone(), torch.empty(40, 7, dtype=torch.bool)
-    lif.integrate(whole, fired, make(leak=0.9))
+    lif_forward(whole, fired, make(leak=0.9), potentials=whole)
     first, second = current[:23].clone(), current[23:].clone()
     part = torch.empty(40, 7, dtype=torch.bool)
-    state = lif.integrate(first, part[:23], make(leak=0.9))
-    lif.integrate(second, part[23:], make(leak=0.9), state)
+    state = lif_forward(first, part[:23], make(leak=0.9), potentials=first)
+    lif_forward(second, part[23:], make(leak=0.9), state, potentials=second)
     assert torch.equal(torch.cat([first, second]), whole)
     assert torch.equal(part, fired) and fired.any()
 
@@ -84,8 +84,8 @@ def test_stdb_gradient_of_a_layer_by_hand():
     fired = torch.tensor([[True], [False], [True], [False]])
     # steps 1, 2, 3, 4; last earlier spike at -999, 1, 1, 3
     expected = [math.exp(-0.1 * dt) for dt in (1000, 1, 2, 1)]
-    grad = torch.full((4, 1), lif.surrogate_scale(neuron), dtype=torch.float64)  # alpha / theta
-    lif.integrate_backward(grad, fired, 1, neuron)
+    grad = torch.full((4, 1), neuron.height, dtype=torch.float64)  # alpha / theta
+    lif_backward(grad, fired, 1, neuron)
     want, carried = [], 0.0
     for value in reversed(expected):
         carried = 0.5 * carried + value / 2
@@ -94,7 +94,7 @@ def test_stdb_gradient_of_a_layer_by_hand():
 
 
 def test_linear_factor_by_hand():
-    assert lif.linear_factor(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0]), 2.0).tolist() == [0, 0.5, 1, 0.5, 0]
+    assert linear_factor(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0]), 2.0).tolist() == [0, 0.5, 1, 0.5, 0]
 
 
 def test_poisson_keeps_sign_and_rate():

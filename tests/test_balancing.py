@@ -4,7 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
-import self_models.conversion as conversion
+import self_models.threshold_balancing as balancing
 import step_by_step
 from conftest import fill, ternary
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
@@ -42,20 +42,20 @@ def test_a_percentile_by_hand():
         return values[group, first:stop]
 
     groups, blocks, bar = [slice(0, 1), slice(1, 2)], [(0, 2), (2, 5)], mock.Mock()
-    found = {p: conversion.current_percentile(current, groups, blocks, p, bar) for p in (75, 99.9, 1)}
+    found = {p: balancing.current_percentile(current, groups, blocks, p, bar) for p in (75, 99.9, 1)}
     for p, want in ((75, 0.8), (99.9, 1.0), (1, 0.1)):
-        assert want - 1e-6 <= found[p] <= want + 2 / conversion.BINS
+        assert want - 1e-6 <= found[p] <= want + 2 / balancing.BINS
     values -= 0.85  # two are above 0
-    assert conversion.current_percentile(current, groups, blocks, 75, bar) == 0
+    assert balancing.current_percentile(current, groups, blocks, 75, bar) == 0
     values[1, 4] = torch.nan
-    assert conversion.current_percentile(current, groups, blocks, 75, bar) == float('inf')
+    assert balancing.current_percentile(current, groups, blocks, 75, bar) == float('inf')
 
 
 def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
     model, x = vgg5(), ternary((70, 1, 8, 8), 1, low=0)
     want = step_by_step.find_thresholds(model, x, 25)
-    monkeypatch.setattr(conversion, 'SPOOL_BYTES', 1000)   # spikes go to a temporary file
-    monkeypatch.setattr(conversion, 'CHUNK_BYTES', {'cpu': 200_000})  # a few steps at a time
+    monkeypatch.setattr(balancing, 'SPOOL_BYTES', 1000)   # spikes go to a temporary file
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 200_000})  # a few steps at a time
     assert find_thresholds(model, x, 25) == pytest.approx(want, rel=1e-9)
     want = step_by_step.find_thresholds(model, x, 25, 99)
     assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=5e-3)
@@ -63,17 +63,17 @@ def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
 
 def test_memory_grows_neither_with_images_nor_with_steps(monkeypatch):
     model, x = vgg5(), ternary((130, 1, 8, 8), 1, low=0)
-    sizes, original = [], conversion.Branch.output
+    sizes, original = [], balancing.SynapticInput.output
 
-    def output(branch, spikes, weight):
-        found = original(branch, spikes, weight)
+    def output(synapse, spikes, *weights):
+        found = original(synapse, spikes, *weights)
         sizes.append(spikes.nbytes + found.nbytes)
         return found
 
-    monkeypatch.setattr(conversion.Branch, 'output', output)
+    monkeypatch.setattr(balancing.SynapticInput, 'output', output)
     # the largest convolution takes and gives 64 * 64 + 64 values of 8 bytes: 33 kB an image and step
-    monkeypatch.setattr(conversion, 'BLOCK_BYTES', 200_000)
-    monkeypatch.setattr(conversion, 'CHUNK_BYTES', {'cpu': 100_000})
+    monkeypatch.setattr(balancing, 'BLOCK_BYTES', 200_000)
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 100_000})
     find_thresholds(model, x, 64)
     assert max(sizes) <= 200_000
 
@@ -87,7 +87,7 @@ def test_leaves_the_model_at_the_thresholds_and_else_as_it_was():
     model = vgg5(timesteps=17, leak=0.9, dropout=0.5).train()
     x = ternary((2, 1, 8, 8), 1, low=0)
     found = find_thresholds(model, x, 12)
-    assert model.thresholds == found and all(isinstance(value, float) for value in found)
+    assert model.thresholds.tolist() == found and all(isinstance(value, float) for value in found)
     assert (model.timesteps, model.leak, model.training) == (17, 0.9, True)
     assert found == find_thresholds(model.eval(), x, 12)  # no dropout, whatever the mode
 
@@ -95,22 +95,22 @@ def test_leaves_the_model_at_the_thresholds_and_else_as_it_was():
 def test_resnet_blocks_keep_the_default_threshold():
     model = fill(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', default_threshold=0.75).double(), 4)
     find_thresholds(model, ternary((2, 1, 8, 8), 1, 1.25, low=0), 12)
-    assert model.thresholds[3:] == [0.75] * 4
+    assert model.thresholds[3:].tolist() == [0.75] * 4
 
 
 def test_layers_that_get_no_spike_or_no_current_are_named():
     model, x = vgg5(), ternary((2, 1, 8, 8), 1, low=0)
     # at a threshold that is its largest current, a layer fires on its third step at the earliest: the first at t = 2,
     # the second at t = 4
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.3 never receives a spike within 2 time steps'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.3 never receives a spike within 2 time steps'):
         find_thresholds(model, x, 2)
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.6 never receives a spike within 4 time steps'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.6 never receives a spike within 4 time steps'):
         find_thresholds(model, x, 4)
     with torch.no_grad():
         model.features[3].weight.abs_().neg_()
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.3 has an input of 0.0 at most'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.3 has an input of 0.0 at most'):
         find_thresholds(model, x, 12)
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.0'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.0'):
         find_thresholds(model, torch.zeros(2, 1, 8, 8, dtype=torch.float64), 12)
     assert model.timesteps == 100  # restored after the error
     with pytest.raises(ValueError, match='timesteps'):
@@ -121,11 +121,11 @@ def test_layers_that_get_no_spike_or_no_current_are_named():
     for percentile in (0, 100.1, float('nan')):
         with pytest.raises(ValueError, match='percentile'):
             find_thresholds(model, x, 12, percentile=percentile)
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.0 .*0\.1th percentile is not above 0.*higher'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.0 .*0\.1th percentile is not above 0.*higher'):
         find_thresholds(model, x, 12, percentile=0.1)
     with torch.no_grad():
         model.features[0].weight[0] = torch.nan
-    with pytest.raises(conversion.DeadLayerError, match=r'features\.0 has an input of inf'):
+    with pytest.raises(balancing.DeadLayerError, match=r'features\.0 has an input of inf'):
         find_thresholds(model, x, 12)
     assert model.timesteps == 100
 

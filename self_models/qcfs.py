@@ -1,0 +1,74 @@
+"""Quantization-clip-floor-shift (QCFS): an activation whose steps are those of a spiking neuron's rate.
+
+Bu et al., "Optimal ANN-SNN conversion for high-accuracy and ultra-low-latency spiking neural networks", ICLR 2022.
+"""
+import torch
+from torch import nn
+
+BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay in a CPU's cache
+
+
+class QCFS(nn.Module):
+    """y = theta floor(L clip(x / theta, 0, 1) + 1/2) / L, with one learned bound theta for the whole layer.
+
+    levels: L, 1 or more. bound: theta at first, above 0. Raises ValueError for others. Gradients, straight through the
+    floor: dy/dx = [0 < x < theta]; dy/dtheta = y / theta - x / theta inside, 1 from theta on, 0 below.
+    """
+
+    def __init__(self, levels: int = 8, bound: float = 4.0):
+        super().__init__()
+        if levels < 1 or int(levels) != levels:
+            raise ValueError(f'levels must be a whole number of 1 or more, not {levels}')
+        if not 0 < bound < float('inf'):
+            raise ValueError(f'a bound must be above 0, not {bound}')
+        self.levels = int(levels)
+        self.bound = nn.Parameter(torch.tensor(float(bound)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape -> the same shape and type."""
+        return _QCFS.apply(x, self.bound, self.levels)
+
+    def extra_repr(self):
+        return f'levels={self.levels}'
+
+
+def blocks(*tensors):
+    """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU as they are."""
+    if tensors[0].is_cuda or tensors[0].numel() <= BLOCK:
+        return [tensors]
+    flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
+
+
+class _QCFS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bound, levels):
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            x = x.contiguous()
+        ctx.save_for_backward(x, bound)
+        ctx.levels = levels
+        step = bound.item() / levels if not x.is_cuda else bound.detach().to(x.dtype) / levels
+        y = torch.empty_like(x)
+        for values, out in blocks(x, y):
+            torch.div(values, step, out=out).clamp_(0, levels).add_(0.5).floor_().mul_(step)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, bound = ctx.saved_tensors
+        theta = bound.item() if not x.is_cuda else bound.detach().to(x.dtype)
+        step = theta / ctx.levels
+        if grad.stride() != x.stride():
+            grad = torch.empty_like(x).copy_(grad)
+        grad_x, total = torch.empty_like(x), torch.zeros((), dtype=torch.promote_types(bound.dtype, torch.float32),
+                                                         device=x.device)
+        for values, given, out in blocks(x, grad, grad_x):
+            clipped = values.clamp(0, theta)
+            inside = (values > 0) & (values < theta)
+            # inside theta floor(L x / theta + 1/2) / L - x, above theta, below 0: all over theta
+            slope = (clipped / step).add_(0.5).floor_().mul_(step)
+            slope -= clipped.mul_(inside)
+            total += (slope.mul_(given)).sum(dtype=total.dtype)
+            torch.mul(given, inside, out=out)
+        return grad_x, (total / theta).to(bound.dtype), None
