@@ -110,8 +110,8 @@ def write_atomically(path, write):
 
     Also deletes what killed processes had half written of `path`.
     """
-    _delete_half_written(path)
     try:
+        _delete_half_written(path)
         temporary, file = _open_temporary(path)
         try:
             with file:

@@ -8,11 +8,13 @@ import os
 
 from experiment.data import held_out_of, shuffled
 
+_PICTURES = ('FOLDER', 'IMAGENET')  # sets that are another one in another folder
+
 
 def training(args, data):
     """What a checkpoint says of a run's training images, a dict."""
-    return {'dataset': args.dataset, 'data_dir': _folder(args.data_dir), 'images': data.whole, 'seed': args.split_seed,
-            'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction}
+    return {**_set(vars(args)), 'images': data.whole, 'seed': args.split_seed, 'train_samples': args.train_samples,
+            'validation_fraction': args.validation_fraction}
 
 
 def trainings(state):
@@ -26,17 +28,20 @@ def trainings(state):
     saved = state.get('args')
     if not isinstance(saved, dict) or not _is_whole(saved):
         return [None]
-    entry = {key: saved.get(key) for key in ('dataset', 'seed', 'train_samples', 'validation_fraction')}
-    entry |= {'data_dir': _folder(saved['data_dir']), 'images': None}
+    entry = {**_set(saved), 'images': None,
+             **{key: saved.get(key) for key in ('seed', 'train_samples', 'validation_fraction')}}
     return [None, entry] if saved.get('pretrained_ann') or saved.get('pretrained_snn') else [entry]
 
 
-def _folder(path):
-    return os.path.realpath(os.path.expanduser(path))
+def _set(entry):
+    """Which set a training is of, a dict: its name and, of one's own pictures, where they lie."""
+    folder = os.path.realpath(os.path.expanduser(entry['data_dir'])) if entry['dataset'] in _PICTURES else None
+    return {'dataset': entry['dataset'], 'data_dir': folder}
 
 
 def _is_whole(entry):
-    return (isinstance(entry, dict) and isinstance(entry.get('dataset'), str) and isinstance(entry.get('data_dir'), str)
+    return (isinstance(entry, dict) and isinstance(entry.get('dataset'), str)
+            and (entry['dataset'] not in _PICTURES or isinstance(entry.get('data_dir'), str))
             and type(entry.get('seed')) is int and 0 <= entry['seed'] < 2 ** 63
             and all(entry.get(key) is None or type(entry[key]) is int and entry[key] > 0
                     for key in ('images', 'train_samples'))
@@ -46,17 +51,29 @@ def _is_whole(entry):
 def choose(args, state=None, resumed=False):
     """Set args.split_seed, the seed that orders the training set.
 
-    It is --seed; of a run that goes on, what it was; and where images are held out, that of the last training on this
-    set that the network of `state` went through.
+    It is --seed; of a run that goes on, what it was; and where images are held out, that of the training on this set
+    by which the network of `state` has seen the fewest of them, the last such.
     """
     args.split_seed = args.seed
     if resumed:
         seed = state['args'].get('split_seed')
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
-        for entry in trainings(state):
-            if entry and _is_of(entry, args.dataset, args.data_dir):
-                args.split_seed = entry['seed']
+        here = [entry for entry in trainings(state) if entry and _set(entry) == _set(vars(args))][::-1]
+        whole = here[0]['images'] if here else None
+        count = held_out_of(whole or 0, args.validation_fraction)
+        args.split_seed = min((entry['seed'] for entry in here), default=args.seed,
+                              key=lambda seed: len(_held_out(whole, seed, count) & _seen(here, whole)) if whole else 0)
+
+
+def _held_out(whole, seed, count):
+    return set(shuffled(whole, seed)[whole - count:].tolist())
+
+
+def _seen(here, whole):
+    """The numbers of the images that trainings on a set of so many were of."""
+    counts = [entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction']) for entry in here]
+    return {number for entry, count in zip(here, counts) for number in shuffled(whole, entry['seed'])[:count].tolist()}
 
 
 def all_trainings(args, data, state=None):
@@ -65,27 +82,20 @@ def all_trainings(args, data, state=None):
     return before + [entry for entry in [training(args, data)] if entry not in before]
 
 
-def _is_of(entry, dataset, data_dir):
-    """Whether a training was on this set. The named sets are the same wherever they lie."""
-    return entry['dataset'] == dataset and (dataset not in ('FOLDER', 'IMAGENET')
-                                            or entry['data_dir'] == _folder(data_dir))
-
-
 def notes(args, data, state, path):
     """What is to be said of the images held out and the network of `state`, read from `path`: a list of lines."""
     if data.validation is None:
         return []
-    held = set(shuffled(data.whole, args.split_seed)[-len(data.validation):].tolist())
-    seen, others = set(), []
+    here, others = [], []
     for entry in trainings(state):
         if entry is None:
             others.append('it does not say all that it was trained on')
-        elif _is_of(entry, args.dataset, args.data_dir) and entry['images'] in (None, data.whole):
-            count = entry['train_samples'] or data.whole - held_out_of(data.whole, entry['validation_fraction'])
-            seen |= set(shuffled(data.whole, entry['seed'])[:count].tolist())
+        elif _set(entry) == _set(vars(args)) and entry['images'] in (None, data.whole):
+            here.append(entry)
         else:
-            others.append(f'it was trained on {entry["dataset"]} in {entry["data_dir"]} as well')
-    known = any(entry and _is_of(entry, args.dataset, args.data_dir) for entry in trainings(state))
-    by = f'as in the training of {path}, by seed {args.split_seed}' if known else f'by seed {args.split_seed}'
-    line = f'{len(held)} images are held out {by}; {path} was trained on {len(held & seen)} of them'
+            others.append(' '.join(['it was trained on other images, too, of', *filter(None, _set(entry).values())]))
+    held = _held_out(data.whole, args.split_seed, len(data.validation))
+    as_before = f'as in the training of {path} ' if args.split_seed in [entry['seed'] for entry in here] else ''
+    line = (f'{len(held)} images are held out, {as_before}by seed {args.split_seed}; {path} was trained on '
+            f'{len(held & _seen(here, data.whole))} of them')
     return [line + ''.join(f', as far as is known: {why}' for why in others[:1])]

@@ -317,6 +317,29 @@ def test_resume_refuses_another_amsgrad_under_adam():
           '--no-amsgrad')
 
 
+# -- checkpoints of other versions -------------------------------------------------------------------------------------
+
+FORMER = [Path(__file__).parent / 'checkpoints' / version for version in ('a109e0c', 'trained_on')]
+
+
+@pytest.mark.parametrize('folder', FORMER, ids=lambda folder: folder.name)
+def test_checkpoints_of_former_versions_are_tested_resumed_and_built_on(folder, capsys):
+    """Their weights are of one value each, so that the files are small. They say more from version to version."""
+    flags = [*SMALL[4:], '--optimizer', 'SGD', '--validation_fraction', 0.1]
+    of_ann, start = [*SMALL[:4], *flags], ['--pretrained_ann', folder / 'ann.pth']
+    run(ann, *of_ann, *start, '--test_only')
+    run(ann, *of_ann, '--resume', folder / 'ann.pth', '--epochs', 2, '--name', 'a')
+    assert [entry['epoch'] for entry in load('trained_models/ann/a.last.pth')['history']] == [1, 2]
+    run(snn, *of_ann, *CALIBRATION, *start, '--timesteps', 12, '--default_threshold', 0.3, '--seed', 1, '--test_only')
+    said = f'held out, as in the training of {folder / "ann.pth"} by seed 0; {folder / "ann.pth"} was trained on 0 of'
+    assert said in capsys.readouterr().out
+    run(snn, '--no-gpu', '--test_samples', 20, '--pretrained_snn', folder / 'snn.pth', '--test_only')
+    run(snn, *flags, '--resume', folder / 'snn.pth', '--epochs', 2, '--name', 's')
+    state = load('trained_models/snn/s.last.pth')
+    assert [entry['epoch'] for entry in state['history']] == [0, 1, 2] and state['timesteps'] == 12
+    assert (state['args']['scaling_factor'], state['args']['pretrained_ann']) == (0.6, 'trained_models/ann/ann.pth')
+
+
 # -- images held out --------------------------------------------------------------------------------------------------
 
 def contents(dataset):
@@ -335,7 +358,7 @@ def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
     seen = spy(monkeypatch)
     flags = [*SPIKING, *CALIBRATION, '--validation_fraction', 0.1, '--seed', 1, '--epochs', 1]
     run(snn, *flags, '--pretrained_ann', trained, '--name', 's')
-    said = f'144 images are held out as in the training of {trained}, by seed 0; {trained} was trained on 0 of them'
+    said = f'144 images are held out, as in the training of {trained} by seed 0; {trained} was trained on 0 of them'
     assert said in capsys.readouterr().out.splitlines()
     run(snn, *flags[:-2], '--epochs', 2, '--name', 's', '--resume')
     run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/s.pth', '--validation_fraction', 0.1, '--seed', 2,
@@ -346,6 +369,17 @@ def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
         assert contents(each.validation) == never_seen and not contents(each.train) & never_seen
     assert metrics_of('logs/snn/t.jsonl')[0]['split_seed'] == 0
     assert [entry['seed'] for entry in load('trained_models/snn/t.pth')['trained_on']] == [0, 0]
+
+
+def test_of_several_trainings_the_split_is_taken_that_leaves_most_unseen(trained, capsys):
+    run(ann, *SMALL, '--pretrained_ann', trained, '--seed', 1, '--epochs', 1, '--name', 'a')
+    capsys.readouterr()
+    run(ann, *SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--seed', 2, '--epochs', 1, '--name', 'b',
+        '--validation_fraction', 0.1)
+    order = [torch.randperm(1437, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)]
+    seen = len(set(order[0][-144:]) & set(order[1][:32]))  # by seed 1 it would be nine of ten
+    assert 0 < seen < 10
+    assert f'a.pth by seed 0; trained_models/ann/a.pth was trained on {seen} of them' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('ann_flags, seed, of', [
@@ -370,13 +404,13 @@ def test_a_former_version_and_a_published_file_say_what_they_can(trained, capsys
     torch.save({'state_dict': state['state_dict']}, 'published.pth')
     torch.save({**state, 'args': {**state['args'], 'dataset': 'MNIST'}}, 'mnist.pth')
     flags = [*SMALL, '--validation_fraction', 0.1, '--seed', 1, '--epochs', 1, '--pretrained_ann']
-    for file, said in (('former', 'as in the training of former.pth, by seed 0; former.pth was trained on 0 of them'),
+    for file, said in (('former', 'as in the training of former.pth by seed 0; former.pth was trained on 0 of them'),
                        ('published', 'by seed 1; published.pth was trained on 0 of them, as far as is known: it does '
                                      'not say all that it was trained on'),
                        ('mnist', 'by seed 1; mnist.pth was trained on 0 of them, as far as is known: it was trained on '
-                                 'MNIST in ')):
+                                 'other images, too, of MNIST')):
         run(ann, *flags, f'{file}.pth')
-        assert f'144 images are held out {said}' in capsys.readouterr().out
+        assert f'144 images are held out, {said}' in capsys.readouterr().out
 
 
 def test_without_images_held_out_the_seed_alone_decides(trained, monkeypatch):
