@@ -1,6 +1,5 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import math
-import os
 import tempfile
 
 import torch
@@ -17,21 +16,16 @@ MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', '
 
 def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
-    settings = {'architecture': args.architecture, 'dataset': args.dataset,
-                'data_dir': os.path.expanduser(args.data_dir),  # a shell may have done so
-                'image_size': args.image_size,
-                'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction,
-                'samples': args.calibration_samples,
-                'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
-                'percentile': args.threshold_percentile,
-                'seed': args.seed}
-    key = checkpoint.thresholds_key(model, settings)
+    images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=engine.seed_for(args.seed, 0),
+                                       shuffle=True)))
+    # the pictures themselves, as a folder's may change and a folder may move; the seed draws their spikes, too
+    key = checkpoint.thresholds_key(model, {
+        'architecture': args.architecture, 'dataset': args.dataset, 'images': checkpoint.digest({'images': images}),
+        'timesteps': args.calibration_timesteps, 'percentile': args.threshold_percentile, 'seed': args.seed})
     thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
     say(note)
     if thresholds is None:
-        seed = engine.seed_for(args.seed, 0)
-        engine.seed_all(seed)
-        images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=seed, shuffle=True)))
+        engine.seed_all(engine.seed_for(args.seed, 0))
         try:
             thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True,
                                          percentile=args.threshold_percentile)

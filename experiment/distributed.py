@@ -11,6 +11,8 @@ import sys
 import torch
 import torch.distributed as dist
 
+from experiment import UserError
+
 
 def wanted():
     """Whether torchrun started this process beside others."""
@@ -64,11 +66,20 @@ def total(values, device):
 
 
 def from_main(function):
-    """What function() gives on the main process, on all of them."""
-    value = [function() if is_main() else None]
+    """What function() gives on the main process, on all of them; a UserError that it raises, too."""
+    value = error = None
+    if is_main():
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
     if _started():
-        dist.broadcast_object_list(value, 0)
-    return value[0]
+        both = [value, error]
+        dist.broadcast_object_list(both, 0)
+        value, error = both
+    if error:
+        raise error
+    return value
 
 
 def share_weights(model):

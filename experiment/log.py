@@ -49,7 +49,7 @@ def command():
 
 def arguments(args):
     """Every argument of a run, as numbers and texts."""
-    return {key: value for key, value in vars(args).items() if key != 'given'}
+    return {key: value for key, value in vars(args).items() if key not in ('given', 'defaults')}
 
 
 def heading(selection):

@@ -114,7 +114,8 @@ class Switch(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose result also holds `given`, the names of the arguments that stood on the command line."""
+    """An ArgumentParser whose result also holds `given`, the names of the arguments that stood on the command line, and
+    `defaults`, the values of those that do not."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -130,6 +131,7 @@ class Parser(argparse.ArgumentParser):
         super().parse_known_args(args, probe)
         parsed, rest = super().parse_known_args(args, namespace)
         parsed.given = {name for name, value in vars(probe).items() if value is not unset}
+        parsed.defaults = {name: self.get_default(name) for name in vars(probe)}
         return parsed, rest
 
 
@@ -178,6 +180,25 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
     add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
+
+
+# of a conversion, which a network that is trained from scratch or already converted does not go through
+CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
+
+
+def without_effect(settings):
+    """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
+    effective = {
+        'momentum': (settings.get('optimizer') == 'SGD', '--optimizer SGD'),
+        'amsgrad': (settings.get('optimizer') == 'Adam', '--optimizer Adam'),
+        'alpha': (settings.get('activation') == 'STDB', '--activation STDB'),
+        'beta': (settings.get('activation') == 'STDB', '--activation STDB'),
+        'gamma': (settings.get('activation') == 'Linear', '--activation Linear'),
+        'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
+        'kernel_size': (str(settings.get('architecture')).startswith('VGG'), 'VGGs'),
+        **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn')),
+                  'a conversion, --pretrained_ann') for name in CONVERSION}}
+    return {name: of for name, (has, of) in effective.items() if name in settings and not has}
 
 
 def run(main, args, script):

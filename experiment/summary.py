@@ -13,7 +13,7 @@ from experiment.files import write_atomically
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',
-                'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
+                'split_seed', 'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
