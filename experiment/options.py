@@ -1,5 +1,6 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -7,7 +8,6 @@ import time
 
 from experiment import UserError
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
-
 
 FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
 
@@ -123,20 +123,30 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose result also holds `given`, the names of the arguments that stood on the command line."""
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage, and that knows no abbreviations."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        fail(self.prog, message, 2)
+
+    def exit(self, status=0, message=None):
+        output_fails()  # of --help
+        super().exit(status, message)
+
+
+class Parser(OneLineParser):
+    """One whose result also holds `given`, the names of the arguments that stood on the command line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         if message.startswith('unrecognized arguments: ') and not message.split(': ')[1].startswith('-'):
             message += '; a value with spaces wants quotes'
-        fail(self.prog, message, 2)  # without the usage: one line
-
-    def exit(self, status=0, message=None):
-        output_fails()  # --help
-        super().exit(status, message)
+        super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
         unset = object()
@@ -214,6 +224,14 @@ def output_fails():
     return False
 
 
+def said(error):
+    """What an OSError says, in a line."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EDQUOT):
+        return f'what it prints or logs cannot be written ({error.strerror}); make room, or print elsewhere'
+    where = f'{error.filename}: ' if error.filename else ''
+    return f'{where}{error.strerror or error}'
+
+
 def several_processes():
     """Whether torchrun started this process beside others; distributed.wanted() without torch."""
     return int(os.environ.get('WORLD_SIZE', 1)) > 1
@@ -274,5 +292,4 @@ def run(main, args, script):
                 fail(script, 'another process of this run has ended, and so this one does', wait=True)
         raise
     except OSError as error:
-        where = f'{error.filename}: ' if error.filename else 'standard output: ' if output_fails() else ''
-        fail(script, f'{where}{error.strerror or error}')
+        fail(script, said(error))
