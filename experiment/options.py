@@ -283,9 +283,9 @@ def run(main, args, script):
             os._exit(130)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(
-                words in str(error) for words in ('out of memory', 'allocate memory', 'ALLOC_FAILED')):
-            fail(script, 'out of memory; lower --batch_size, --timesteps or --image_size')
+        if isinstance(error, MemoryError) or any(words in str(error) for words in (
+                'out of memory', 'allocate memory', 'ALLOC_FAILED', 'calculation overflowed')):
+            fail(script, 'out of memory; lower --batch_size, --timesteps, --image_size or --kernel_size')
         if several_processes():
             from experiment import distributed
             if distributed.is_of_an_ended_process(error):

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,10 +77,13 @@ def _run(path, args, machine, epochs):
     seed = int(args['seed'])
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # where a set lies says which it is only if it is a folder of pictures
-    data, folder = settings.pop('dataset', None), settings.pop('data_dir', '')
-    folder = Path(os.path.realpath(os.path.expanduser(folder)))
+    data, folder = settings.pop('dataset', None), os.path.expanduser(settings.pop('data_dir', ''))
+    try:
+        folder = os.path.realpath(folder)
+    except ValueError:  # a name that no file here can have
+        pass
     pictures = data in ('FOLDER', 'IMAGENET')
-    settings['data'] = f'{data} {folder.name}' if pictures else data
+    settings['data'] = f'{data} {Path(folder).name}' if pictures else data
     if 'scaling_factor' in settings:
         settings.setdefault('threshold_percentile', 100.0)  # files from before there were others
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
@@ -98,7 +102,7 @@ def _run(path, args, machine, epochs):
     if 'scan' in start and (start['scanned_on'] not in ('train', 'validation') or 'scaling_factor' not in settings):
         raise ValueError(f'factors scanned on {start["scanned_on"]}')
     return Run(
-        path, settings, seed, chosen_on, str(folder) if pictures else None,
+        path, settings, seed, chosen_on, folder if pictures else None,
         ann=_finite(start['ann_accuracy']) if start else None, converted=_finite(start[chosen]) if start else None,
         epochs={int(epoch['epoch']): _finite(epoch[chosen]) for epoch in epochs},
         curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
@@ -252,4 +256,6 @@ def draw(paths, path):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
     figure = figures.draw_runs(row_list, names(row_list))
     about = {'Description': figures.drawable(tables(runs, as_markdown=True))}
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # a letter that the font lacks becomes a box
+        write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))
