@@ -84,6 +84,16 @@ def fitting_scale(model, ann, images, device, args):
     return args.timesteps * both / square if both > 0 else 1.0
 
 
+def at_chance(accuracy, labels, classes):
+    """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
+
+    Clearly: by two standard errors over so many images, and at many classes by what fit() asks of a training.
+    """
+    chance = labels.bincount().max().item() / len(labels)
+    least = max(chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)), engine.least_progress(classes))
+    return chance if accuracy < least else None
+
+
 def convert(model, data, chosen_on, device, args, say):
     """Load the ANN's weights, balance and scale the thresholds, fit the output; returns what was measured.
 
@@ -95,6 +105,9 @@ def convert(model, data, chosen_on, device, args, say):
     checkpoint.load_weights(ann, state, args.pretrained_ann)
     accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
+    if chance := at_chance(accuracy, getattr(data, chosen_on).labels, len(data.classes)):
+        say(f'this ANN is hardly better than chance ({chance:.2%} for the commonest class), and what is converted from '
+            'it will not be either: stop here and train it further, or with another --learning_rate')
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     found = {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on, 'scaling_factor': args.scaling_factor}
     # the test set has no part in what follows

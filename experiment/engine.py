@@ -217,6 +217,11 @@ def test_over_time(model, dataset, loss_function, device, args, say=None, at=Non
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
+def least_progress(classes):
+    """The accuracy below which a network has learned nothing: for ten classes 0.15, as published."""
+    return min(0.15, 1.5 / classes)
+
+
 def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, history, done=0,
         best=None, train_say_every=None, test_say=None, board=None, trained_as=None):
     """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch), and leaves the model at that epoch.
@@ -266,8 +271,7 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         say(log.epoch_line(history[-1]))
         if board:
             metrics.to_board(board, history[-1])
-        # 0.15 for ten classes, as published
-        if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
+        if epoch > patience and best[0] < least_progress(len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
     if distributed.is_main():

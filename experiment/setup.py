@@ -31,7 +31,7 @@ def _device(args):
     wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
     numbers = [int(n) for n in args.devices.split(',')]
     if len(numbers) > 1 and not distributed.wanted():
-        command = shlex.join(['torchrun', '--nproc_per_node', str(len(numbers)), *sys.argv])
+        command = shlex.join(['torchrun', '--nproc_per_node', str(len(numbers)), '--', *sys.argv])
         raise UserError(f'--devices {args.devices}: a process uses one device; for several type: {command}')
     if not wanted:
         return torch.device('cpu')

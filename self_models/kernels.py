@@ -22,7 +22,8 @@ def _forward(current, fired, u, spikes, scalars, steps, neurons, current_stride,
     leak, threshold = tl.load(scalars), tl.load(scalars + 1)
     potential = tl.load(u + i, inside, other=0)
     spike = tl.load(spikes + i, inside, other=0) > 0
-    for _ in range(steps):
+    step = 0
+    while step < steps:  # not range(), for which Triton 3.6's interpreter fails on numpy 2.4
         potential = leak * potential + tl.load(current + i, inside, other=0)
         potential = tl.where(spike, potential - threshold, potential)
         spike = potential > threshold
@@ -30,6 +31,7 @@ def _forward(current, fired, u, spikes, scalars, steps, neurons, current_stride,
         tl.store(fired + i, spike.to(tl.uint8), inside)
         current += current_stride  # not k * stride, which can pass 2^31
         fired += fired_stride
+        step += 1
     tl.store(u + i, potential, inside)
     tl.store(spikes + i, spike.to(spikes.dtype.element_ty), inside)
 
@@ -44,18 +46,21 @@ def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, S
         # f[k] = exp(-beta) max(f[k-1], s[k-1]) is known from the past, the gradient from the future: two passes
         ahead, spikes = grad, state
         factors = tl.zeros([BLOCK], grad.dtype.element_ty) + factor
-        for _ in range(steps):
+        step = 0
+        while step < steps:
             tl.store(ahead + i, factors * tl.load(ahead + i, inside, other=0), inside)
             spike = tl.load(spikes + i, inside, other=0) > 0
             factors = decay * tl.where(spike, 1.0, factors)
             ahead += grad_stride
             spikes += state_stride
+            step += 1
         tl.debug_barrier()  # what one thread stored above another may load below
     # g[k] = leak g[k+1] + f[k] grad[k]
     grad += last * grad_stride
     state += last * state_stride
     carried = tl.zeros([BLOCK], grad.dtype.element_ty)
-    for _ in range(steps):
+    step = 0
+    while step < steps:
         value = tl.load(grad + i, inside, other=0)
         if not STDB:
             value *= tl.load(state + i, inside, other=0)
@@ -63,6 +68,7 @@ def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, S
         tl.store(grad + i, carried, inside)
         grad -= grad_stride
         state -= state_stride
+        step += 1
 
 
 def _scalars(tensor, *values):

@@ -511,6 +511,6 @@ def last(layers):
 
 
 def check_threshold(value):
-    if not 0 < value < math.inf:
-        raise ValueError(f'a threshold must be above 0, not {value}')
+    if not 0 < value <= torch.finfo(torch.float32).max:
+        raise ValueError(f'a threshold must be above 0 and no more than float32 holds, not {value}')
     return value
