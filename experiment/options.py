@@ -12,10 +12,10 @@ from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
 
 
-def number(kind, low=None, high=None, open_low=False):
+def number(kind, low=None, high=None, open_low=False, float32=True):
     """An argparse type: a `kind` (int or float) in [low, high], or (low, high] with open_low.
 
-    A float is one that float32, in which networks compute, has too: neither becomes it 0 there nor infinite.
+    float32: whether a float has to be one there, where networks compute, that is neither 0 nor infinite.
     """
     bounds = ' and '.join(
         ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
@@ -31,7 +31,7 @@ def number(kind, low=None, high=None, open_low=False):
                 or (high is not None and value > high)):
             noun = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}'.rstrip())
-        if kind is float and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+        if kind is float and float32 and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
             raise argparse.ArgumentTypeError(f'{text!r} is too {"large" if abs(value) > 1 else "small"} for float32, '
                                              f'which goes from {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}')
         return value
@@ -56,7 +56,8 @@ def below_one(text):
 def factor(text):
     """'auto' or a number above 0."""
     try:
-        return text if text == 'auto' else positive(text)
+        # what counts is the threshold that it makes, which is checked
+        return text if text == 'auto' else number(float, 0, open_low=True, float32=False)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor 'auto'") from error
 

@@ -29,7 +29,7 @@ def run(module, *flags):
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('flag', ['--default_threshold', '--alpha', '--beta', '--gamma', '-lr', '--lr_reduce',
-                                  '--weight_decay', '--scaling_factor'])
+                                  '--weight_decay'])
 @pytest.mark.parametrize('value', ['1e39', '1e-39', '1e-60', '3.5e38'])
 def test_numbers_that_float32_does_not_have(flag, value, capsys):
     with pytest.raises(SystemExit) as caught:
