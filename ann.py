@@ -18,35 +18,41 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, distributed, engine, files, log, metrics, setup
+    from experiment import checkpoint, engine, files, log, metrics, setup, split
 
     device = setup.set_up_device(args)
-    checkpoint.check_there(args.pretrained_ann, 'ann')
+    if not args.resume:
+        checkpoint.check_there(args.pretrained_ann, 'ann')
     name = files.identifier('ann', args)
     paths = files.paths('ann', name)
-    source = setup.resume_file(args, paths.last)
-    if not args.test_only:
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
+    _lock = setup.lock(args, paths)  # held until main() returns
+    source, said = setup.resume_file(args, paths, 'ann')
+    state = None
+    if source:
+        state = checkpoint.load_training(source, 'ann')
+        setup.keep(args, state, source, ['pretrained_ann'])
+    elif args.pretrained_ann:
+        state = checkpoint.load(args.pretrained_ann, 'ann')
+    elif args.test_only:
+        raise UserError('--test_only: name the network with --pretrained_ann or --resume')
+    idle = setup.drop_idle(args)
+    split.choose(args, state, resumed=bool(source))
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_ann(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
-    notes, state = setup.notes(args, device), None
+    notes = setup.notes(args, device) + idle + said
 
     if source:
-        state = checkpoint.load(source, 'ann')
         checkpoint.load_weights(model, state, source)
         engine.resume_optimizer(optimizer, state, source, args)
         notes.append(f"resumed from {source}, after epoch {state['epoch']}")
     elif args.pretrained_ann:
         last_layer = list(model.state_dict())[-1]
-        loaded = checkpoint.load(args.pretrained_ann, 'ann')
-        new = checkpoint.load_weights(model, loaded, args.pretrained_ann, may_differ=[last_layer])
+        new = checkpoint.load_weights(model, state, args.pretrained_ann, may_differ=[last_layer])
         notes.append(f'weights from {args.pretrained_ann}' + (
             f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
-    elif args.test_only:
-        raise UserError('--test_only: name the network with --pretrained_ann or --resume')
+        notes += [] if args.test_only else split.notes(args, data, state, args.pretrained_ann)
     if not args.test_only:
         board = metrics.open_board('ann', name, args.tensorboard)
 
@@ -59,9 +65,10 @@ def main(args):
         say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     own = files.is_own(source, paths)
-    best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, {'classes': data.classes}, say,
-                      patience=30, fresh=not own, history=state['history'] if state else [],
-                      done=state['epoch'] if state else 0, best=state['best'] if own else None, board=board)
+    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, state)}
+    best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, extra, say, patience=30,
+                      fresh=not own, history=state['history'] if source else [], done=state['epoch'] if source else 0,
+                      best=state['best'] if own else None, board=board, trained_as=state['args'] if source else None)
     say(f'best {data.selection} accuracy {best[0]:.2%}, of epoch {best[1]}: {paths.best}')
 
 

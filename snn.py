@@ -60,7 +60,19 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, distributed, engine, files, log, metrics, nir_export, predict, report, setup
+    from experiment import (
+        checkpoint,
+        distributed,
+        engine,
+        files,
+        log,
+        metrics,
+        nir_export,
+        predict,
+        report,
+        setup,
+        split,
+    )
     from experiment.convert import MEASURED, convert
 
     if args.export_nir:
@@ -72,29 +84,20 @@ def main(args):
             raise UserError('--predict: name the network with --pretrained_snn')
         print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
         return
-    checkpoint.check_there(args.pretrained_ann, 'ann')
-    notes, state = setup.notes(args, device), None
-    if args.pretrained_snn:
-        state = checkpoint.load(args.pretrained_snn, 'snn')
-        notes.append(setup.adopt(args, state, args.pretrained_snn))
-    name = files.identifier('snn', args)
-    paths = files.paths('snn', name)
-    source = setup.resume_file(args, paths.last)
-    if source:
-        state = checkpoint.load(source, 'snn')
-        notes.append(f'resumed after epoch {state.get("epoch")}; ' + setup.adopt(args, state, source))
-        name = files.identifier('snn', args)
-        paths = files.paths('snn', name)
-
+    if not args.resume:
+        checkpoint.check_there(args.pretrained_ann, 'ann')
+    name, paths, _lock, source, state, said = setup.open_snn(args)  # the lock is held until main() returns
+    notes = setup.notes(args, device) + setup.drop_idle(args) + said
     if args.output == 'fitted' and not state and not args.pretrained_ann:
         if 'output' in args.given:
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
 
-    if not args.test_only:
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        _lock = files.lock(paths) if distributed.is_main() else None  # held until main() returns
+    start = state or args.pretrained_ann and checkpoint.load(args.pretrained_ann, 'ann')
+    split.choose(args, start, resumed=bool(source))
     data = setup.load_data(args)
+    if start and not source:
+        notes += split.notes(args, data, start, args.pretrained_snn or args.pretrained_ann)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data).to(device)
     optimizer = engine.make_optimizer(model, args)
@@ -131,7 +134,8 @@ def main(args):
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
     # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
     extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
-             'activation': model.activation, 'classes': data.classes}
+             'activation': model.activation, 'classes': data.classes,
+             'trained_on': split.all_trainings(args, data, start)}
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     history = state['history'] if source else []
@@ -157,7 +161,7 @@ def main(args):
     if not args.test_only:
         best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
                           fresh=fresh, history=history, done=done, best=best, train_say_every=args.train_acc_batches,
-                          test_say=test_say, board=board)
+                          test_say=test_say, board=board, trained_as=state['args'] if source else None)
         results.append((f'SNN, best epoch ({best[1]})', best[0]))
     say('\n'.join(['', f'{"":<24}{f"{chosen_on} accuracy":>20}{"time steps":>12}',
                    *(f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}'

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from experiment import UserError
-from experiment.files import write_atomically
+from experiment.files import set_aside, write_atomically
 
 
 def save(state, path):
@@ -37,6 +38,53 @@ def load(path, kind):
         raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
                         f'give it to snn.py with --pretrained_{other}')
     return state
+
+
+def load_training(path, kind):
+    """load() of a checkpoint that training can go on from. Raises UserError."""
+    state = load(path, kind)
+    best = state.get('best')
+    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(state.get('args'), dict)
+            and isinstance(best, list) and len(best) == 2
+            and all(isinstance(value, (int, float)) for value in (*best, state.get('accuracy')))
+            and isinstance(state.setdefault('history', []), list)
+            and all(isinstance(entry, dict) for entry in state['history'])):
+        raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
+    return state
+
+
+def bring_in_line(paths, kind):
+    """Before a run goes on: have paths.best hold the best epoch of paths.last; returns a list of lines to say.
+
+    An epoch is written to paths.last first, so a kill between the two leaves the other one behind. To be called by the
+    process that holds the lock. Raises UserError.
+    """
+    last, best = load_training(paths.last, kind), {}
+    if paths.best.exists():
+        try:
+            best = load_training(paths.best, kind)
+        except UserError:  # as good as missing
+            pass
+    if best.get('history') and best['history'][:-1] == last['history']:
+        # Former versions wrote the best epoch's first. It holds all that the other one would.
+        _copy(paths.best, paths.last)
+        return []
+    if [best.get('accuracy'), best.get('epoch')] == last['best']:
+        return []
+    said = []
+    if last['best'][1] != last['epoch']:
+        said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
+                    f'anew from epoch {last["epoch"]} on')
+        last['best'] = [last['accuracy'], last['epoch']]
+        save(last, paths.last)
+        set_aside([paths.best], said.append)
+    _copy(paths.last, paths.best)
+    return said
+
+
+def _copy(source, target):
+    with open(source, 'rb') as whole:
+        write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
 
 
 def read(path):
@@ -137,11 +185,16 @@ def load_snn(model, state, path):
 
 def thresholds_key(model, settings):
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
-    digest = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return {'weights': digest.hexdigest(), **settings}
+    return {'weights': digest(model.state_dict()), **settings}
+
+
+def digest(tensors):
+    """A hash of a dict of tensors, their names, kinds and shapes."""
+    found = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        found.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def cached_thresholds(path, key, count):

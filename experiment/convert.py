@@ -1,6 +1,5 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import math
-import os
 import tempfile
 
 import torch
@@ -17,21 +16,16 @@ MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', '
 
 def balanced_thresholds(model, data, args, say):
     """Thresholds of the converted network, before scaling: from the cache beside the ANN, or balanced now."""
-    settings = {'architecture': args.architecture, 'dataset': args.dataset,
-                'data_dir': os.path.expanduser(args.data_dir),  # a shell may have done so
-                'image_size': args.image_size,
-                'train_samples': args.train_samples, 'validation_fraction': args.validation_fraction,
-                'samples': args.calibration_samples,
-                'timesteps': args.calibration_timesteps, 'default_threshold': args.default_threshold,
-                'percentile': args.threshold_percentile,
-                'seed': args.seed}
-    key = checkpoint.thresholds_key(model, settings)
+    images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=engine.seed_for(args.seed, 0),
+                                       shuffle=True)))
+    # the pictures themselves, as a folder's may change and a folder may move; the seed draws their spikes, too
+    key = checkpoint.thresholds_key(model, {
+        'architecture': args.architecture, 'dataset': args.dataset, 'images': checkpoint.digest({'images': images}),
+        'timesteps': args.calibration_timesteps, 'percentile': args.threshold_percentile, 'seed': args.seed})
     thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
     say(note)
     if thresholds is None:
-        seed = engine.seed_for(args.seed, 0)
-        engine.seed_all(seed)
-        images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=seed, shuffle=True)))
+        engine.seed_all(engine.seed_for(args.seed, 0))
         try:
             thresholds = find_thresholds(model, images, args.calibration_timesteps, progress=True,
                                          percentile=args.threshold_percentile)
@@ -90,6 +84,16 @@ def fitting_scale(model, ann, images, device, args):
     return args.timesteps * both / square if both > 0 else 1.0
 
 
+def at_chance(accuracy, labels, classes):
+    """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
+
+    Clearly: by two standard errors over so many images, and at many classes by what fit() asks of a training.
+    """
+    chance = labels.bincount().max().item() / len(labels)
+    least = max(chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)), engine.least_progress(classes))
+    return chance if accuracy < least else None
+
+
 def convert(model, data, chosen_on, device, args, say):
     """Load the ANN's weights, balance and scale the thresholds, fit the output; returns what was measured.
 
@@ -101,6 +105,9 @@ def convert(model, data, chosen_on, device, args, say):
     checkpoint.load_weights(ann, state, args.pretrained_ann)
     accuracy = engine.test(ann, getattr(data, chosen_on), engine.cross_entropy, device, args).accuracy
     say(f'ANN {args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
+    if chance := at_chance(accuracy, getattr(data, chosen_on).labels, len(data.classes)):
+        say(f'this ANN is hardly better than chance ({chance:.2%} for the commonest class), and what is converted from '
+            'it will not be either: stop here and train it further, or with another --learning_rate')
     thresholds = distributed.from_main(lambda: balanced_thresholds(model, data, args, say))
     found = {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on, 'scaling_factor': args.scaling_factor}
     # the test set has no part in what follows

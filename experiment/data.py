@@ -40,6 +40,7 @@ class Data(NamedTuple):
     classes: list       # names
     input_shape: tuple  # (C, H, W)
     validation: Dataset = None  # held out of the training set, to choose the best epoch on
+    whole: int = 0  # images in the training set before any were left out
 
     @property
     def selection(self):
@@ -95,7 +96,7 @@ def crop_and_flip(images, padding=4):
 
 
 def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0,
-         num_workers=0):
+         num_workers=0, split_seed=None):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
@@ -103,7 +104,9 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
     validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
     from its beginning, those held out are its end, so they are the same ones whatever train_samples.
     num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none.
+    split_seed: shuffles the training set in place of seed.
     """
+    split_seed = seed if split_seed is None else split_seed
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:
         train, test, classes = _torchvision(name, root)
@@ -117,12 +120,16 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
                             '--data_dir where the pictures are') from error
     else:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
-    held_out = _subset(*train, round(validation_fraction * len(train[1])), seed, 'train', from_end=True)
-    left = len(train[1]) - len(held_out[1])
+    whole = len(train[1])
+    if validation_fraction and not held_out_of(whole, validation_fraction):
+        raise UserError(f'--validation_fraction {validation_fraction} holds out none of {whole} train images; hold out '
+                        'a larger part, or leave the flag out to choose the best epoch on the test set')
+    held_out = _subset(*train, held_out_of(whole, validation_fraction), split_seed, 'train', from_end=True)
+    left = whole - len(held_out[1])
     if left < (train_samples or 1) and validation_fraction:
-        raise UserError(f'--validation_fraction {validation_fraction} leaves {left} of {len(train[1])} train images; '
+        raise UserError(f'--validation_fraction {validation_fraction} leaves {left} of {whole} train images; '
                         'hold out a smaller part, or ask for fewer with --train_samples')
-    train = _subset(*train, train_samples or left, seed, 'train')
+    train = _subset(*train, train_samples or left, split_seed, 'train')
     test = _subset(*test, test_samples, seed, 'test')
 
     augment, how, test_how, shape = True, {}, {}, None
@@ -143,7 +150,7 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
         how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
         shape = tuple(train[0].shape[1:])
     return Data(Pictures(*train, augment=augment, **how), Pictures(*test, **test_how), classes, shape,
-                Pictures(*held_out, **test_how) if len(held_out[1]) else None)
+                Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole)
 
 
 def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, share=(0, 1)):
@@ -205,13 +212,23 @@ def _error_as_value(make, indices):
         return error
 
 
+def held_out_of(count, validation_fraction):
+    """How many of so many training images are held out."""
+    return round(validation_fraction * count)
+
+
+def shuffled(count, seed):
+    """The order that a seed gives so many images: a tensor of their numbers."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
 def _subset(images, labels, samples, seed, part, from_end=False):
     """`samples` of the images and labels, from the beginning or the end of the order that the seed gives them."""
     if samples is None:
         return images, labels
     if samples > len(labels):
         raise UserError(f'--{part}_samples {samples}: there are {len(labels)} {part} images; ask for fewer')
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = shuffled(len(labels), seed)
     chosen = (order[len(order) - samples:] if from_end else order[:samples]).sort().values
     images = images[chosen] if isinstance(images, torch.Tensor) else [images[index] for index in chosen.tolist()]
     return images, labels[chosen]

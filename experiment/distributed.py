@@ -6,10 +6,13 @@ its part of every batch; gradients are averaged by torch's DistributedDataParall
 import contextlib
 import datetime
 import os
+import signal
 import sys
 
 import torch
 import torch.distributed as dist
+
+from experiment import UserError
 
 
 def wanted():
@@ -24,8 +27,13 @@ def local_rank():
 
 def start(device):
     """Meet the other processes; they talk by nccl on CUDA, by gloo on CPUs."""
+    # Python's handlers wait for torch to return, which does not while another process is missing
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
     # a process may wait for another to balance thresholds, which can take hours
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(days=2))
+    dist.barrier()  # else torch logs an error where a process ends before another has reached it
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def stop():
@@ -43,6 +51,12 @@ def stop():
 
 def _started():
     return dist.is_available() and dist.is_initialized()
+
+
+def is_of_an_ended_process(error):
+    """Whether a RuntimeError says that another process has ended, by whatever fault, and this one cannot go on."""
+    return isinstance(error, dist.DistError) or any(
+        words in str(error) for words in ('closed by peer', 'reset by peer', 'Broken pipe', 'gloo/transport'))
 
 
 def share():
@@ -64,11 +78,20 @@ def total(values, device):
 
 
 def from_main(function):
-    """What function() gives on the main process, on all of them."""
-    value = [function() if is_main() else None]
+    """What function() gives on the main process, on all of them; a UserError that it raises, too."""
+    value = error = None
+    if is_main():
+        try:
+            value = function()
+        except UserError as raised:
+            error = raised
     if _started():
-        dist.broadcast_object_list(value, 0)
-    return value[0]
+        both = [value, error]
+        dist.broadcast_object_list(both, 0)
+        value, error = both
+    if error:
+        raise error
+    return value
 
 
 def share_weights(model):

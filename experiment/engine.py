@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, distributed, files, log, metrics
+from experiment import UserError, checkpoint, distributed, files, log, metrics, options
 from experiment.data import NO_IMAGE, epoch_loader
 from self_models.spiking import SpikingNetwork
 
@@ -217,22 +217,29 @@ def test_over_time(model, dataset, loss_function, device, args, say=None, at=Non
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
+def least_progress(classes):
+    """The accuracy below which a network has learned nothing: for ten classes 0.15, as published."""
+    return min(0.15, 1.5 / classes)
+
+
 def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, history, done=0,
-        best=None, train_say_every=None, test_say=None, board=None):
+        best=None, train_say_every=None, test_say=None, board=None, trained_as=None):
     """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch), and leaves the model at that epoch.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
     paths: of the run's files. extra: what goes into checkpoints beside the weights. history: the metrics of the epochs
     so far, a list of dicts, which grows. best: (accuracy, epoch) so far. patience: epochs after which a network no
     better than chance stops the run with a UserError. fresh: files of this name are an earlier run's, to be set
-    aside before the first is written. board: a SummaryWriter for TensorBoard, or None.
+    aside before the first is written. board: a SummaryWriter for TensorBoard, or None. trained_as: the arguments of
+    the epochs so far, which are the run's where none is left to train.
     """
-    best, chosen_on = best or (-1.0, 0), data.selection
+    best, chosen_on, arguments = best or (-1.0, 0), data.selection, None
     if done >= args.epochs:
         enough = f'{done} epochs are done already; a larger --epochs trains on'
         if fresh:  # no epoch would be this run's
             raise UserError(enough)
         say(enough)
+        arguments = trained_as and {**trained_as, 'epochs': args.epochs}
     pin_memory, share, learner = device.type == 'cuda', distributed.share(), distributed.learner(model, device)
     say(f'the best epoch is chosen on the {chosen_on} set'
         + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
@@ -264,8 +271,7 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         say(log.epoch_line(history[-1]))
         if board:
             metrics.to_board(board, history[-1])
-        # 0.15 for ten classes, as published
-        if epoch > patience and best[0] < min(0.15, 1.5 / len(data.classes)):
+        if epoch > patience and best[0] < least_progress(len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
     if distributed.is_main():
@@ -275,15 +281,19 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
         tested = test(model, data.test, loss_function, device, args, test_say)
         say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {best[1]}, which had the best '
             f'validation accuracy, {best[0]:.2%}')
-        next(entry for entry in history if entry['epoch'] == best[1]).update(
-            test_loss=tested.loss, test_accuracy=tested.accuracy)
-        if distributed.is_main():
-            metrics.write(paths.metrics, args, history)
+        for entry in history:
+            if entry['epoch'] == best[1]:
+                entry.update(test_loss=tested.loss, test_accuracy=tested.accuracy)
+    # also after a kill between the last checkpoint and its metrics; those of a finished run stay as they are
+    if distributed.is_main() and not metrics.holds(paths.metrics, history):
+        metrics.write(paths.metrics, args, history, arguments)
     return best
 
 
 def save(paths, improved, best, model, optimizer, args, history, **state):
-    """Write the checkpoint to resume from, before it, where this epoch is the best, that of the best, and the metrics.
+    """Write the checkpoint to resume from, then, where this epoch is the best, that of the best, and the metrics.
+
+    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one.
 
     The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
     the main one writes.
@@ -292,7 +302,7 @@ def save(paths, improved, best, model, optimizer, args, history, **state):
         return
     state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
              'args': log.arguments(args), 'history': history}
-    for path in (paths.best, paths.last) if improved else (paths.last,):
+    for path in (paths.last, paths.best) if improved else (paths.last,):
         checkpoint.save(state, path)
     metrics.write(paths.metrics, args, history)
 
@@ -300,20 +310,15 @@ def save(paths, improved, best, model, optimizer, args, history, **state):
 def resume_optimizer(optimizer, state, path, args):
     """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings; a test needs none.
 
-    Raises UserError.
+    state: of checkpoint.load_training(). Raises UserError.
     """
-    best, saved = state.get('best'), state.get('args')
-    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(saved, dict)
-            and isinstance(best, list) and len(best) == 2 and all(isinstance(value, (int, float)) for value in best)
-            and isinstance(state.setdefault('history', []), list)
-            and all(isinstance(entry, dict) for entry in state['history'])):
-        raise UserError(f'{path}: holds no training to resume; give the file that ends in .last.pth')
     if args.test_only:
         return
+    saved, idle = state['args'], options.without_effect(vars(args))
     # what the optimizer's state is, and what the best accuracy so far is of: images and time
     for flag in ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples',
                  'timesteps', 'leak'):
-        if saved.get(flag) != getattr(args, flag, None):  # ann.py knows no time
+        if flag not in idle and saved.get(flag) != getattr(args, flag, None):  # ann.py knows no time
             said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
             raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '
                             '--pretrained_ann or --pretrained_snn')

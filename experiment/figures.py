@@ -1,5 +1,4 @@
 """Drawing with matplotlib, without a screen, and the figure of a sweep's metrics files. It needs no torch."""
-import importlib.util
 import statistics
 import textwrap
 from itertools import cycle, product
@@ -12,13 +11,22 @@ LINES = ('-', '--', ':', '-.')  # once the colors are used up
 
 def check(flag):
     """Raise UserError, before any work, where a flag's figures cannot be drawn."""
-    if importlib.util.find_spec('matplotlib') is None:
-        raise UserError(f'{flag}: draws with matplotlib, which is not installed; pip install matplotlib')
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401  what a PNG takes
+    except ModuleNotFoundError as error:
+        raise UserError(f'{flag}: draws with matplotlib, which is not installed; pip install matplotlib') from error
+    except Exception as error:  # of a half installed one, or of its settings
+        raise UserError(f'{flag}: draws with matplotlib, which does not load ({error}); mend that first') from error
 
 
 def new_figure(width, height):
     from matplotlib.figure import Figure  # without pyplot, which keeps figures and looks for a screen
     return Figure(figsize=(width, height), layout='constrained')
+
+
+def drawable(text):
+    """A text as matplotlib draws it: what is no Unicode, as in names of files, as a terminal shows it."""
+    return text.encode('utf-8', 'backslashreplace').decode()
 
 
 def over_seeds(row, field):
@@ -46,7 +54,7 @@ def draw_runs(row_list, names):
               ('scan', 'scaling factor', f'Converted, {scanned_on} images')]
     panels = [panel for panel in panels if any(getattr(run, panel[0]) for run in runs)]
     width = max(4.4 * len(panels), 6.4)
-    names = [textwrap.fill(name, int(14 * width)) for name in names]
+    names = [textwrap.fill(drawable(name), int(14 * width)) for name in names]
     figure = new_figure(width, 4 + 0.2 * sum(name.count('\n') + 1 for name in names))
     for axes, (field, x, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for row, name, (line, color) in zip(row_list, names, cycle(product(LINES, COLORS))):
@@ -62,6 +70,8 @@ def draw_runs(row_list, names):
             anns = sorted({run.ann for run in runs if run.ann is not None})
             for number, ann in enumerate(anns):
                 axes.axhline(100 * ann, color='0.5', linestyle=':', label='_' if number else 'ANN')
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', frameon=False,
-                  fontsize='small')
+    legend = figure.legend(*figure.axes[0].get_legend_handles_labels(), loc='outside lower center', frameon=False,
+                           fontsize='small')
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold a $
     return figure

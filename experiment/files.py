@@ -1,6 +1,7 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
 import os
 import re
+import secrets
 import socket
 import tempfile
 import time
@@ -81,42 +82,86 @@ def lock(files):
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
-    _delete_half_written(files)
+    for path in files:
+        _delete_half_written(path)
     return file
 
 
-def _delete_half_written(files):
-    """Delete what killed runs of this name were just writing; to be called by the one that holds its lock."""
-    for path in files:
-        for part in path.parent.glob('*.tmp'):
-            if re.fullmatch(re.escape(path.name) + r'\.\d+\.tmp', part.name):  # as write_atomically() calls it
-                part.unlink(missing_ok=True)
-
-
 def set_aside(files, say):
-    """Keep the files that an earlier run of the same name left, as previous.N.<name>."""
-    number = 1
-    while any(path.with_name(f'previous.{number}.{path.name}').exists() for path in files):
+    """Keep the files that an earlier run of the same name left, as previous.N.<name>.
+
+    A run that is killed in between has the next one go on: what is still there gets the same number. The checkpoint to
+    resume from goes first, as without it that next run starts anew.
+    """
+    def kept(path):
+        return path.with_name(f'previous.{number}.{path.name}')
+
+    there, number = [path for path in files if path.exists()], 1
+    while any(kept(path).exists() for path in there):
         number += 1
-    for path in files:
-        if path.exists():
-            kept = path.with_name(f'previous.{number}.{path.name}')
-            os.replace(path, kept)
-            say(f'{path} is of an earlier run: kept as {kept.name}')
+    for path in sorted(there, key=lambda path: not path.name.endswith('.last.pth')):
+        os.replace(path, kept(path))
+    for path in there:
+        say(f'{path} is of an earlier run: kept as {kept(path).name}')
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError."""
-    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError.
+
+    Also deletes what killed processes had half written of `path`.
+    """
     try:
+        _delete_half_written(path)
+        temporary, file = _open_temporary(path)
         try:
-            with open(temporary, 'wb') as file:
+            with file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+                if fcntl:  # while it is locked
+                    os.replace(temporary, path)
+            if not fcntl:  # Windows moves no open file
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
         raise UserError(f'{path}: cannot be written ({reason}); what stood there before is untouched') from error
+
+
+def _open_temporary(path):
+    """(the name of a new file beside `path`, the file), locked while it is open; see _delete_half_written()."""
+    while True:
+        # processes of two hosts may have the same number
+        name = path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
+        file = open(name, 'xb')
+        try:
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        except OSError:  # no locks here
+            pass
+        if name.exists():  # else another process took it for a leftover before it was locked
+            return name, file
+        file.close()
+
+
+def _delete_half_written(path):
+    """Delete what killed processes had half written of `path`: what nobody has locked or, without locks, for a day."""
+    for part in path.parent.glob('*.tmp'):
+        # as _open_temporary() calls them; former versions did without the second number
+        if not re.fullmatch(re.escape(path.name) + r'\.\d+(-[0-9a-f]{8})?\.tmp', part.name):
+            continue
+        try:
+            with open(part, 'r+b') as file:
+                try:
+                    if not fcntl:
+                        raise OSError
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    continue
+                except OSError:
+                    if time.time() - part.stat().st_mtime < 24 * 3600:
+                        continue
+                part.unlink()  # before the lock is given up
+        except OSError:  # gone meanwhile, or not ours
+            continue

@@ -26,7 +26,8 @@ def open_log(kind, identifier, to_file):
         return lambda text: print(text, flush=True)
     path = Path('logs', kind, f'{identifier}.log')
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, 'a', encoding='utf-8', buffering=1)  # after what is there; line by line, for `tail -f`
+    # after what is there; line by line, for `tail -f`; file names that are no text as the terminal shows them
+    file = open(path, 'a', encoding='utf-8', errors='backslashreplace', buffering=1)
     print(f'this run writes to {path}', flush=True)
     return lambda text: print(text, file=file)
 
@@ -49,7 +50,7 @@ def command():
 
 def arguments(args):
     """Every argument of a run, as numbers and texts."""
-    return {key: value for key, value in vars(args).items() if key != 'given'}
+    return {key: value for key, value in vars(args).items() if key not in ('given', 'defaults')}
 
 
 def heading(selection):

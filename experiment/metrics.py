@@ -10,10 +10,10 @@ from experiment import UserError, distributed, log
 from experiment.files import write_atomically
 
 
-def write(path, args, history):
+def write(path, args, history, arguments=None):
     """Write a metrics file: a line about the run (of a resumed one, about its last part), then a line an epoch.
 
-    Raises UserError.
+    arguments: what the line says of the flags, in place of `args`. Raises UserError.
 
     history: dicts of numbers: epoch, learning_rate, train_loss, train_accuracy, test_loss, test_accuracy (with
     --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
@@ -21,10 +21,19 @@ def write(path, args, history):
     one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
     {factor: accuracy}, and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
-    run = {'command': log.command(), 'args': log.arguments(args), 'commit': COMMIT,
+    run = {'command': log.command(), 'args': arguments or log.arguments(args), 'commit': COMMIT,
            'torch': torch.__version__, 'machine': machine(args)}
     text = ''.join(json.dumps(line) + '\n' for line in [run, *history])
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def holds(path, history):
+    """Whether a metrics file is there, and its lines are these epochs'."""
+    try:
+        _, *epochs = map(json.loads, path.read_text(encoding='utf-8').splitlines())
+    except (OSError, ValueError):
+        return False
+    return epochs == json.loads(json.dumps(history))
 
 
 def commit():

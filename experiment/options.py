@@ -1,15 +1,22 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
+import errno
 import os
 import signal
 import sys
+import time
 
 from experiment import UserError
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
+FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
 
-def number(kind, low=None, high=None, open_low=False):
-    """An argparse type: a finite `kind` (int or float) in [low, high], or (low, high] with open_low."""
+
+def number(kind, low=None, high=None, open_low=False, float32=True):
+    """An argparse type: a `kind` (int or float) in [low, high], or (low, high] with open_low.
+
+    float32: whether a float has to be one there, where networks compute, that is neither 0 nor infinite.
+    """
     bounds = ' and '.join(
         ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
         + ([] if high is None else [f'at most {high}']))
@@ -24,6 +31,9 @@ def number(kind, low=None, high=None, open_low=False):
                 or (high is not None and value > high)):
             noun = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}'.rstrip())
+        if kind is float and float32 and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
+            raise argparse.ArgumentTypeError(f'{text!r} is too {"large" if abs(value) > 1 else "small"} for float32, '
+                                             f'which goes from {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}')
         return value
 
     return parse
@@ -46,7 +56,8 @@ def below_one(text):
 def factor(text):
     """'auto' or a number above 0."""
     try:
-        return text if text == 'auto' else positive(text)
+        # what counts is the threshold that it makes, which is checked
+        return text if text == 'auto' else number(float, 0, open_low=True, float32=False)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor 'auto'") from error
 
@@ -113,16 +124,31 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, result)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose result also holds `given`, the names of the arguments that stood on the command line."""
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage, and that knows no abbreviations."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        fail(self.prog, message, 2)
+
+    def exit(self, status=0, message=None):
+        output_fails()  # of --help
+        super().exit(status, message)
+
+
+class Parser(OneLineParser):
+    """One whose result also holds `given`, the names of the arguments that stood on the command line, and `defaults`,
+    the values of those that do not."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         if message.startswith('unrecognized arguments: ') and not message.split(': ')[1].startswith('-'):
             message += '; a value with spaces wants quotes'
-        self.exit(2, f'{self.prog}: error: {" ".join(message.split())}\n')  # without the usage: one line
+        super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
         unset = object()
@@ -130,6 +156,7 @@ class Parser(argparse.ArgumentParser):
         super().parse_known_args(args, probe)
         parsed, rest = super().parse_known_args(args, namespace)
         parsed.given = {name for name, value in vars(probe).items() if value is not unset}
+        parsed.defaults = {name: self.get_default(name) for name in vars(probe)}
         return parsed, rest
 
 
@@ -180,28 +207,111 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
+# of a conversion, which a network that is trained from scratch or already converted does not go through
+CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
+
+
+def without_effect(settings):
+    """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
+    effective = {
+        'momentum': (settings.get('optimizer') == 'SGD', '--optimizer SGD'),
+        'amsgrad': (settings.get('optimizer') == 'Adam', '--optimizer Adam'),
+        'alpha': (settings.get('activation') == 'STDB', '--activation STDB'),
+        'beta': (settings.get('activation') == 'STDB', '--activation STDB'),
+        'gamma': (settings.get('activation') == 'Linear', '--activation Linear'),
+        'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
+        'kernel_size': (str(settings.get('architecture')).startswith('VGG'), 'VGGs'),
+        **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn')),
+                  'a conversion, --pretrained_ann') for name in CONVERSION}}
+    return {name: of for name, (has, of) in effective.items() if name in settings and not has}
+
+
+def prepare_streams():
+    """Make print() work whatever a terminal can show, and where the standard output or error is closed."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, 'w'))
+        elif hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # a letter that it cannot show is no reason to stop
+
+
+def output_fails():
+    """Whether what was printed cannot be written; Python's flush at exit then does not fail once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def said(error):
+    """What an OSError says, in a line."""
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EDQUOT):
+        return f'what it prints or logs cannot be written ({error.strerror}); make room, or print elsewhere'
+    where = f'{error.filename}: ' if error.filename else ''
+    return f'{where}{error.strerror or error}'
+
+
+def several_processes():
+    """Whether torchrun started this process beside others; distributed.wanted() without torch."""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+
+
+def fail(script, message, status=1, wait=None):
+    """End a script with one line on stderr and a status that is not 0.
+
+    Several processes mostly fail for one reason, and torchrun ends the others as soon as one has. So all but the main
+    one wait for that, and speak only where it goes on. wait: whether to, else by that rule.
+    """
+    line = f'{script}: error: {" ".join(message.split())}'
+    output_fails()
+    if several_processes():
+        if os.environ.get('RANK') != '0' if wait is None else wait:
+            _wait_to_be_ended(status)
+        print(line, file=sys.stderr, flush=True)
+        os._exit(status)  # torch may abort in Python's shutdown, see distributed.stop()
+    if status == 1:
+        sys.exit(line)
+    print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+def _wait_to_be_ended(status, seconds=5):
+    try:
+        time.sleep(seconds)
+    except KeyboardInterrupt:
+        os._exit(status)
+
+
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')  # a terminal that cannot show a letter is no reason to stop
+    prepare_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
     try:
         main(args)
-        if int(os.environ.get('WORLD_SIZE', 1)) > 1:  # under torchrun
+        sys.stdout.flush()
+        if several_processes():
             from experiment import distributed
             distributed.stop()
     except UserError as error:
-        sys.exit(f'{script}: error: {" ".join(str(error).split())}')
+        fail(script, str(error))
     except KeyboardInterrupt:
-        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
-              file=sys.stderr)
+        if os.environ.get('RANK', '0') == '0':
+            print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
+                  file=sys.stderr, flush=True)
+        if several_processes():
+            os._exit(130)
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
-        memory = isinstance(error, MemoryError) or any(
-            words in str(error) for words in ('out of memory', 'allocate memory', 'ALLOC_FAILED'))
-        if not memory:
-            raise
-        sys.exit(f'{script}: error: out of memory; lower --batch_size, --timesteps or --image_size')
+        if isinstance(error, MemoryError) or any(words in str(error) for words in (
+                'out of memory', 'allocate memory', 'ALLOC_FAILED', 'calculation overflowed')):
+            fail(script, 'out of memory; lower --batch_size, --timesteps, --image_size or --kernel_size')
+        if several_processes():
+            from experiment import distributed
+            if distributed.is_of_an_ended_process(error):
+                fail(script, 'another process of this run has ended, and so this one does', wait=True)
+        raise
     except OSError as error:
-        where = f'{error.filename}: ' if error.filename else ''
-        sys.exit(f'{script}: error: {where}{error.strerror or error}')
+        fail(script, said(error))

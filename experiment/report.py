@@ -312,11 +312,15 @@ def training_rows(checkpoint):
     try:
         for line in path.read_text(encoding='utf-8').splitlines():
             row = json.loads(line)
-            if 'epoch' in row:  # an epoch done again, after a resume or by a later run, replaces what was there
+            if 'epoch' in row:
+                if not all(type(value) in (int, float) and math.isfinite(value) for key, value in row.items()
+                           if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
+                    raise ValueError('what should be numbers are none')
+                # an epoch done again, after a resume or by a later run, replaces what was there
                 rows = [*(before for before in rows if before['epoch'] < row['epoch']), row]
     except FileNotFoundError:
         return None, f'training curves: left out, as there is no {path}'
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return None, f'training curves: left out, as {path} cannot be read ({error})'
     return rows or None, f'training curves: {len(rows)} epochs of {path}'
 
@@ -402,8 +406,10 @@ def draw_surrogate(report):
     figure = figures.new_figure(8, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     if numbers['activation'] == 'STDB':
-        top.plot(numbers['delta_t'], numbers['gradient'], color=ANN)
+        # a neuron is looked at in T - L steps: of one there is no delta_t, and a single one makes no line
+        top.plot(numbers['delta_t'], numbers['gradient'], color=ANN, marker='o' if len(shares) == 1 else None)
         bottom.xaxis.get_major_locator().set_params(integer=True)
+        bottom.set_xlim(0, max(2, len(shares) + 1))
         bottom.bar(numbers['delta_t'], shares, width=1, color=SNN)
         top.set(title=f'STDB: {numbers["alpha"]:g} exp(-{numbers["beta"]:g} Δt)')
         bottom.set(xlabel='Δt, time steps since the last earlier spike')
@@ -421,7 +427,9 @@ def draw_surrogate(report):
     top.set(ylabel='surrogate gradient')
     top.margins(y=0.1)
     top.set_ylim(bottom=0)
-    bottom.set(ylabel='share of neurons × steps (%)', yscale='log')
+    # a logarithmic axis has no place for zeros alone, as of a network that never fires
+    bottom.set(ylabel='share of neurons × steps (%)', yscale='log' if any(shares) else 'linear')
+    bottom.set_ylim(bottom=None if any(shares) else 0)
     bottom.text(0.98, 0.95, apart, transform=bottom.transAxes, ha='right', va='top', fontsize='small',
                 bbox={'facecolor': 'white', 'edgecolor': '0.8'})
     for axes in (top, bottom):
@@ -474,6 +482,7 @@ def draw_training(rows):
                 axes.plot(*zip(*points, strict=True), color=color, marker='o', markersize=3, label=part)
         axes.set(xlabel='epoch', ylabel='cross-entropy' if what == 'loss' else 'accuracy (%)', title=what.capitalize())
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     return figure

@@ -3,8 +3,11 @@
 It needs no torch.
 """
 import json
+import math
+import os
 import re
 import statistics
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +16,7 @@ from experiment.files import write_atomically
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',
-                'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
+                'split_seed', 'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
@@ -49,7 +52,7 @@ def read(path):
         return _run(str(path), about['args'], about.get('machine'), epochs)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
@@ -58,13 +61,29 @@ def read_all(paths):
     return [read(path) for path in dict.fromkeys(paths)]
 
 
+def _finite(value):
+    """A number as a float. Raises ValueError, TypeError or OverflowError for what is none, or is not finite."""
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f'{value} is not finite')
+    return number
+
+
+def _numbers(values):
+    """{text of a number: number} as read from JSON, each checked; the texts stay."""
+    return {key: _finite(value) for key, value in values.items() if math.isfinite(_finite(key))}
+
+
 def _run(path, args, machine, epochs):
     seed = int(args['seed'])
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # where a set lies says which it is only if it is a folder of pictures
-    data, folder = settings.pop('dataset', None), Path(settings.pop('data_dir', '')).expanduser().resolve()
+    data, folder = settings.pop('dataset', None), os.path.expanduser(settings.pop('data_dir', ''))
+    try:
+        folder = os.path.realpath(folder)
+    except ValueError:  # a name that no file here can have
+        pass
     pictures = data in ('FOLDER', 'IMAGENET')
-    settings['data'] = f'{data} {folder.name}' if pictures else data
+    settings['data'] = f'{data} {Path(folder).name}' if pictures else data
     if 'scaling_factor' in settings:
         settings.setdefault('threshold_percentile', 100.0)  # files from before there were others
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
@@ -76,20 +95,22 @@ def _run(path, args, machine, epochs):
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
     accuracy = None
     if epochs:
-        accuracy = float(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
+        accuracy = _finite(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
         if chosen_on == 'validation':  # only at the end is the best epoch tested
-            accuracy = next((float(epoch['test_accuracy']) for epoch in epochs
+            accuracy = next((_finite(epoch['test_accuracy']) for epoch in epochs
                              if epoch.get(chosen) == accuracy and 'test_accuracy' in epoch), None)
+    if 'scan' in start and (start['scanned_on'] not in ('train', 'validation') or 'scaling_factor' not in settings):
+        raise ValueError(f'factors scanned on {start["scanned_on"]}')
     return Run(
-        path, settings, seed, chosen_on, str(folder) if pictures else None,
-        ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
-        epochs={int(epoch['epoch']): float(epoch[chosen]) for epoch in epochs},
-        curve={key: float(value) for epoch in epochs for key, value in epoch.get('curve', {}).items()},
+        path, settings, seed, chosen_on, folder if pictures else None,
+        ann=_finite(start['ann_accuracy']) if start else None, converted=_finite(start[chosen]) if start else None,
+        epochs={int(epoch['epoch']): _finite(epoch[chosen]) for epoch in epochs},
+        curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
         accuracy=accuracy,
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
-        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
-        factor=start['scaling_factor'] if 'scan' in start else None,
-        scan={key: float(value) for key, value in start.get('scan', {}).items()}, scanned_on=start.get('scanned_on'))
+        seconds=[_finite(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
+        factor=_finite(start['scaling_factor']) if 'scan' in start else None,
+        scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'))
 
 
 def rows(runs):
@@ -234,5 +255,7 @@ def draw(paths, path):
     if not any(run.epochs for run in runs):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
     figure = figures.draw_runs(row_list, names(row_list))
-    about = {'Description': tables(runs, as_markdown=True)}
-    write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))
+    about = {'Description': figures.drawable(tables(runs, as_markdown=True))}
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph')  # a letter that the font lacks becomes a box
+        write_atomically(path, lambda file: figure.savefig(file, format='png', dpi=120, metadata=about))

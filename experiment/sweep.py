@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiment import UserError, figures, summary
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import file, positive_int
+from experiment.options import OneLineParser, fail, file, output_fails, positive_int, prepare_streams, said
 
 # Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
 FUNCTIONS = r'''
@@ -112,9 +112,8 @@ def slurm_value(text):
 
 def get_args_parser(kind, target):
     """The flags of the parser `target` (of ann.py or snn.py), each with one value or several, and the sweep's own."""
-    # Abbreviations off: --see would be looked up among other flags than the target's.
-    parser = argparse.ArgumentParser(
-        f'{kind}_script.py', allow_abbrev=False,
+    parser = OneLineParser(
+        prog=f'{kind}_script.py',
         usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
               f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown] '
               '[--figure FILE.png]',
@@ -177,12 +176,19 @@ def labels(texts):
     return next(filter(distinct, candidates))
 
 
+def checkpoints_of(flags):
+    """Of a sweep's flags those by which an SNN is taken from a checkpoint, which then says what network it is of."""
+    return [dest for dest in ('pretrained_snn', 'resume')
+            if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
+
+
 def expand(kind, target, flags):
     """The command-line words of each run, every one of them parsed by `target`; its error() ends the first misfit.
 
     flags: {dest: [(option, text), ...]} as Values collects them. Several runs each get a --name: the identifier that
     a run would have anyway and, sorted, the flags that vary without showing in it. So a run's name does not depend on
-    the order in which flags are written, and a sweep can be generated anew to resume it.
+    the order in which flags are written, and a sweep can be generated anew to resume it. Of runs from an SNN's
+    checkpoint it names that, and of network, data set and time steps what flags say: nobody has read the checkpoint.
     """
     runs = [dict(zip(flags, pairs)) for pairs in itertools.product(*flags.values())]
     if len(runs) == 1:
@@ -193,6 +199,12 @@ def expand(kind, target, flags):
             target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it run '
                          'by run, with snn.py --test_only --pretrained_snn FILE')
 
+    checkpoints = checkpoints_of(flags) if kind == 'snn' and 'name' not in flags else []
+    named = {*checkpoints, 'architecture', 'dataset', 'timesteps'} if checkpoints else ()
+
+    def own(args):
+        return kind if checkpoints else identifier(kind, args)
+
     parts = {}  # {dest: {(option, text): the part of a name}}
     for dest, pairs in flags.items():
         parsed = [target.parse_args(words({**runs[0], dest: pair}.values())) for pair in pairs]
@@ -202,13 +214,13 @@ def expand(kind, target, flags):
             if value in values[:i]:
                 same = texts[values.index(value)]
                 target.error(f'argument {pairs[i][0]}: {same!r} and {texts[i]!r} are the same value; leave out one')
-        if not distinct([identifier(kind, args) for args in parsed]):
+        if dest in named or not distinct(list(map(own, parsed))):
             parts[dest] = {pair: dest + ('' if label[:1].isdigit() else '-') + label
                            for pair, label in zip(pairs, labels(texts))}
 
     for run in runs:
-        own = identifier(kind, target.parse_args(words(run.values())))
-        run['name'] = ('--name', '_'.join([own, *(parts[dest][run[dest]] for dest in sorted(parts))]))
+        name = [own(target.parse_args(words(run.values()))), *(parts[dest][run[dest]] for dest in sorted(parts))]
+        run['name'] = ('--name', '_'.join(name).removesuffix('.last'))
     commands = [words(run.values()) for run in runs]
     names = [identifier(kind, target.parse_args(command)) for command in commands]
     if not distinct([str(path) for name in names for path in paths(kind, name)]):
@@ -271,16 +283,23 @@ def script(kind, commands, limit, argv, home):
 
 def main(module, published, argv=None):
     """Write the script that runs `module` (ann or snn) with the flags in argv; where it has none, with `published`."""
-    argv = sys.argv[1:] if argv is None else argv
+    prepare_streams()
     kind, target = module.__name__, module.get_args_parser()
     parser = get_args_parser(kind, target)
+    target.error = parser.error
+    try:
+        _main(module, kind, target, parser, published, sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        fail(parser.prog, str(error))
+    except BrokenPipeError:  # `| head` has read enough
+        output_fails()
+    except OSError as error:
+        fail(parser.prog, said(error))
 
-    def error(message):
-        print(f'{parser.prog}: error: {" ".join(message.splitlines())}', file=sys.stderr)
-        sys.exit(2)
 
-    parser.error = target.error = error
-    args = parser.parse_args(argv)
+def _main(module, kind, target, parser, published, argv):
+    args, error = parser.parse_args(argv), parser.error
     for flag in ('gpus', 'time', 'partition'):
         if getattr(args, flag) is not None and not args.slurm:
             error(f'argument --{flag}: goes with --slurm')
@@ -290,17 +309,14 @@ def main(module, published, argv=None):
     if args.summarize:
         if args.flags or args.slurm:
             error('argument --summarize: writes no script, so the flags of one do not go with it')
+        if args.figure:
+            figures.check('--figure')
         try:
-            if args.figure:
-                figures.check('--figure')
-            try:
-                print(summary.summarize(args.summarize, args.markdown), flush=True)
-            except BrokenPipeError:  # `| head` has read enough; Python's flush at exit would fail once more
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if args.figure:
-                summary.draw(args.summarize, Path(args.figure))
-        except UserError as reason:
-            sys.exit(f'{parser.prog}: error: {" ".join(str(reason).split())}')
+            print(summary.summarize(args.summarize, args.markdown), flush=True)
+        except BrokenPipeError:  # the figure is drawn all the same
+            output_fails()
+        if args.figure:
+            summary.draw(args.summarize, Path(args.figure))
         return
     flags = args.flags or parser.parse_args(published).flags
     total = math.prod(map(len, flags.values()))
@@ -319,7 +335,7 @@ def main(module, published, argv=None):
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
         write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
     except UserError as reason:
-        sys.exit(f'{parser.prog}: error: {reason}; --script names another place')
+        raise UserError(f'{reason}; --script names another place') from reason
     mode = os.stat(args.script).st_mode
     os.chmod(args.script, mode | (mode & 0o444) >> 2)  # who may read it may run it
 

@@ -214,8 +214,8 @@ def test_what_is_not_finite_is_named():
 
 
 def test_a_scaling_factor_that_is_too_large(trained):
-    fails(snn, r'--scaling_factor 1e\+308: a threshold', *SPIKING, *CALIBRATION, '--pretrained_ann', trained,
-          '--scaling_factor', '1e308')
+    fails(snn, r'--scaling_factor 3.4e\+38: a threshold', *SPIKING, *CALIBRATION, '--pretrained_ann', trained,
+          '--scaling_factor', '3.4e38')
 
 
 def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):

@@ -2,8 +2,10 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 97, '--test_
 
 def start(processes, script, *flags, cwd, status=0):
     """Run a script of the project on so many processes; returns what they print, where it is to fail their errors."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '--']
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)], cwd=cwd,
         text=True, capture_output=True, timeout=300,
@@ -76,10 +78,57 @@ def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
 def test_too_few_time_steps_for_a_spike_at_the_output_say_how_many_it_takes(tmp_path):
     errors = start(2, 'snn.py', *SMALL, '--timesteps', 5, '--epochs', 1, cwd=tmp_path, status=1)
     assert re.search('^snn.py: error: --timesteps 5: .* in fewer than 6, .*; take more$', errors, re.M)
+    assert said(errors) == 1
+
+
+def said(errors):
+    """How many lines of error the processes wrote; beside them stands torchrun's own summary, with its traceback."""
+    assert errors.count('Traceback') == 1 and 'gloo' not in errors.lower() and 'stopped' not in errors, errors
+    return len(re.findall('^[a-z]+.py: error: ', errors, re.M))
+
+
+def test_an_error_of_the_main_process_alone_is_one_line(tmp_path):
+    errors = start(2, 'ann.py', '--dataset', 'FOLDER', '--data_dir', 'nowhere', '--no-gpu', cwd=tmp_path, status=1)
+    assert said(errors) == 1 and 'ann.py: error: FOLDER: there is no nowhere; ' in errors
+
+
+FAILING = """
+import os, ann
+from experiment import UserError, engine, options, setup
+
+def main(args):
+    def fail(*_):
+        raise UserError('a thing is wrong; mend it')
+    if os.environ['RANK'] == '1':
+        setattr({where}, fail)
+    ann.main(args)
+
+options.run(main, ann.get_args_parser().parse_args(), 'ann.py')
+"""
+
+
+@pytest.mark.parametrize('where', ["setup, '_device'", "engine, 'check_finite'"])  # before they have met, and after
+def test_an_error_of_another_process_alone_is_one_line(tmp_path, where):
+    (tmp_path / 'failing.py').write_text(FAILING.replace('{where}', where))
+    errors = start(2, tmp_path / 'failing.py', *SMALL, '--epochs', 2, cwd=tmp_path, status=1)
+    assert said(errors) == 1 and 'ann.py: error: a thing is wrong; mend it\n' in errors
+
+
+def test_the_read_mes_command_as_it_stands(tmp_path):
+    line, = re.findall('^torchrun -.*$', (ROOT / 'README.md').read_text(), re.M)
+    assert line.endswith(' --log') and ' ann.py ' in line
+    line = line.replace('--nproc_per_node 4', '--nproc_per_node 2').replace('ann.py', shlex.quote(str(ROOT / 'ann.py')))
+    done = subprocess.run(
+        ['bash', '-c', f'{line} {shlex.join(map(str, SMALL))} --epochs 1 --name x'], cwd=tmp_path, text=True,
+        capture_output=True, timeout=300, env={
+            **os.environ, 'OMP_NUM_THREADS': '1', 'PET_STANDALONE': '1',  # --standalone: a port that nobody has
+            'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'})
+    assert done.returncode == 0, done.stderr
+    assert '2 processes, each with batches of 16' in (tmp_path / 'logs/ann/x.log').read_text()
 
 
 def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['ann.py', '--devices', '0,1', '--seed', '3'])
     monkeypatch.delenv('WORLD_SIZE', raising=False)
-    with pytest.raises(UserError, match=r'type: torchrun --nproc_per_node 2 ann.py --devices 0,1 --seed 3$'):
+    with pytest.raises(UserError, match=r'type: torchrun --nproc_per_node 2 -- ann.py --devices 0,1 --seed 3$'):
         setup.set_up_device(ann.get_args_parser().parse_args(sys.argv[1:]))

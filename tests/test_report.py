@@ -1,4 +1,5 @@
 """experiment/report.py: its counts against those made by hand, by brute force and by NeuroBench (PyPI: neurobench)."""
+import io
 import json
 import math
 import sys
@@ -14,7 +15,7 @@ from torch.utils.data import TensorDataset
 import snn
 import step_by_step
 from conftest import fill, ternary
-from experiment import UserError, engine, report
+from experiment import UserError, engine, report, setup
 from experiment.data import Data
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, ResNet
 from self_models import neuron as lif
@@ -301,6 +302,41 @@ def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys
         assert f'{name}.png' in tested['figures'] and Path('c', f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.filterwarnings('error::UserWarning')  # matplotlib's
+@pytest.mark.parametrize('architecture', ['RESNET6', 'VGG5'])
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+@pytest.mark.parametrize('more, threshold, shade', [
+    (1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 0), (5, 3e38, 1), (2, 2e-38, 1)])  # shade 0: not even the input spikes
+def test_every_network_that_runs_is_drawn(architecture, activation, more, threshold, shade):
+    kind = VGG_SNN_STDB if architecture == 'VGG5' else RESNET_SNN_STDB
+    depth = 5  # of both
+    model = fill(kind(architecture, activation, dataset='DIGITS', timesteps=depth + more,
+                      default_threshold=threshold), 3).eval()
+    assert setup.too_few_steps(model) is None
+    layers, connections = counted(model, shade * ternary((3, 1, 8, 8), 5, 1.25).float())
+    numbers = report.summary(model, layers, list(connections.values()), 3)
+    spikes = sum(layer['spikes_per_neuron'] for layer in numbers['layers'][1:])
+    assert (spikes > 0) == (shade == 1 and threshold < 1)
+    about = {'timesteps': model.timesteps, 'depth': model.depth, 'test_images': 3, **numbers,
+             'accuracy': {'time_steps': [depth + more], 'accuracy': [0.0], 'ann': None}}
+    drawn = [draw(about) for draw in (
+        report.draw_accuracy, report.draw_activity, report.draw_surrogate, report.draw_operations)]
+    for figure in drawn:
+        figure.savefig(io.BytesIO(), dpi=30)
+    bottom = drawn[2].axes[1]
+    assert bottom.get_yscale() == ('log' if any(numbers['surrogate']['count']) else 'linear')
+    assert [bar.get_height() for bar in bottom.patches] == pytest.approx(
+        [100 * count / numbers['surrogate']['total'] for count in numbers['surrogate']['count']])
+
+
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_a_run_of_the_fewest_steps_ends_in_its_report(in_an_empty_folder):
+    run(*SMALL, '--timesteps', 6, '--epochs', 1, '--report', 'r')
+    got = read('r')
+    assert (got['surrogate']['count'], got['surrogate']['never_share']) == ([], 1.0)  # one step has no earlier one
+    assert len(got['figures']) == 5 and all(Path('r', name).exists() for name in got['figures'])
+
+
 def test_the_figures_draw_the_numbers_of_the_json(in_an_empty_folder):
     run(*SMALL, '--test_only', '--activation', 'Linear', '--report', '.')
     got = read('.')
@@ -345,6 +381,9 @@ def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
              {'epoch': 2, 'n': 4}]
     file.write_text('\n'.join(map(json.dumps, lines)))
     assert report.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
-    file.write_text('{"epoch": 1}\n{"epo')
-    rows, line = report.training_rows('mine.pth')
-    assert rows is None and 'cannot be read' in line and '\n' not in line
+    for odd in ('{"epoch": 1}\n{"epo', '{"epoch": 1, "test_loss": null}', '{"epoch": "1"}',
+                '{"epoch": 1, "test_loss": NaN}', '["epoch"]', '"epoch"', '3',
+                '{"epoch": 1' + '0' * 400 + '}', '[' * 100000):
+        file.write_text(odd)
+        rows, line = report.training_rows('mine.pth')
+        assert rows is None and 'cannot be read' in line and '\n' not in line, odd

@@ -225,6 +225,37 @@ def test_the_figures_file(written, tmp_path, capsys):
     assert not (tmp_path / 'x.png').exists()
 
 
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('folder', [
+    'p$^$q', '$\\frac$', '$$', '\udce9', '写真', '_x', 'a\nb', '~no-such-user/x', '~no-such-user', '%s {x}'])
+def test_a_folder_of_any_name_is_drawn_as_it_is_called(written, folder):
+    paths = [written(name, epochs(0.5, 0.5), dataset='FOLDER', data_dir=f'{name}/{folder}') for name in ('a', 'b')]
+    paths.append(written('c', epochs(0.5, 0.5), dataset='FOLDER', data_dir=folder))
+    ann_script.main(['--summarize', *paths, '--figure', 'made.png'])
+    Image.open('made.png').verify()
+    row_list = summary.rows(map(summary.read, paths))
+    texts = figures.draw_runs(row_list, summary.names(row_list)).legends[0].get_texts()
+    shown = ' '.join(folder.split('/')[-1].replace('\udce9', '\\udce9').split())
+    assert all(text.get_text() == f'FOLDER {shown}, VGG5' and not text.get_parse_math() for text in texts)
+
+
+def test_a_home_that_nobody_has_stays_as_it_is_written(written):
+    run = summary.read(written('a', epochs(0.5, 0.5), dataset='FOLDER', data_dir='~nobody-has/x'))
+    assert (run.settings['data'], run.folder) == ('FOLDER x', os.path.join(os.getcwd(), '~nobody-has', 'x'))
+
+
+@pytest.mark.parametrize('values', [
+    {'curve': {'x': 0.5}}, {'curve': [1]}, {'curve': {'1': None}}, {'scan': {'a': 0.5}},
+    {'scan': {'0.5': float('nan')}}, {'scanned_on': '$^$'}, {'scanned_on': None}, {'scaling_factor': {}},
+    {'scaling_factor': 'x'}, {'test_accuracy': float('inf')}, {'ann_accuracy': 10 ** 400},
+    {'seconds': float('nan')}, {'test_accuracy': []}])
+def test_values_that_no_run_writes(written, values):
+    start = {**converted(0.4, 0.9), 'scan': {'0.5': 0.4}, 'scanned_on': 'train', 'scaling_factor': 0.5, **values}
+    path = written('a', [start, *epochs(0.5, 0.6)], scaling_factor='auto')
+    with pytest.raises(SystemExit, match='^ann_script.py: error: a.jsonl: is no metrics file.*leave it out$'):
+        ann_script.main(['--summarize', path, '--figure', 'made.png'])
+
+
 def test_the_same_run_twice(written):
     paths = [written(name, epochs(0.5, 0.5)) for name in ('a', 'b')]
     with pytest.raises(UserError, match='a.jsonl and b.jsonl are of the same settings and seed.*leave one out'):
@@ -235,7 +266,7 @@ def test_the_same_run_twice(written):
 @pytest.mark.parametrize('text', ['', 'text', '[]', '{}', '3', '{"args": {}}', '{"args": {"seed": 0}}\n{"epoch": 1}',
                                   '{"args": {"seed": 0, "epochs": 2}}\n{"epo', '\xff', 'null',
                                   '{"args": {"seed": 0, "epochs": 2}}\n{"epoch": 1, "test_accuracy": "high"}',
-                                  '{"args": {"seed": 0, "epochs": 2}}\n7'])
+                                  '{"args": {"seed": 0, "epochs": 2}}\n7', '[' * 100000])
 def test_files_that_are_no_metrics(tmp_path, text):
     path = tmp_path / 'a.jsonl'
     path.write_bytes(text.encode('latin-1'))

@@ -157,6 +157,24 @@ def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words,
     assert [getattr(args, dest) for args in runs] == expected
 
 
+@pytest.mark.parametrize('line, expected', [
+    ('--pretrained_snn x/vgg5_digits.pth y/b.pth', ['pretrained_snn-vgg5_digits', 'pretrained_snn-b']),
+    ('--pretrained_snn x/b.pth --seed 0 1', ['pretrained_snn-b_seed0', 'pretrained_snn-b_seed1']),
+    ('--pretrained_snn x/b.pth --seed 0 1 --resume auto', ['pretrained_snn-b_seed0', 'pretrained_snn-b_seed1']),
+    ('--pretrained_snn b --timesteps 9 -a vgg5 --leak 1 .9', [
+        f'architecture-vgg5_leak{leak}_pretrained_snn-b_timesteps9' for leak in ('1', '-.9')]),
+    ('--pretrained_snn b --timesteps 9 10', ['pretrained_snn-b_timesteps9', 'pretrained_snn-b_timesteps10']),
+    ('--resume a.last.pth b.last.pth', ['resume-a', 'resume-b'])])
+def test_a_run_from_an_snns_checkpoint_claims_no_network_that_its_flags_do_not_name(
+        tmp_path, monkeypatch, line, expected):
+    monkeypatch.chdir(tmp_path)
+    snn_script.main(line.split())
+    names = re.findall('^run .*--name (\\S+)$', Path('script.sh').read_text(), re.M)
+    assert names == [f'snn_{each}' for each in expected]
+    snn_script.main([*line.split(), '--name', 'mine'])
+    assert len(re.findall('^run .*--name mine_', Path('script.sh').read_text(), re.M)) == len(expected)
+
+
 # --- what is refused, with nothing written
 
 

@@ -1,0 +1,525 @@
+"""Going on: after a kill at any moment, with other flags, from a network that was trained before."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ann
+import snn
+from conftest import ROOT
+from experiment import UserError, checkpoint, data, engine, files, metrics, summary
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 32, '--test_samples', 20, '--no-gpu']
+SPIKING = [*SMALL, '--timesteps', 8, '--default_threshold', 0.3]
+CALIBRATION = ['--calibration_samples', 20, '--calibration_timesteps', 30]
+RUNS = [(ann, SMALL), (snn, SPIKING)]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(module, *flags):
+    module.main(module.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def fails(module, words, *flags):
+    with pytest.raises(UserError, match=words) as caught:
+        run(module, *flags)
+    assert '\n' not in str(caught.value)
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def metrics_of(path):
+    """(the arguments, the epochs' lines)"""
+    first, *rest = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return first['args'], rest
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch, number):
+    """Raise Killed in place of the renaming of a file with this number, from 1: saving and setting aside end in one."""
+    calls, replace = [], os.replace
+
+    def killed(*names):
+        calls.append(names)
+        if len(calls) == number:
+            raise Killed
+        replace(*names)
+
+    patch.setattr(files.os, 'replace', killed)
+
+
+def accuracies(patch, *values):
+    """Every test gives the next of these accuracies, the last one from there on."""
+    left = list(values)
+    patch.setattr(engine, 'test', lambda *_: engine.Metrics(2.0, left.pop(0) if left[1:] else left[0]))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The checkpoint of an ANN that held a tenth out by seed 0."""
+    folder, before = tmp_path_factory.mktemp('trained'), os.getcwd()
+    os.chdir(folder)
+    try:
+        run(ann, *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 3, '--optimizer', 'Adam', '-lr', '1e-3',
+            '--validation_fraction', 0.1)
+    finally:
+        os.chdir(before)
+    return str(folder / 'trained_models' / 'ann' / 'ann_resnet6_digits.pth')
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('module, flags', RUNS)
+@pytest.mark.parametrize('moment', range(1, 8))  # (last, best, metrics) of epochs 1 and 2, the end
+def test_log_best_file_and_metrics_agree_after_a_kill_at_any_moment(module, flags, moment, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        accuracies(patch, 0.17, 0.30)
+        kill_at(patch, moment)
+        try:
+            run(module, *flags, '--epochs', 2, '--name', 'k')
+        except Killed:
+            assert moment < 7
+    capsys.readouterr()
+    accuracies(monkeypatch, 0.20)  # every epoch from here on
+    run(module, *flags, '--epochs', 3, '--name', 'k', '--resume', 'auto', '-lr', 1e-5)
+    # nothing of the first run; its epoch 1, which 0.20 beats; its epoch 2, which nothing does
+    accuracy, epoch = (0.20, 1) if moment == 1 else (0.20, 2) if moment <= 4 else (0.30, 2)
+    out, folder = capsys.readouterr().out, Path('trained_models', module.__name__)
+    if module is ann:
+        assert f'best test accuracy {accuracy:.2%}, of epoch {epoch}:' in out
+    else:
+        assert re.search(rf'^SNN, best epoch \({epoch}\) +{accuracy:.2%} ', out, re.M)
+    best, last = load(folder / 'k.pth'), load(folder / 'k.last.pth')
+    assert [best['accuracy'], best['epoch']] == best['best'] == last['best'] == [accuracy, epoch]
+    args, epochs = metrics_of(f'logs/{module.__name__}/k.jsonl')
+    assert args['epochs'] == 3 and [entry['epoch'] for entry in epochs] == [1, 2, 3]
+    assert epochs[-1]['best_accuracy'] == accuracy == max(entry['test_accuracy'] for entry in epochs)
+    assert last['history'] == epochs
+    assert not list(Path().rglob('previous.*')) and not list(Path().rglob('*.tmp'))
+
+
+@pytest.mark.parametrize('moment', range(1, 7))  # setting aside last, best, metrics; last, best, metrics of epoch 0
+def test_an_earlier_run_is_kept_whole_by_a_kill_while_it_is_set_aside(moment, trained, monkeypatch):
+    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--name', 'k']
+    run(snn, *flags, '--epochs', 1, '--seed', 1)
+    earlier = [Path('trained_models/snn/k.pth'), Path('trained_models/snn/k.last.pth'), Path('logs/snn/k.jsonl')]
+    before = [path.read_bytes() for path in earlier]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, moment + 1)  # after that of the thresholds, which are of another seed
+        run(snn, *flags, '--epochs', 1, '--seed', 100 + moment)
+    run(snn, *flags, '--epochs', 1, '--seed', 100 + moment, *([] if moment == 1 else ['--resume', 'auto']))
+    assert [path.with_name(f'previous.1.{path.name}').read_bytes() for path in earlier] == before
+    assert not list(Path().rglob('previous.2.*'))
+    assert [entry['epoch'] for entry in metrics_of(earlier[2])[1]] == [0, 1]
+    best, last = map(load, earlier[:2])
+    assert [best['accuracy'], best['epoch']] == last['best'] and last['epoch'] == 1
+
+
+def test_checkpoints_that_former_versions_left_at_a_kill_are_brought_in_line(monkeypatch, capsys):
+    """They wrote the best epoch's before the last one's."""
+    accuracies(monkeypatch, 0.17, 0.30, 0.10)
+    run(ann, *SMALL, '--epochs', 1, '--name', 'k')
+    folder = Path('trained_models/ann')
+    shutil.copy(folder / 'k.last.pth', 'one')
+    run(ann, *SMALL, '--epochs', 2, '--name', 'k', '--resume')
+    shutil.copy('one', folder / 'k.last.pth')
+    run(ann, *SMALL, '--epochs', 3, '--name', 'k', '--resume')
+    out = capsys.readouterr().out
+    assert 'after epoch 2' in out and 'best test accuracy 30.00%, of epoch 2' in out
+    # or the best one is of no epoch that is left: it is kept, and looked for anew
+    torch.save({**load(folder / 'k.pth'), 'epoch': 1, 'history': []}, folder / 'k.pth')
+    run(ann, *SMALL, '--epochs', 4, '--name', 'k', '--resume')
+    out = capsys.readouterr().out
+    assert 'k.pth does not hold epoch 2' in out and 'best test accuracy 10.00%, of epoch 3' in out
+    assert load(folder / 'k.pth')['epoch'] == 3 and load(folder / 'previous.1.k.pth')['epoch'] == 1
+
+
+@pytest.mark.parametrize('module, flags', RUNS)
+@pytest.mark.parametrize('more', [[], ['--validation_fraction', 0.1]])
+@pytest.mark.parametrize('moment', ['metrics', 'test'])
+def test_a_run_killed_after_its_last_epoch_is_finished(module, flags, more, moment, monkeypatch):
+    flags = [*flags, *more, '--name', 'f', '--epochs', 2]
+    path = Path('logs', module.__name__, 'f.jsonl')
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        writes, write, load_weights = [], metrics.write, checkpoint.load_weights
+
+        def killed(*arguments):
+            writes.append(1)
+            if len(writes) == 2:
+                raise Killed
+            write(*arguments)
+
+        def load_the_best(model, state, where, **options):
+            if str(where).endswith('f.pth'):
+                raise Killed
+            return load_weights(model, state, where, **options)
+
+        if moment == 'metrics':
+            patch.setattr(metrics, 'write', killed)
+        else:
+            patch.setattr(checkpoint, 'load_weights', load_the_best)
+        run(module, *flags)
+    run(module, *flags, '--resume', 'auto', '--weight_decay', 0.5)
+    found, (args, epochs) = summary.read(path), metrics_of(path)
+    assert (found.done, found.asked) == (2, 2) and found.accuracy is not None
+    assert args['weight_decay'] == 5e-4  # no epoch had the other
+    best = load(f'trained_models/{module.__name__}/f.pth')['epoch']
+    assert [entry['epoch'] for entry in epochs if 'test_accuracy' in entry] == ([best] if more else [1, 2])
+    before = path.read_bytes()
+    run(module, *flags, '--resume', 'auto')
+    assert path.read_bytes() == before
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('module, flags', RUNS)
+@pytest.mark.parametrize('resume', ['auto', 'last', 'own', 'late'])
+def test_what_another_run_saves_until_the_name_is_locked_is_gone_on_from(module, flags, resume, monkeypatch, capsys):
+    flags = [*flags, '--name', 'n']
+    folder = Path('trained_models', module.__name__)
+    run(module, *flags, '--epochs', 1)
+    shutil.copytree(folder, 'one')
+    run(module, *flags, '--epochs', 2, '--resume')
+    shutil.copytree(folder, 'two')
+    shutil.rmtree(folder)
+    if resume != 'late':  # another run's first epoch comes in this moment, too
+        shutil.copytree('one', folder)
+    lock = files.lock
+
+    def late(paths):  # the other run ends just before
+        shutil.copytree('two', folder, dirs_exist_ok=True)
+        return lock(paths)
+
+    monkeypatch.setattr(files, 'lock', late)
+    capsys.readouterr()
+    words = {'auto': ['auto'], 'late': ['auto'], 'last': [], 'own': [folder / 'n.last.pth']}[resume]
+    run(module, *flags, '--epochs', 3, '--resume', *words)
+    assert 'after epoch 2' in capsys.readouterr().out
+    assert [entry['epoch'] for entry in load(folder / 'n.last.pth')['history']] == [1, 2, 3]
+
+
+def test_the_name_that_a_checkpoint_asks_for_is_locked(monkeypatch):
+    run(snn, *SPIKING, '--epochs', 1)
+    folder, locked, lock = Path('trained_models/snn'), [], files.lock
+    monkeypatch.setattr(files, 'lock', lambda paths: locked.append(paths.best.name) or lock(paths))
+    shutil.copy(folder / 'snn_resnet6_digits_8.last.pth', 'other.pth')
+    run(snn, '--no-gpu', '--resume', 'other.pth', '--epochs', 2, *SMALL[4:-1])
+    assert locked == ['snn_resnet6_digits_8.pth']
+    # a file under the name of another network
+    shutil.copy('other.pth', folder / 'snn_vgg16_cifar10_100.last.pth')
+    run(snn, '--no-gpu', '--resume', '--epochs', 2, *SMALL[4:-1])
+    assert locked[1:] == ['snn_vgg16_cifar10_100.pth', 'snn_resnet6_digits_8.pth']
+    assert load(folder / 'snn_resnet6_digits_8.last.pth')['epoch'] == 2
+
+
+# -- flags ------------------------------------------------------------------------------------------------------------
+
+def test_flags_of_a_conversion_hold_for_good(trained, capsys):
+    start = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--scaling_factor', 0.6, '--name', 'sf']
+    run(snn, *start, '--epochs', 1)
+    for flag, value in (('scaling_factor', 0.3), ('threshold_percentile', 90), ('calibration_samples', 30),
+                        ('calibration_timesteps', 31), ('default_threshold', 0.5)):
+        fails(snn, f'--{flag} .*has no effect, as trained_models/snn/sf.last.pth was made with --{flag} ',
+              *SPIKING, f'--{flag}', value, '--name', 'sf', '--epochs', 2, '--resume', 'auto')
+        fails(snn, f'--{flag} .*has no effect, as trained_models/snn/sf.pth was made with --{flag} ',
+              *SPIKING, f'--{flag}', value, '--pretrained_snn', 'trained_models/snn/sf.pth', '--epochs', 1)
+    shutil.copy(trained, 'other.pth')
+    fails(snn, '--pretrained_ann other.pth', *SPIKING, '--pretrained_ann', 'other.pth', '--name', 'sf', '--resume')
+    fails(snn, '--pretrained_snn', *SPIKING, '--pretrained_snn', 'trained_models/snn/sf.pth', '--name', 'sf',
+          '--resume')
+    os.remove('other.pth')
+    run(snn, *start, '--epochs', 2, '--resume', 'auto')  # the same command line goes on
+    run(snn, *SMALL, '--timesteps', 8, '--name', 'sf', '--epochs', 3, '--resume')  # and so does one without them
+    run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/sf.pth', '--name', 'more', '--epochs', 1)
+    for name, before in (('sf', trained), ('more', None)):
+        recorded = (metrics_of(f'logs/snn/{name}.jsonl')[0], load(f'trained_models/snn/{name}.last.pth')['args'])
+        for args in recorded:
+            assert {key: args[key] for key in (*convert_flags, 'pretrained_ann')} == {
+                'scaling_factor': 0.6, 'threshold_percentile': 100, 'calibration_samples': 20,
+                'calibration_timesteps': 30, 'default_threshold': 0.3, 'pretrained_ann': before}
+
+
+convert_flags = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps',
+                 'default_threshold')
+
+
+def test_what_a_published_snn_does_not_say_is_not_recorded():
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'own')
+    state = load('trained_models/snn/own.pth')
+    torch.save({key: state[key] for key in ('state_dict', 'thresholds', 'timesteps', 'leak', 'activation')}, 'p.pth')
+    fails(snn, '--scaling_factor 0.1: has no effect, as p.pth was made without', *SMALL, '--pretrained_snn', 'p.pth',
+          '--scaling_factor', 0.1, '--epochs', 1)
+    run(snn, *SMALL, '--pretrained_snn', 'p.pth', '--epochs', 1, '--name', 'q')
+    args = metrics_of('logs/snn/q.jsonl')[0]
+    assert [args[key] for key in convert_flags] == [None] * 5
+    state = load('trained_models/snn/q.pth')
+    assert state['thresholds'] == [0.3] * 7
+    run(snn, *SMALL, '--pretrained_snn', 'p.pth', '--epochs', 2, '--name', 'q', '--resume')
+    assert summary.read('logs/snn/q.jsonl').done == 2
+
+
+def test_the_ann_that_a_run_began_with_holds_for_good(trained):
+    run(ann, *SMALL, '--pretrained_ann', trained, '--epochs', 1, '--name', 'a')
+    fails(ann, '--pretrained_ann other.pth: has no effect', *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 2,
+          '--name', 'a', '--resume')
+    run(ann, *SMALL, '--epochs', 2, '--name', 'a', '--resume')
+    assert metrics_of('logs/ann/a.jsonl')[0]['pretrained_ann'] == trained
+    run(ann, *SMALL, '--pretrained_ann', os.path.relpath(trained), '--epochs', 3, '--name', 'a', '--resume')
+    assert metrics_of('logs/ann/a.jsonl')[0]['pretrained_ann'] == trained
+
+
+@pytest.mark.parametrize('module, given, key, value, of', [
+    (ann, ['--optimizer', 'Adam', '--momentum', 0.5], 'momentum', 0.9, '--optimizer SGD'),
+    (ann, ['--no-amsgrad'], 'amsgrad', True, '--optimizer Adam'),
+    (ann, ['--kernel_size', 5], 'kernel_size', 3, 'VGGs'), (ann, ['--image_size', 16], 'image_size', 32, 'FOLDER'),
+    (snn, ['--activation', 'Linear', '--alpha', 0.7], 'alpha', 0.3, '--activation STDB'),
+    (snn, ['--activation', 'Linear', '--beta', 0.7], 'beta', 0.01, '--activation STDB'),
+    (snn, ['--gamma', 0.7], 'gamma', 0.3, '--activation Linear'),
+    (snn, ['--scaling_factor', 0.2], 'scaling_factor', 0.7, 'a conversion')])
+def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, value, of, capsys):
+    flags = [*(SMALL if module is ann else SPIKING), *given, '--name', 'i']
+    run(module, *flags, '--epochs', 1)
+    assert re.search(rf'^--{key} has no effect here: it is of .*{of}', capsys.readouterr().out, re.M)
+    run(module, *flags, '--epochs', 2, '--resume')  # the same command line goes on
+    kind = module.__name__
+    for args in (metrics_of(f'logs/{kind}/i.jsonl')[0], load(f'trained_models/{kind}/i.pth')['args']):
+        assert args[key] == value
+
+
+@pytest.mark.parametrize('optimizer, flags', [('SGD', ['--no-amsgrad']), ('SGD', ['--image_size', 16]),
+                                              ('Adam', ['--momentum', 0.1])])
+def test_resume_refuses_no_flag_that_means_nothing(optimizer, flags):
+    run(ann, *SMALL, '--optimizer', optimizer, '--epochs', 1)
+    run(ann, *SMALL, '--optimizer', optimizer, '--epochs', 2, '--resume', *flags)
+
+
+def test_resume_refuses_another_amsgrad_under_adam():
+    run(ann, *SMALL, '--optimizer', 'Adam', '--epochs', 1)
+    fails(ann, 'was trained with --amsgrad True', *SMALL, '--optimizer', 'Adam', '--epochs', 2, '--resume',
+          '--no-amsgrad')
+
+
+# -- checkpoints of other versions -------------------------------------------------------------------------------------
+
+FORMER = [Path(__file__).parent / 'checkpoints' / version for version in ('a109e0c', 'trained_on')]
+
+
+@pytest.mark.parametrize('folder', FORMER, ids=lambda folder: folder.name)
+def test_checkpoints_of_former_versions_are_tested_resumed_and_built_on(folder, capsys):
+    """Their weights are of one value each, so that the files are small. They say more from version to version."""
+    flags = [*SMALL[4:], '--optimizer', 'SGD', '--validation_fraction', 0.1]
+    of_ann, start = [*SMALL[:4], *flags], ['--pretrained_ann', folder / 'ann.pth']
+    run(ann, *of_ann, *start, '--test_only')
+    run(ann, *of_ann, '--resume', folder / 'ann.pth', '--epochs', 2, '--name', 'a')
+    assert [entry['epoch'] for entry in load('trained_models/ann/a.last.pth')['history']] == [1, 2]
+    run(snn, *of_ann, *CALIBRATION, *start, '--timesteps', 12, '--default_threshold', 0.3, '--seed', 1, '--test_only')
+    said = f'held out, as in the training of {folder / "ann.pth"} by seed 0; {folder / "ann.pth"} was trained on 0 of'
+    assert said in capsys.readouterr().out
+    run(snn, '--no-gpu', '--test_samples', 20, '--pretrained_snn', folder / 'snn.pth', '--test_only')
+    run(snn, *flags, '--resume', folder / 'snn.pth', '--epochs', 2, '--name', 's')
+    state = load('trained_models/snn/s.last.pth')
+    assert [entry['epoch'] for entry in state['history']] == [0, 1, 2] and state['timesteps'] == 12
+    assert (state['args']['scaling_factor'], state['args']['pretrained_ann']) == (0.6, 'trained_models/ann/ann.pth')
+
+
+# -- images held out --------------------------------------------------------------------------------------------------
+
+def contents(dataset):
+    return {image.numpy().tobytes() for image in dataset.images}
+
+
+def spy(monkeypatch):
+    """A list that is given the data of every run."""
+    seen, original = [], data.load
+    monkeypatch.setattr(data, 'load', lambda *args: seen.append(original(*args)) or seen[-1])
+    return seen
+
+
+def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
+    never_seen = contents(data.load('DIGITS', '', seed=0, validation_fraction=0.1).validation)
+    seen = spy(monkeypatch)
+    flags = [*SPIKING, *CALIBRATION, '--validation_fraction', 0.1, '--seed', 1, '--epochs', 1]
+    run(snn, *flags, '--pretrained_ann', trained, '--name', 's')
+    said = f'144 images are held out, as in the training of {trained} by seed 0; {trained} was trained on 0 of them'
+    assert said in capsys.readouterr().out.splitlines()
+    run(snn, *flags[:-2], '--epochs', 2, '--name', 's', '--resume')
+    run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/s.pth', '--validation_fraction', 0.1, '--seed', 2,
+        '--epochs', 1, '--name', 't')
+    run(ann, *SMALL, '--pretrained_ann', trained, '--validation_fraction', 0.1, '--seed', 3, '--epochs', 1)
+    assert len(seen) == 4
+    for each in seen:
+        assert contents(each.validation) == never_seen and not contents(each.train) & never_seen
+    assert metrics_of('logs/snn/t.jsonl')[0]['split_seed'] == 0
+    assert [entry['seed'] for entry in load('trained_models/snn/t.pth')['trained_on']] == [0, 0]
+
+
+def test_of_several_trainings_the_split_is_taken_that_leaves_most_unseen(trained, capsys):
+    run(ann, *SMALL, '--pretrained_ann', trained, '--seed', 1, '--epochs', 1, '--name', 'a')
+    capsys.readouterr()
+    run(ann, *SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--seed', 2, '--epochs', 1, '--name', 'b',
+        '--validation_fraction', 0.1)
+    order = [torch.randperm(1437, generator=torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1)]
+    seen = len(set(order[0][-144:]) & set(order[1][:32]))  # by seed 1 it would be nine of ten
+    assert 0 < seen < 10
+    assert f'a.pth by seed 0; trained_models/ann/a.pth was trained on {seen} of them' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('ann_flags, seed, of', [
+    (['--validation_fraction', 0.05], 0, 0.05), ([], 0, 0), (['--train_samples', 100], 0, 0)])
+def test_how_many_images_held_out_were_trained_on_is_said(ann_flags, seed, of, monkeypatch, capsys):
+    run(ann, *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 1, *ann_flags)
+    count = {'validation_fraction': of, 'train_samples': 100 if '--train_samples' in ann_flags else None}
+    trained_on = contents(data.load('DIGITS', '', seed=seed, **count).train)
+    seen = spy(monkeypatch)
+    capsys.readouterr()
+    run(ann, *SMALL, '--pretrained_ann', 'trained_models/ann/ann_resnet6_digits.pth', '--validation_fraction', 0.1,
+        '--seed', 1, '--epochs', 1, '--name', 'b')
+    overlap = len(contents(seen[0].validation) & trained_on)
+    assert overlap == {0.05: 72, 0: 0 if '--train_samples' in ann_flags else 144}[of]  # digits has no image twice
+    assert f'was trained on {overlap} of them\n' in capsys.readouterr().out
+
+
+def test_a_former_version_and_a_published_file_say_what_they_can(trained, capsys):
+    state = load(trained)
+    del state['trained_on'], state['args']['split_seed']
+    torch.save(state, 'former.pth')
+    torch.save({'state_dict': state['state_dict']}, 'published.pth')
+    torch.save({**state, 'args': {**state['args'], 'dataset': 'MNIST'}}, 'mnist.pth')
+    flags = [*SMALL, '--validation_fraction', 0.1, '--seed', 1, '--epochs', 1, '--pretrained_ann']
+    for file, said in (('former', 'as in the training of former.pth by seed 0; former.pth was trained on 0 of them'),
+                       ('published', 'by seed 1; published.pth was trained on 0 of them, as far as is known: it does '
+                                     'not say all that it was trained on'),
+                       ('mnist', 'by seed 1; mnist.pth was trained on 0 of them, as far as is known: it was trained on '
+                                 'other images, too, of MNIST')):
+        run(ann, *flags, f'{file}.pth')
+        assert f'144 images are held out, {said}' in capsys.readouterr().out
+
+
+def test_without_images_held_out_the_seed_alone_decides(trained, monkeypatch):
+    wanted = data.load('DIGITS', '', train_samples=32, seed=1).train.images
+    seen = spy(monkeypatch)
+    run(ann, *SMALL, '--pretrained_ann', trained, '--seed', 1, '--epochs', 1)
+    assert torch.equal(seen[0].train.images, wanted)
+    assert seen[0].validation is None
+
+
+@pytest.mark.parametrize('fraction', [0.0003, 1e-9])
+def test_a_fraction_that_holds_out_no_image(fraction):
+    fails(ann, f'--validation_fraction {fraction} holds out none of 1437 train images; hold out a larger part', *SMALL,
+          '--validation_fraction', fraction)
+
+
+# -- cached thresholds ------------------------------------------------------------------------------------------------
+
+def pictures(folder, top):
+    draw = np.random.default_rng(0)
+    for part in ('train', 'test'):
+        for number in range(8):
+            path = folder / part / 'ab'[number % 2] / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((draw.random((16, 16, 3)) * top).astype(np.uint8)).save(path)
+
+
+def test_cached_thresholds_are_those_of_the_pictures_wherever_they_lie(tmp_path, capsys, monkeypatch):
+    pictures(tmp_path / 'pics', 256)
+    flags = ['-a', 'RESNET6', '--dataset', 'FOLDER', '--image_size', 16, '--no-gpu']
+    run(ann, *flags, '--data_dir', 'pics', '--epochs', 1)
+    path = tmp_path / 'trained_models/ann/ann_resnet6_folder.pth'
+
+    def thresholds(folder, *more):
+        capsys.readouterr()
+        run(snn, *flags, '--data_dir', folder, '--pretrained_ann', path, '--timesteps', 8, '--default_threshold', 0.1,
+            '--calibration_timesteps', 30, '--test_only', *more)
+        out = capsys.readouterr().out
+        return 'thresholds taken from' in out, re.search('^thresholds: (.*)$', out, re.M)[1]
+
+    cached, first = thresholds('pics')
+    assert not cached and thresholds(tmp_path / 'pics') == (True, first)
+    (tmp_path / 'pics').rename(tmp_path / 'moved')
+    assert thresholds('moved') == (True, first)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    pictures(Path('moved'), 50)  # other pictures under the same relative name
+    cached, dark = thresholds('moved')
+    assert not cached and dark != first
+    for change in (['--seed', 1], ['--threshold_percentile', 99], ['--calibration_samples', 4],
+                   ['--calibration_timesteps', 31]):
+        assert not thresholds('../moved', *change)[0] and thresholds('../moved', *change)[0]
+    # a cache of a former version, which knew the folder only
+    cache = Path(f'{path}.thresholds.json')
+    entry = json.loads(cache.read_text())
+    entry['key'] = {key: value for key, value in entry['key'].items() if key != 'images'} | {'data_dir': '../moved'}
+    cache.write_text(json.dumps(entry))
+    assert not thresholds('../moved', *change)[0]
+
+
+# -- leftovers --------------------------------------------------------------------------------------------------------
+
+WRITER = ('import os, sys, time; from pathlib import Path; from experiment import files\n'
+          'def write(file):\n'
+          '    file.write(b"half"); file.flush(); print("half", flush=True); time.sleep(60)\n'
+          'files.write_atomically(Path(sys.argv[1]), write)')
+
+
+def writer(path):
+    process = subprocess.Popen([sys.executable, '-c', WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize('name', ['a.pth.thresholds.json', 'report.json', 'net.nir'])
+def test_what_a_killed_process_left_half_written_goes_with_the_next_write_and_no_other(tmp_path, name):
+    path = tmp_path / name
+    dead, alive = writer(path), writer(path)
+    try:
+        dead.kill()
+        dead.wait()
+        assert len(list(tmp_path.glob('*.tmp'))) == 2
+        (tmp_path / f'{name}.123.tmp').touch()  # as former versions called it
+        (tmp_path / f'other.{name}.123.tmp').touch()
+        files.write_atomically(path, lambda file: file.write(b'whole'))
+        left = {part.name: part.read_bytes() for part in tmp_path.glob('*.tmp')}
+        assert left.pop(f'other.{name}.123.tmp') == b''
+        assert list(left.values()) == [b'half'], 'that of the process that goes on writing'
+        assert path.read_bytes() == b'whole'
+    finally:
+        for process in (dead, alive):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+
+
+def test_without_locks_a_leftover_is_what_is_a_day_old(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'fcntl', None)
+    for name, age in (('x.json.1-0123abcd.tmp', 0), ('x.json.2-0123abcd.tmp', 25 * 3600)):
+        (tmp_path / name).touch()
+        moment = os.stat(tmp_path / name).st_mtime - age
+        os.utime(tmp_path / name, (moment, moment))
+    files.write_atomically(tmp_path / 'x.json', lambda file: file.write(b'whole'))
+    assert sorted(os.listdir(tmp_path)) == ['x.json', 'x.json.1-0123abcd.tmp']
+
+
+def test_two_hosts_with_equal_process_numbers_share_no_temporary_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, 'getpid', lambda: 7)
+    seen = []
+    for _ in range(2):
+        files.write_atomically(tmp_path / 'x', lambda file: seen.append(file.name))
+    assert len({str(name) for name in seen}) == 2
