@@ -133,7 +133,7 @@ def main(args):
         results.append(('ANN', found['ann_accuracy']))
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
     # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
-    extra = {'thresholds': list(model.thresholds), 'timesteps': model.timesteps, 'leak': model.leak,
+    extra = {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'leak': model.leak,
              'activation': model.activation, 'classes': data.classes,
              'trained_on': split.all_trainings(args, data, start)}
     own = files.is_own(source, paths)

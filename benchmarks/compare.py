@@ -210,7 +210,7 @@ def clock_parts(device):
     import torch
     import torch.nn.functional as F
 
-    from self_models import neuron, spiking
+    from self_models import lif_layer
     parts = {}
 
     def clock(owner, name, part):
@@ -230,9 +230,9 @@ def clock_parts(device):
     for name in ('conv2d', 'linear'):
         clock(F, name, 'convolutions and matrix products')
     for name in ('input_gradient', 'weight_gradient'):
-        clock(spiking.Branch, name, 'convolutions and matrix products')
-    for name in ('integrate', 'linear_factor', 'integrate_backward'):
-        clock(neuron, name, 'scan over time')
+        clock(lif_layer.SynapticInput, name, 'convolutions and matrix products')
+    for name in ('lif_forward', 'linear_factor', 'lif_backward'):
+        clock(lif_layer, name, 'scan over time')
     clock(torch.optim.SGD, 'step', 'optimizer')
     return parts
 

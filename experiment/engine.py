@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from experiment import UserError, checkpoint, distributed, files, log, metrics, options
 from experiment.data import NO_IMAGE, epoch_loader
-from self_models.spiking import SpikingNetwork
+from self_models.spiking_network import SpikingNetwork
 
 
 class Metrics(NamedTuple):
@@ -97,9 +97,9 @@ def layer_not_finite(model, images=None):
     if images is None:
         return ''
     if is_spiking(model):
-        spikes = (train for _, train in model.layers(images)) if model.timesteps > model.depth else ()
-        return next((f'the membrane potentials of {name}' for name, train in zip(model.layer_names, spikes)
-                     if not math.isfinite(train.fault)), '')
+        records = model.record(images) if model.timesteps > model.latency else ()
+        return next((f'the membrane potentials of {record.name}' for record in records
+                     if not math.isfinite(record.spikes.fault)), '')
     found, hooks = [], []
     for name, module in model.named_modules():
         if hasattr(module, 'weight'):

@@ -96,7 +96,7 @@ def to_graph(model, input_shape, **about):
         return add(name, nir.AvgPool2d(np.array(kernel), np.array(stride), np.zeros(2, int)), (c, *sizes), source)
 
     def neurons(layer, *sources):
-        shape, threshold = shapes[sources[0]], model.thresholds[model.layer_names.index(layer)]
+        shape, threshold = shapes[sources[0]], model.thresholds[model.layer_names.index(layer)].item()
 
         def all_of(value):
             return np.full(shape, value, np.float64)  # float32 would change the leak

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from experiment import UserError, engine, figures, files, log, setup
 from experiment.data import epoch_loader
-from self_models import neuron as lif
-from self_models.spiking import chunks, currents, dtypes, prepare, unflatten, window, working_bytes
+from self_models.spike_train import unflatten
+from self_models.surrogate import NEVER
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -42,7 +42,7 @@ NOTES = {
     'ann': 'MACs of the same layers on real numbers, once an image; products with the padding are left out, so that '
            'they compare with the exact count. macs_with_padding is what FLOPs counters say.',
     'delta_t': f'Steps since the last earlier spike of the neuron, over all LIF neurons, steps and images; before its '
-               f'first spike a neuron counts as having fired at step -{lif.NEVER} (never).',
+               f'first spike a neuron counts as having fired at step -{NEVER} (never).',
 }
 
 
@@ -96,7 +96,7 @@ def fan_out(branch):
     That is the transposed convolution of ones with ones: at a border a kernel reaches outside and connects less.
     """
     weight = None if branch.weight is None else torch.ones_like(branch.weight, dtype=torch.float32)
-    ones = torch.ones(1, *branch.output_shape(), device=branch.train.fired.device)
+    ones = torch.ones(1, *branch.output_shape(), device=branch.train.spikes.device)
     with torch.autocast(ones.device.type, enabled=False):
         return branch.input_gradient(ones, weight)[0].double()
 
@@ -128,7 +128,7 @@ def output_connection(model, name, train):
     layer, pool = model.classifier[-1], getattr(model, 'final_pool', None)
     if isinstance(pool, nn.Identity):
         pool = None
-    outputs = layer.out_features * pool_fan_out(pool, train.pooled_shape).to(train.fired.device)
+    outputs = layer.out_features * pool_fan_out(pool, train.pooled_shape).to(train.spikes.device)
     return Connection(name, 'linear', math.prod(train.shape), train.start, train.steps, outputs,
                       macs=layer.weight.numel(), macs_with_padding=layer.weight.numel(), additions=0, pool=pool,
                       value_fan_out=torch.full_like(outputs[:1, :1, :1] if pool else outputs, layer.out_features))
@@ -136,7 +136,7 @@ def output_connection(model, name, train):
 
 def spikes_by_step(train):
     """(n,) spikes of a train at each step, over all samples and neurons."""
-    return torch.stack([fired.count_nonzero() for fired in train.fired]).double()  # ten times as fast as sum((1, 2))
+    return torch.stack([fired.count_nonzero() for fired in train.spikes]).double()  # ten times as fast as sum((1, 2))
 
 
 def synaptic_operations(train, steps, outputs):
@@ -163,32 +163,26 @@ def delta_t(train):
 
     Δt is the number of steps since the neuron's last *earlier* spike, as for the gradient of STDB.
     """
-    since = torch.zeros(train.fired[0].numel(), dtype=torch.int64, device=train.fired.device)
+    since = torch.zeros(train.spikes[0].numel(), dtype=torch.int64, device=train.spikes.device)
     counts = 0
-    for fired in train.fired.flatten(1):
+    for fired in train.spikes.flatten(1):
         counts = counts + torch.bincount(since, minlength=train.steps)
         since += since > 0
         since[fired] = 1
     return counts.double()
 
 
-def z_values(branches, neuron):
+def z_values(record):
     """(len(Z_EDGES) + 1,) how often z = u / theta - 1 was below, between two, and above all of Z_EDGES.
 
-    Over the neurons, samples and steps of the LIF layer that the branches lead to. A bin holds its upper edge, so that
-    a neuron at rest, z = -1, is outside of Linear's triangle. A train holds no potentials, so they are found again.
+    Over the neurons, samples and steps of a LayerRecord. A bin holds its upper edge, so that a neuron at rest, z = -1,
+    is outside of Linear's triangle.
     """
-    weights = [branch.weight for branch in branches if branch.weight is not None]
-    dtype, compute_dtype = dtypes(weights[0])
-    prepared = [prepare(branch.weight, compute_dtype) for branch in branches]
-    counts = 0
-    with torch.autocast(weights[0].device.type, enabled=False):
-        for samples in chunks(branches[0].train.fired.shape[1], working_bytes(branches, dtype), weights):
-            u = currents(branches, prepared, samples, dtype, compute_dtype).flatten(1)
-            lif.integrate(u, torch.empty_like(u, dtype=torch.bool), neuron)
-            # the number of Z_EDGES, which are tenths, below z
-            below = u.div_(neuron.threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
-            counts = counts + torch.bincount(below.long().flatten(), minlength=len(Z_EDGES) + 1)
+    counts, threshold = 0, float(record.parameters.threshold)
+    for _, _, u in record.potentials():
+        # the number of Z_EDGES, which are tenths, below z
+        below = u.div_(threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
+        counts = counts + torch.bincount(below.long().flatten(), minlength=len(Z_EDGES) + 1)
     return counts.double()
 
 
@@ -205,16 +199,16 @@ def measure(model, data, device, args):
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
     with engine.lowered(device, args.amp):
         for images, _ in tqdm(loader, desc='report', leave=False, disable=None):
-            for index, (branches, train) in enumerate(model.layers(images.to(device, non_blocking=True))):
-                name, neuron = model.layer_names[index], model.neuron(index)
-                if index == 0:
-                    count_layer(layers, 'input', branches[0].train)
-                surrogate = delta_t(train) if neuron.activation == 'STDB' else z_values(branches, neuron)
-                count_layer(layers, name, train, neuron.threshold, surrogate)
-                for branch in branches:
+            for record in model.record(images.to(device, non_blocking=True)):
+                name, train = record.name, record.spikes
+                if not layers:
+                    count_layer(layers, 'input', record.inputs[0].train)
+                surrogate = delta_t(train) if model.activation == 'STDB' else z_values(record)
+                count_layer(layers, name, train, float(record.parameters.threshold), surrogate)
+                for branch in record.inputs:
                     key = names[branch.synapse] if branch.synapse else name.rsplit('.residual', 1)[0] + '.identity'
                     if key not in connections:
-                        connections[key] = connection_of(key, branch, *window(branches))
+                        connections[key] = connection_of(key, branch, *record.window)
                     count_connection(connections[key], branch.train)
             key = names[model.classifier[-1]]
             if key not in connections:
@@ -272,7 +266,7 @@ def surrogate_numbers(model, layers):
     return {'activation': 'STDB', 'formula': 'alpha exp(-beta delta_t)', 'alpha': model.alpha, 'beta': model.beta,
             'delta_t': list(range(1, len(counts))), 'gradient': gradient, 'count': counts[1:].tolist(),
             'never': counts[0].item(), 'never_share': counts[0].item() / total,
-            'never_largest_gradient': model.alpha * math.exp(-model.beta * (first + lif.NEVER)), 'total': total,
+            'never_largest_gradient': model.alpha * math.exp(-model.beta * (first + NEVER)), 'total': total,
             'count_by_layer': by_layer, 'count_by_layer_is': 'never, then delta_t = 1, 2, ...'}
 
 

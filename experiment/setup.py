@@ -114,7 +114,7 @@ def _build(vgg, resnet, args, data, **options):
 
 def too_few_steps(model):
     """What to say where no spike can reach the output of a spiking network, else None."""
-    if model.timesteps > model.depth:
+    if model.timesteps > model.latency:
         return None
     return (f'--timesteps {model.timesteps}: each of the {model.depth} spiking layers delays by one step, so no spike '
             f'reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more')

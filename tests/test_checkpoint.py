@@ -128,7 +128,7 @@ def test_published_forms_load(tmp_path):
         model = RESNET_SNN_STDB('RESNET6', dataset='DIGITS')
         checkpoint.load_weights(model, loaded, name)
         model.threshold_update(1.0, settings['thresholds'])
-        assert model.thresholds == [*thresholds, 1.0, 1.0, 1.0, 1.0]
+        assert model.thresholds.tolist() == [*thresholds, 1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize('change', [

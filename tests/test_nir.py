@@ -138,7 +138,7 @@ def test_weights_keep_their_precision(tmp_path):
 @pytest.mark.parametrize('leak', [1.0, 0.75])
 def test_what_is_read_back(build, leak, tmp_path):
     model = build(leak)
-    model.thresholds[:] = [0.5 + i for i in range(len(model.thresholds))]
+    model.threshold_update(1.0, [0.5 + i for i in range(len(model.thresholds))])
     graph = written(model, tmp_path, dataset='DIGITS')
     about = graph.metadata
     assert (about['timesteps'], about['leak'], about['reset']) == (9, leak, 'subtract')

@@ -17,9 +17,10 @@ import step_by_step
 from conftest import fill, ternary
 from experiment import UserError, engine, report, setup
 from experiment.data import Data
-from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, ResNet
-from self_models import neuron as lif
-from self_models.spiking import Branch, SpikeTrain
+from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, LayerRecord, LIFParameters, ResNet
+from self_models.lif import lif_backward
+from self_models.lif_layer import SynapticInput
+from self_models.spike_train import SpikeTrain
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '40', '--test_samples', '30', '--no-gpu',
          '--timesteps', '9', '--default_threshold', '0.2']
@@ -36,7 +37,7 @@ def one_spike_each(shape, synapse, pools=0):
     operations = torch.zeros(shape)
     for place in range(math.prod(shape)):
         train = train_of(torch.eye(math.prod(shape))[place].view(1, 1, *shape), pools)
-        outputs = report.fan_out(Branch(train, synapse))
+        outputs = report.fan_out(SynapticInput(train, synapse))
         operations.view(-1)[place] = report.synaptic_operations(train, 1, outputs)
     return operations
 
@@ -72,7 +73,7 @@ def test_spikes_add_up_over_steps_samples_and_whatever_their_sign():
     spikes = torch.zeros(3, 2, 1, 3, 3)
     spikes[0, 0, 0, 0, 0] = spikes[1, 0, 0, 1, 1] = spikes[1, 1, 0, 0, 1] = spikes[2, 1, 0, 1, 1] = 1
     train = train_of(spikes, mask=-torch.ones(2, 9))
-    outputs = report.fan_out(Branch(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    outputs = report.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
     assert report.synaptic_operations(train, 3, outputs) == 4 + 9 + 6 + 9
     assert report.synaptic_operations(train, 2, outputs) == 4 + 9 + 6
     assert report.nonzero_operations(train, 2, outputs) == 4 + 9 + 6
@@ -83,7 +84,7 @@ def test_spikes_of_one_window_are_one_input_that_is_not_zero():
     spikes[0, 0, 0, :2, :2] = 1  # 4 in one window
     spikes[1, 0, 0, 0, 0] = spikes[1, 0, 0, 3, 3] = 1  # in two
     train = train_of(spikes, pools=1)
-    outputs = report.fan_out(Branch(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    outputs = report.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
     assert report.synaptic_operations(train, 2, outputs) == 6 * 4
     assert report.nonzero_operations(train, 2, outputs) == 3 * 4
 
@@ -119,10 +120,10 @@ def test_delta_t_is_that_of_the_gradient():
     train = train_of(torch.rand(15, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.2)
     counts = report.delta_t(train)
     assert counts.sum() == 15 * 60 and (counts[:6] > 0).all()
-    # at leak 0 integrate_backward leaves the factors exp(-beta dt) alone; of a neuron that never fired it is exp(-300)
-    neuron = lif.Neuron(1.0, 0.0, 'STDB', 1.0, 0.3, 0.0)
+    # at leak 0 lif_backward leaves the factors exp(-beta dt) alone; of a neuron that never fired it is exp(-300)
+    neuron = LIFParameters(1.0, 0.0, 'STDB', 1.0, 0.3, 0.0)
     factors = torch.ones(15, 60, dtype=torch.float64)
-    lif.integrate_backward(factors, train.fired.flatten(1), 1, neuron)
+    lif_backward(factors, train.spikes.flatten(1), 1, neuron)
     want = sum(count * math.exp(-0.3 * dt) for dt, count in enumerate(counts.tolist()) if dt > 0)
     assert factors.sum().item() == pytest.approx(want)
 
@@ -131,9 +132,10 @@ def test_z_by_hand():
     synapse = nn.Linear(1, 1, bias=False)
     nn.init.constant_(synapse.weight, 1.2)
     # u = 0, 1.2, 2.4, 2.4 + 1.2 - 2 after inputs 0, 1, 1, 1
-    branches = [Branch(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
+    branches = [SynapticInput(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
     with torch.no_grad():
-        counts = report.z_values(branches, lif.Neuron(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3))
+        counts = report.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3), branches,
+                                              branches[0].train))
     between = {round(report.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
     # z = -1 (a bin holds its upper edge), -0.4 and 0.2 (which rounding may put on either side), -0.2
     assert counts.sum() == 4 and between[-1.1] == 1 and sum(between.values()) == 4
