@@ -11,6 +11,11 @@ from experiment import UserError, options
 def get_args_parser():
     parser = options.Parser(prog='ann.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
+    add = parser.add_argument_group('activations').add_argument
+    add('--activation', default='ReLU', choices=['ReLU', 'QCFS'],
+        help="QCFS: quantized as a spiking neuron's rate is, for conversion to few time steps; default %(default)s")
+    add('--levels', type=options.positive_int, default=8, metavar='L', help='of QCFS; default %(default)s')
+    add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
     parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
                         help='start from the weights of this checkpoint')
     return parser
@@ -35,11 +40,14 @@ def main(args):
         state = checkpoint.load(args.pretrained_ann, 'ann')
     elif args.test_only:
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
+    if state:
+        layers = checkpoint.ann_layers(state)
+        vars(args).update({key: value for key, value in layers.items() if key not in args.given})
     idle = setup.drop_idle(args)
     split.choose(args, state, resumed=bool(source))
     data = setup.load_data(args)
     engine.seed_all(args.seed)
-    model = setup.build_ann(args, data).to(device)
+    model = setup.build_ann(args, data, args.activation, args.levels, args.batch_norm).to(device)
     optimizer = engine.make_optimizer(model, args)
     notes = setup.notes(args, device) + idle + said
 

@@ -25,6 +25,15 @@ def get_args_parser():
     add('--default_threshold', type=options.positive, default=1.0, metavar='V',
         help='of layers that are not balanced; default %(default)s')
     add('--activation', default='STDB', choices=['STDB', 'Linear'], help='surrogate gradient; default %(default)s')
+    add('--encoding', default='poisson', choices=['poisson', 'direct'],
+        help='what the first layer is given: Poisson spikes, or the image itself at every step; default %(default)s, '
+             'of an ANN of QCFS direct')
+    add('--delay', type=int, default=1, choices=[1, 0],
+        help='steps from the input of a neuron to its spike; default %(default)s, of an ANN of QCFS 0')
+    add('--initial_potential', type=options.below_one, default=0.0, metavar='F',
+        help='of every neuron, in thresholds, in [0, 1); default %(default)s, of an ANN of QCFS 0.5')
+    add('--learn_threshold', action=options.Switch, help='learn a threshold for each layer, with the weights')
+    add('--learn_leak', action=options.Switch, help='learn a leak for each layer, with the weights')
     add('--alpha', type=options.non_negative, default=0.3, metavar='X', help='height of STDB; default %(default)s')
     add('--beta', type=options.non_negative, default=0.01, metavar='X', help='decay of STDB; default %(default)s')
     add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
@@ -73,7 +82,7 @@ def main(args):
         setup,
         split,
     )
-    from experiment.convert import MEASURED, convert
+    from experiment.convert import MEASURED, balance_untrained, convert, take_defaults
 
     if args.export_nir:
         nir_export.check(args.export_nir)
@@ -87,19 +96,20 @@ def main(args):
     if not args.resume:
         checkpoint.check_there(args.pretrained_ann, 'ann')
     name, paths, _lock, source, state, said = setup.open_snn(args)  # the lock is held until main() returns
+    start = state or args.pretrained_ann and checkpoint.load(args.pretrained_ann, 'ann')
     notes = setup.notes(args, device) + setup.drop_idle(args) + said
+    notes += [] if state else take_defaults(args, start)
     if args.output == 'fitted' and not state and not args.pretrained_ann:
         if 'output' in args.given:
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
 
-    start = state or args.pretrained_ann and checkpoint.load(args.pretrained_ann, 'ann')
     split.choose(args, start, resumed=bool(source))
     data = setup.load_data(args)
     if start and not source:
         notes += split.notes(args, data, start, args.pretrained_snn or args.pretrained_ann)
     engine.seed_all(args.seed)
-    model = setup.build_snn(args, data).to(device)
+    model = setup.build_snn(args, data, start).to(device)
     optimizer = engine.make_optimizer(model, args)
     if state:
         checkpoint.load_snn(model, state, source or args.pretrained_snn)
@@ -129,13 +139,12 @@ def main(args):
     chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
     results, found = [], {}  # (what, accuracy); what the conversion measured
     if not source and args.pretrained_ann:
-        found = convert(model, data, chosen_on, device, args, say)
+        found = convert(model, start, data, chosen_on, device, args, say)
         results.append(('ANN', found['ann_accuracy']))
+    elif not state and 'default_threshold' not in args.given:
+        balance_untrained(model, data, device, args, say)
     say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
-    # what a checkpoint holds beside the weights; thresholds are as used, that is scaled
-    extra = {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'leak': model.leak,
-             'activation': model.activation, 'classes': data.classes,
-             'trained_on': split.all_trainings(args, data, start)}
+    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, start)}
     own = files.is_own(source, paths)
     done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
     history = state['history'] if source else []

@@ -118,14 +118,18 @@ def load_weights(model, state, path, may_differ=()):
     returned. Any other missing, surplus or misshapen weight raises a UserError that lists them.
     """
     weights = {str(key).removeprefix('module.'): value for key, value in state['state_dict'].items()}
-    wanted = model.state_dict()
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
+    own = model.state_dict()
+    # those of an SNN that learns them; they stand elsewhere in its file, learned or not
+    wanted = {key: value for key, value in own.items() if key not in NEURONS}
+    weights = {key: value for key, value in weights.items() if key not in NEURONS}
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
     kept = []
     for key in wanted.keys() & weights.keys():
-        if not is_dense(weights[key]):
-            problems.append(f'{key} is no dense tensor of floats')
+        if not is_dense(weights[key], wanted[key].is_floating_point()):
+            kind = 'floats' if wanted[key].is_floating_point() else 'integers'
+            problems.append(f'{key} is no dense tensor of {kind}')
         elif weights[key].shape != wanted[key].shape:
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
@@ -139,32 +143,58 @@ def load_weights(model, state, path, may_differ=()):
                  if {'architecture', 'dataset'} <= known.keys() else '')
         raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
                         f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
-    model.load_state_dict({**weights, **{key: wanted[key] for key in kept}})
+    model.load_state_dict({**own, **weights, **{key: wanted[key] for key in kept}})
     return kept
 
 
-def is_dense(value):
-    """Whether a value is a plain tensor of floating-point numbers."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point()
-            and not value.is_meta and not value.is_quantized)
+def is_dense(value, floats=True):
+    """Whether a value is a plain tensor of floating-point numbers, or of integers."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point() == floats
+            and not value.is_complex() and not value.is_meta and not value.is_quantized)
 
 
 def shape(tensor):
     return 'x'.join(str(size) for size in tensor.shape)
 
 
-def snn_settings(state, path):
-    """{thresholds, timesteps, leak, activation} of an SNN checkpoint, the published code's older keys included.
+NEURONS = ('thresholds', 'leaks')
 
-    activation is left out where the checkpoint has none. Raises UserError for values that make no network.
+
+def snn_state(model):
+    """What an SNN's checkpoint holds beside the weights; thresholds are as used, that is scaled."""
+    leaks = model.leaks.tolist()
+    return {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'activation': model.activation,
+            'leak': leaks[0] if model.leak is None else model.leak, 'leaks': leaks}
+
+
+def ann_layers(state):
+    """{activation, levels, batch_norm} of the network in an ANN's checkpoint, as its weights' names say."""
+    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
+    return {'activation': 'QCFS' if 'bound' in ends else 'ReLU', 'batch_norm': 'running_var' in ends,
+            'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else 8}
+
+
+def has_biases(state):
+    """Whether the network in a checkpoint has biases, or batch norm to be folded into them."""
+    return any(str(key).endswith(('.bias', '.running_var')) for key in state['state_dict'])
+
+
+def snn_settings(state, path):
+    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, the published code's older keys included.
+
+    leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that make no network.
     """
     try:
         scale = float(state.get('scaling_threshold', 1.0))
         settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
                     'timesteps': int(state['timesteps']),
                     'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
+        if 'leaks' in state:
+            settings['leaks'] = [float(value) for value in state['leaks']]
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
+                 and all(0 < value <= 1 for value in settings.get('leaks', ()))
                  and state.get('activation', 'STDB') in ('STDB', 'Linear'))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
@@ -175,17 +205,24 @@ def snn_settings(state, path):
 
 
 def load_snn(model, state, path):
-    """Copy the weights and thresholds of an SNN checkpoint into a model. Raises UserError."""
+    """Copy the weights, thresholds and, where the model has its leak, the leaks of an SNN checkpoint into a model.
+
+    Raises UserError.
+    """
     load_weights(model, state, path)
+    settings = snn_settings(state, path)
     try:
-        model.threshold_update(1.0, snn_settings(state, path)['thresholds'])
+        model.threshold_update(1.0, settings['thresholds'])
+        if 'leaks' in settings and model.leak in (None, settings['leak']):
+            model.leak_update(settings['leaks'])
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error
 
 
 def thresholds_key(model, settings):
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
-    return {'weights': digest(model.state_dict()), **settings}
+    weights = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
+    return {'weights': digest(weights), **settings}
 
 
 def digest(tensors):
@@ -197,12 +234,17 @@ def digest(tensors):
     return found.hexdigest()
 
 
+# of thresholds that were cached before there were others
+FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0}
+
+
 def cached_thresholds(path, key, count):
     """(`count` thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        entry['key'].setdefault('percentile', 100.0)  # files from before there were others
+        for name, value in FORMER_KEY.items():
+            entry['key'].setdefault(name, value)
         differing = [name for name in key if entry['key'].get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):

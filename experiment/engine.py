@@ -1,6 +1,8 @@
 """The loops over batches and epochs that ann.py and snn.py share."""
 import math
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,11 +34,20 @@ def seed_all(seed):
     np.random.seed(seed % 2 ** 32)
 
 
-def learning_rate_at(epoch, args):
-    """The learning rate of an epoch (1, 2, ...): divided by lr_reduce on reaching each lr_interval * epochs.
+WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
 
-    The first epoch always has the full rate, also in a run too short for the intervals.
+
+def learning_rate_at(epoch, args, part=0.0):
+    """The learning rate in an epoch (1, 2, ...), of which a part (0 to 1) is done.
+
+    --lr_schedule step: divided by lr_reduce on reaching each lr_interval * epochs. The first epoch always has the full
+    rate, also in a run too short for the intervals. cosine: down to 0 over the run, after a linear warm-up.
     """
+    if args.lr_schedule == 'cosine':
+        done = (epoch - 1 + part) / args.epochs
+        if done < WARM_UP:
+            return args.learning_rate * (done + 1e-3) / (WARM_UP + 1e-3)
+        return args.learning_rate * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
     milestones = {int(float(part) * args.epochs) for part in args.lr_interval.split()}
     rate = args.learning_rate
     for _ in range(sum(1 < milestone <= epoch for milestone in milestones)):
@@ -45,11 +56,17 @@ def learning_rate_at(epoch, args):
 
 
 def make_optimizer(model, args):
-    """SGD or Adam as the flags say; fused, as an unfused step takes as long as a small network's gradient."""
+    """SGD or Adam as the flags say; fused, as an unfused step takes as long as a small network's gradient.
+
+    Thresholds, leaks and bounds of QCFS take no weight decay.
+    """
+    free = [p for name, p in model.named_parameters() if name.split('.')[-1] in ('thresholds', 'leaks', 'bound')]
+    groups = [{'params': [p for p in model.parameters() if all(p is not other for other in free)]}]
+    groups += [{'params': free, 'weight_decay': 0.0}] if free else []
     common = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     if args.optimizer == 'SGD':
-        return torch.optim.SGD(model.parameters(), momentum=args.momentum, **common)
-    return torch.optim.Adam(model.parameters(), amsgrad=args.amsgrad, **common)
+        return torch.optim.SGD(groups, momentum=args.momentum, **common)
+    return torch.optim.Adam(groups, amsgrad=args.amsgrad, **common)
 
 
 def lowered(device, amp):
@@ -61,6 +78,14 @@ def cross_entropy(logits, labels, scale=1.0):
     """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,)."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum is too much for bfloat16
     return F.cross_entropy(logits / scale, labels, reduction='sum')
+
+
+class Along(NamedTuple):
+    """What train_epoch does beside training: every so many batches it says how that goes, with a function that prints a
+    line; and it sets the learning rate to rate(part of the epoch that is done) before each step."""
+    say: Callable = None
+    every: int = None
+    rate: Callable = None
 
 
 def check_finite(loss, where, model, images=None):
@@ -129,17 +154,18 @@ def read_later(values):
     return wait
 
 
-def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=None, every=None):
+def train_epoch(model, loader, optimizer, loss_function, device, amp=False, along=None):
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
-    loss_function: (logits (B, labels), labels (B,)) -> the sum of the samples' losses. amp: whether in bfloat16. say,
-    every: a function that prints a line, and after how many batches it says how training goes.
+    loss_function: (logits (B, labels), labels (B,)) -> the sum of the samples' losses. amp: whether in bfloat16. along:
+    an Along, or None.
     Among several processes the loader yields this one's part of each batch; the Metrics are of all.
     Raises UserError at the first loss that is not finite; the step that it would lead to is not taken.
     """
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
-    processes = distributed.share()[1]
+    processes, along = distributed.share()[1], along or Along()
+    constrained = [module for module in model.modules() if hasattr(module, 'constrain')]
 
     def account(number, images, size, measured):
         nonlocal total_loss, correct, seen
@@ -150,8 +176,8 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
         if not seen:
             return
         bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
-        if every and number % every == 0:
-            say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
+        if along.every and number % along.every == 0:
+            along.say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
 
     last = None
     bar = tqdm(loader, desc='train', leave=False, disable=None if distributed.is_main() else True)
@@ -159,6 +185,9 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
         size = (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
+        if along.rate:
+            for group in optimizer.param_groups:
+                group['lr'] = along.rate((number - 1) / len(loader))
         with lowered(device, amp):
             logits = model(images)
             loss = loss_function(logits, labels)
@@ -169,6 +198,8 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, say=
             # Such a step heeds this without a wait for the GPU: the weights stay as they were when it went wrong.
             optimizer.found_inf = (~loss.isfinite()).float()
         optimizer.step()
+        for module in constrained:  # thresholds and bounds above 0, leaks in (0, 1]
+            module.constrain()
         measured = read_later(torch.stack([loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)]))
         if last:  # read a batch later, so that the host does not wait for a GPU within a step
             account(*last)
@@ -246,12 +277,14 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
     say(log.heading(chosen_on))
     for epoch in range(done + 1, args.epochs + 1):
         start = time.perf_counter()
+        rate = partial(learning_rate_at, epoch, args)
         for group in optimizer.param_groups:
-            group['lr'] = learning_rate_at(epoch, args)
+            group['lr'] = rate()
+        along = Along(say, train_say_every, rate if args.lr_schedule == 'cosine' else None)
         seed_all(seed_for(args.seed, epoch, share[0]))
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
                               pin_memory=pin_memory, share=share)
-        trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, say, train_say_every)
+        trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, along)
         tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
         # before the last whole checkpoint is written over
         images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(device)
@@ -263,7 +296,7 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
             files.set_aside(paths, say)
         fresh = False
         history.append({
-            'epoch': epoch, 'learning_rate': optimizer.param_groups[0]['lr'],
+            'epoch': epoch, 'learning_rate': rate(),
             'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
             f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy,
             'best_accuracy': best[0], 'seconds': time.perf_counter() - start})
@@ -275,7 +308,8 @@ def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, 
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
                             'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
     if distributed.is_main():
-        checkpoint.load_weights(model, checkpoint.read(paths.best), paths.best)
+        best_state = checkpoint.read(paths.best)
+        (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, best_state, paths.best)
     distributed.share_weights(model)
     if data.validation is not None:
         tested = test(model, data.test, loss_function, device, args, test_say)
@@ -300,6 +334,8 @@ def save(paths, improved, best, model, optimizer, args, history, **state):
     """
     if not distributed.is_main():
         return
+    if is_spiking(model):
+        state.update(checkpoint.snn_state(model))
     state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
              'args': log.arguments(args), 'history': history}
     for path in (paths.last, paths.best) if improved else (paths.last,):
@@ -317,8 +353,10 @@ def resume_optimizer(optimizer, state, path, args):
     saved, idle = state['args'], options.without_effect(vars(args))
     # what the optimizer's state is, and what the best accuracy so far is of: images and time
     for flag in ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples',
-                 'timesteps', 'leak'):
-        if flag not in idle and saved.get(flag) != getattr(args, flag, None):  # ann.py knows no time
+                 'timesteps', 'leak', 'encoding', 'delay', 'initial_potential'):
+        # ann.py knows no time; files of former versions know one neuron
+        before = saved.get(flag, options.FORMER.get(flag) if hasattr(args, flag) else None)
+        if flag not in idle and before != getattr(args, flag, None):
             said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
             raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '
                             '--pretrained_ann or --pretrained_snn')

@@ -189,6 +189,9 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--lr_interval', type=intervals, default='0.60 0.80 0.90', metavar='"F F F"',
         help='fractions of the epochs at which the learning rate is divided; default "%(default)s"')
     add('--lr_reduce', type=positive, default=10, metavar='X', help='what it is divided by; default %(default)s')
+    add('--lr_schedule', default='step', choices=['step', 'cosine'],
+        help='step: as --lr_interval says; cosine: down to 0 over the epochs, after a short warm-up, which short runs '
+             'need; default %(default)s')
     add('--optimizer', default=optimizer, choices=['SGD', 'Adam'], help='default %(default)s')
     add('--weight_decay', type=non_negative, default=5e-4, metavar='X', help='default %(default)s')
     add('--momentum', type=number(float, 0, 1), default=momentum, metavar='X', help='of SGD; default %(default)s')
@@ -207,6 +210,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
+# what flags that files of former versions do not know were then
+FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
@@ -214,6 +219,8 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 def without_effect(settings):
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
     effective = {
+        'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
+        'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'momentum': (settings.get('optimizer') == 'SGD', '--optimizer SGD'),
         'amsgrad': (settings.get('optimizer') == 'Adam', '--optimizer Adam'),
         'alpha': (settings.get('activation') == 'STDB', '--activation STDB'),
@@ -221,8 +228,11 @@ def without_effect(settings):
         'gamma': (settings.get('activation') == 'Linear', '--activation Linear'),
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
         'kernel_size': (str(settings.get('architecture')).startswith('VGG'), 'VGGs'),
-        **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn')),
-                  'a conversion, --pretrained_ann') for name in CONVERSION}}
+        'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
+        # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
+        **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
+                  or 'default_threshold' not in settings.get('given', ()),
+                  'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}
 
 

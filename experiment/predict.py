@@ -21,7 +21,7 @@ def lines(path, args, device):
                         '--pretrained_snn, which adds them')
     said = [setup.adopt(args, state, path)]
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
-    model = setup.build_snn(args, data.Data(None, None, state['classes'], shape)).to(device).eval()
+    model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path)
     if silent := setup.too_few_steps(model):
         said.append(silent)

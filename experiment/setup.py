@@ -87,16 +87,23 @@ def load_data(args):
                          args.seed, args.validation_fraction, args.num_workers, getattr(args, 'split_seed', None))
 
 
-def build_ann(args, data):
+def build_ann(args, data, activation, levels, batch_norm):
     """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
     # in bfloat16 a training step takes 0.6 of the time in this layout; in float32 it makes no difference
-    return _build(self_models.VGG, self_models.ResNet, args, data).to(memory_format=torch.channels_last)
+    return _build(self_models.VGG, self_models.ResNet, args, data, activation=activation, levels=levels,
+                  batch_norm=batch_norm).to(memory_format=torch.channels_last)
 
 
-def build_snn(args, data):
-    """The spiking network that the flags ask for, for this data. Raises UserError where they do not go together."""
+def build_snn(args, data, state=None):
+    """The spiking network that the flags ask for, for this data and for the weights of a checkpoint's `state`.
+
+    Raises UserError where they do not go together.
+    """
     return _build(self_models.VGG_SNN_STDB, self_models.RESNET_SNN_STDB, args, data,
                   activation=args.activation, timesteps=args.timesteps, leak=args.leak, backend=args.backend,
+                  encoding=args.encoding, delay=args.delay, initial_potential=args.initial_potential,
+                  learn_threshold=args.learn_threshold, learn_leak=args.learn_leak,
+                  bias=state is not None and checkpoint.has_biases(state),
                   # None where all thresholds are the checkpoint's
                   default_threshold=args.default_threshold or 1.0, alpha=args.alpha, beta=args.beta, gamma=args.gamma)
 
@@ -218,10 +225,12 @@ def adopt(args, state, path, resumed=False):
     """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
-    settings |= {key: saved[key] for key in ('architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta',
-                                             'gamma', 'output') if type(saved.get(key)) is type(getattr(args, key))}
+    settings |= {key: saved[key] for key in (
+        'architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta', 'gamma', 'output', *options.FORMER)
+        if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
     thresholds = settings.pop('thresholds')  # no flag
+    settings.pop('leaks', None)
     fixed = list(options.CONVERSION)
     if resumed:
         fixed = ['pretrained_ann', 'pretrained_snn']
@@ -240,4 +249,5 @@ def adopt(args, state, path, resumed=False):
     vars(args).update({key: value for key, value in settings.items() if key not in args.given})
     return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
         f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-        for key in ('timesteps', 'leak', 'activation', 'output'))
+        for key in ('timesteps', 'leak', 'activation', 'output', *(
+            key for key, former in options.FORMER.items() if getattr(args, key) != former)))

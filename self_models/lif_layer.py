@@ -61,7 +61,7 @@ class SynapticInput:
             return self.synapse(x)
         if isinstance(self.synapse, nn.Linear):
             return F.linear(x.flatten(1), weight, bias)
-        return F.conv2d(x, weight, bias, stride=self.synapse.stride, padding=self.synapse.padding)
+        return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
     def input_gradient(self, grad, weight):
         """The gradient of x (m * b, C, H, W) or (m * b, features) from that of output(x, weight)."""

@@ -5,6 +5,7 @@ Bu et al., "Optimal ANN-SNN conversion for high-accuracy and ultra-low-latency s
 import torch
 from torch import nn
 
+SMALLEST = 1e-4  # that a bound becomes
 BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay in a CPU's cache
 
 
@@ -27,6 +28,11 @@ class QCFS(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> the same shape and type."""
         return _QCFS.apply(x, self.bound, self.levels)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Keep the bound above 0; after each training step."""
+        self.bound.clamp_(min=SMALLEST)
 
     def extra_repr(self):
         return f'levels={self.levels}'
