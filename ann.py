@@ -5,7 +5,7 @@
 
 The best epoch's weights go to trained_models/ann/<identifier>.pth, which snn.py takes as --pretrained_ann.
 """
-from experiment import UserError, options
+from experiment import options
 
 
 def get_args_parser():
@@ -23,61 +23,35 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, engine, files, log, metrics, setup, split
+    from experiment import checkpoint, engine, setup
+    from experiment.run import open_run
+    from experiment.start import find_ann
 
     device = setup.set_up_device(args)
-    if not args.resume:
-        checkpoint.check_there(args.pretrained_ann, 'ann')
-    name = files.identifier('ann', args)
-    paths = files.paths('ann', name)
-    _lock = setup.lock(args, paths)  # held until main() returns
-    source, said = setup.resume_file(args, paths, 'ann')
-    state = None
-    if source:
-        state = checkpoint.load_training(source, 'ann')
-        setup.keep(args, state, source, ['pretrained_ann'])
-    elif args.pretrained_ann:
-        state = checkpoint.load(args.pretrained_ann, 'ann')
-    elif args.test_only:
-        raise UserError('--test_only: name the network with --pretrained_ann or --resume')
-    if state:
-        layers = checkpoint.ann_layers(state)
-        vars(args).update({key: value for key, value in layers.items() if key not in args.given})
-    idle = setup.drop_idle(args)
-    split.choose(args, state, resumed=bool(source))
+    start = find_ann(args)  # the run's name is taken for as long as this is held
+
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_ann(args, data, args.activation, args.levels, args.batch_norm).to(device)
     optimizer = engine.make_optimizer(model, args)
-    notes = setup.notes(args, device) + idle + said
+    if start.resumed:
+        checkpoint.load_weights(model, start.state, start.path)
+        engine.resume_optimizer(optimizer, start.state, start.path, args)
+    elif start.state:
+        last = list(model.state_dict())[-1]
+        new = checkpoint.load_weights(model, start.state, start.path, may_differ=[last])
+        start.said.append(f'weights from {start.path}' + (
+            f'; its {last} is for other classes, so that one starts anew' if new else ''))
+    run = open_run('ann', args, start, data, model, device, engine.cross_entropy)
 
-    if source:
-        checkpoint.load_weights(model, state, source)
-        engine.resume_optimizer(optimizer, state, source, args)
-        notes.append(f"resumed from {source}, after epoch {state['epoch']}")
-    elif args.pretrained_ann:
-        last_layer = list(model.state_dict())[-1]
-        new = checkpoint.load_weights(model, state, args.pretrained_ann, may_differ=[last_layer])
-        notes.append(f'weights from {args.pretrained_ann}' + (
-            f'; its {last_layer} is for other classes, so that one starts anew' if new else ''))
-        notes += [] if args.test_only else split.notes(args, data, state, args.pretrained_ann)
-    if not args.test_only:
-        board = metrics.open_board('ann', name, args.tensorboard)
-
-    say = log.open_log('ann', name, args.log)
-    say(log.header(args, model, device))
-    for note in notes:
-        say(note)
     if args.test_only:
-        tested = engine.test(model, data.test, engine.cross_entropy, device, args)
-        say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
+        tested = run.test(model, data.test)
+        run.say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
-    own = files.is_own(source, paths)
-    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, state)}
-    best = engine.fit(model, optimizer, data, engine.cross_entropy, device, args, paths, extra, say, patience=30,
-                      fresh=not own, history=state['history'] if source else [], done=state['epoch'] if source else 0,
-                      best=state['best'] if own else None, board=board, trained_as=state['args'] if source else None)
-    say(f'best {data.selection} accuracy {best[0]:.2%}, of epoch {best[1]}: {paths.best}')
+    progress = start.progress()
+    engine.fit(model, optimizer, data, run, progress, patience=30)
+    accuracy, epoch = progress.best
+    run.say(f'best {data.selection} accuracy {accuracy:.2%}, of epoch {epoch}: {run.paths.best}')
 
 
 if __name__ == '__main__':

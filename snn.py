@@ -9,7 +9,7 @@ trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
 from functools import partial
 
-from experiment import UserError, options
+from experiment import options
 
 
 def get_args_parser():
@@ -69,125 +69,59 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import (
-        checkpoint,
-        distributed,
-        engine,
-        files,
-        log,
-        metrics,
-        nir_export,
-        predict,
-        report,
-        setup,
-        split,
-    )
-    from experiment.convert import MEASURED, balance_untrained, convert, take_defaults
+    from experiment import checkpoint, convert, distributed, engine, nir_export, predict, report, setup, table
+    from experiment.run import open_run
+    from experiment.start import find_snn
+    from self_models.conversion import is_quantized
 
     if args.export_nir:
         nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
-    setup.choose_backend(args, device)
     if args.predict:
-        if not args.pretrained_snn:
-            raise UserError('--predict: name the network with --pretrained_snn')
-        print('\n'.join(predict.lines(args.pretrained_snn, args, device)))
+        print('\n'.join(predict.lines(args, device)))
         return
-    if not args.resume:
-        checkpoint.check_there(args.pretrained_ann, 'ann')
-    name, paths, _lock, source, state, said = setup.open_snn(args)  # the lock is held until main() returns
-    start = state or args.pretrained_ann and checkpoint.load(args.pretrained_ann, 'ann')
-    notes = setup.notes(args, device) + setup.drop_idle(args) + said
-    notes += [] if state else take_defaults(args, start)
-    if args.output == 'fitted' and not state and not args.pretrained_ann:
-        if 'output' in args.given:
-            raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
-        args.output = 'mean'
+    start = find_snn(args, device)  # the run's name is taken for as long as this is held
 
-    split.choose(args, start, resumed=bool(source))
     data = setup.load_data(args)
-    if start and not source:
-        notes += split.notes(args, data, start, args.pretrained_snn or args.pretrained_ann)
     engine.seed_all(args.seed)
-    model = setup.build_snn(args, data, start).to(device)
+    model = setup.build_snn(args, data, start.state).to(device)
     optimizer = engine.make_optimizer(model, args)
-    if state:
-        checkpoint.load_snn(model, state, source or args.pretrained_snn)
-    if source:
-        engine.resume_optimizer(optimizer, state, source, args)
-    if not args.test_only:
-        board = metrics.open_board('snn', name, args.tensorboard)
+    if start.kind in ('snn', 'resume'):
+        checkpoint.load_snn(model, start.state, start.path)
+    if start.resumed:
+        engine.resume_optimizer(optimizer, start.state, start.path, args)
+    start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
-    if silent := setup.too_few_steps(model):
-        if distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
-            raise UserError(silent)
-        notes.append(silent)
-
-    say = log.open_log('snn', name, args.log)
-    say(log.header(args, model, device))
-    for note in notes:
-        say(note)
-
-    # the output adds up over T steps; see the README on why its mean is what trains
+    # the output adds up over T steps; see the read-me on why its mean is what trains
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
+    run = open_run('snn', args, start, data, model, device, loss_function)
+    progress, found = start.progress(), {}
 
-    def time_steps(points):
-        return sorted({max(1, args.timesteps * i // points) for i in range(1, points + 1)})
+    if start.kind == 'ann':
+        # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
+        ann = convert.copy_ann(model, start.state, data, run)
+        found = convert.measure_ann(ann, data, run)
+        if not is_quantized(ann):
+            thresholds = convert.balanced_thresholds(model, data, run)
+            found |= convert.scale_thresholds(model, thresholds, data, run)
+            found |= convert.fit_output(model, ann, data, run)
+    elif start.kind == 'scratch' and 'default_threshold' not in args.given:
+        convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
+    run.say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds.tolist()))
 
-    test_say = say if args.test_acc_every_batch else None
-    chosen_on = 'test' if args.test_only else data.selection  # the set that accuracies are of
-    results, found = [], {}  # (what, accuracy); what the conversion measured
-    if not source and args.pretrained_ann:
-        found = convert(model, start, data, chosen_on, device, args, say)
-        results.append(('ANN', found['ann_accuracy']))
-    elif not state and 'default_threshold' not in args.given:
-        balance_untrained(model, data, device, args, say)
-    say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds))
-    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, start)}
-    own = files.is_own(source, paths)
-    done, best, fresh = state['epoch'] if source else 0, state['best'] if own else None, not own
-    history = state['history'] if source else []
-    if history and 'ann_accuracy' in history[0] and not args.test_only:  # a resumed run says what it began with, too
-        found = {key: history[0][key] for key in MEASURED if key in history[0]}
-        results += [('ANN', found['ann_accuracy']), ('converted SNN', history[0][f'{chosen_on}_accuracy'])]
-    if args.test_only or not source and (args.pretrained_ann or args.pretrained_snn):
-        # a curve costs nothing: logits after t steps are W times the spikes so far
-        at = time_steps(100)
-        start, curve = engine.test_over_time(model, getattr(data, chosen_on), loss_function, device, args, test_say, at)
-        what = 'loaded' if state else 'converted' if args.pretrained_ann else 'untrained'
-        results.append((f'{what} SNN', start.accuracy))
-        say(f'{what} SNN: {chosen_on} accuracy {start.accuracy:.2%} at T = {args.timesteps}, loss {start.loss:.4f}')
-        say(f'{chosen_on} accuracy after time steps: ' + ', '.join(
-            f'{t}: {value:.2%}' for t, value in zip(at, curve) if t in time_steps(10)))
-        if not args.test_only:
-            best, fresh = [start.accuracy, 0], False
-            if distributed.is_main():
-                files.set_aside(paths, say)
-            history.append({'epoch': 0, f'{chosen_on}_loss': start.loss, f'{chosen_on}_accuracy': start.accuracy,
-                            **found, 'curve': dict(zip(map(str, at), curve))})
-            engine.save(paths, True, best, model, optimizer, args, history, accuracy=start.accuracy, epoch=0, **extra)
+    results = table.Results(start, found, progress, data, run)
+    if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0
+        results.test_start(model, optimizer)
     if not args.test_only:
-        best = engine.fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience=5,
-                          fresh=fresh, history=history, done=done, best=best, train_say_every=args.train_acc_batches,
-                          test_say=test_say, board=board, trained_as=state['args'] if source else None)
-        results.append((f'SNN, best epoch ({best[1]})', best[0]))
-    say('\n'.join(['', f'{"":<24}{f"{chosen_on} accuracy":>20}{"time steps":>12}',
-                   *(f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}'
-                     for what, accuracy in results)]))
-    if not args.test_only:
-        say(f'saved in {paths.best}')
+        engine.fit(model, optimizer, data, run, progress, patience=5)
+    results.say_table()
+
     if args.report:
-        tested = source or args.pretrained_snn
-        if not args.test_only:
-            tested, at = paths.best, time_steps(100)
-            _, curve = engine.test_over_time(model, data.test, loss_function, device, args, None, at)
-        ann_accuracy = dict(results).get('ANN') if chosen_on == 'test' else None
-        if distributed.is_main():
-            report.write(args.report, model, data, device, args, at, curve, ann_accuracy, found, tested, say)
+        results.report(model)
     if args.export_nir and distributed.is_main():
-        say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
-                              dataset=args.dataset))
+        run.say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
+                                  dataset=args.dataset))
 
 
 if __name__ == '__main__':

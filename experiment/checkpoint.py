@@ -183,7 +183,8 @@ def has_biases(state):
 def snn_settings(state, path):
     """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, the published code's older keys included.
 
-    leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that make no network.
+    leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that
+    make no network.
     """
     try:
         scale = float(state.get('scaling_threshold', 1.0))

@@ -253,94 +253,92 @@ def least_progress(classes):
     return min(0.15, 1.5 / classes)
 
 
-def fit(model, optimizer, data, loss_function, device, args, paths, extra, say, patience, fresh, history, done=0,
-        best=None, train_say_every=None, test_say=None, board=None, trained_as=None):
-    """Train from epoch done + 1 to args.epochs; returns (best accuracy, its epoch), and leaves the model at that epoch.
+def fit(model, optimizer, data, run, progress, patience):
+    """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
-    paths: of the run's files. extra: what goes into checkpoints beside the weights. history: the metrics of the epochs
-    so far, a list of dicts, which grows. best: (accuracy, epoch) so far. patience: epochs after which a network no
-    better than chance stops the run with a UserError. fresh: files of this name are an earlier run's, to be set
-    aside before the first is written. board: a SummaryWriter for TensorBoard, or None. trained_as: the arguments of
-    the epochs so far, which are the run's where none is left to train.
+    run: run.Run. progress: start.Progress, which goes on. patience: epochs after which a network no better than chance
+    stops the run with a UserError.
     """
-    best, chosen_on, arguments = best or (-1.0, 0), data.selection, None
-    if done >= args.epochs:
-        enough = f'{done} epochs are done already; a larger --epochs trains on'
-        if fresh:  # no epoch would be this run's
+    args, say, chosen_on, arguments = run.args, run.say, data.selection, None
+    if progress.done >= args.epochs:
+        enough = f'{progress.done} epochs are done already; a larger --epochs trains on'
+        if progress.fresh:  # no epoch would be this run's
             raise UserError(enough)
         say(enough)
-        arguments = trained_as and {**trained_as, 'epochs': args.epochs}
-    pin_memory, share, learner = device.type == 'cuda', distributed.share(), distributed.learner(model, device)
+        arguments = progress.trained_as and {**progress.trained_as, 'epochs': args.epochs}
+    share, learner = distributed.share(), distributed.learner(model, run.device)
     say(f'the best epoch is chosen on the {chosen_on} set'
         + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
     say(log.heading(chosen_on))
-    for epoch in range(done + 1, args.epochs + 1):
-        start = time.perf_counter()
-        rate = partial(learning_rate_at, epoch, args)
+    for epoch in range(progress.done + 1, args.epochs + 1):
+        start, rate = time.perf_counter(), partial(learning_rate_at, epoch, args)
         for group in optimizer.param_groups:
             group['lr'] = rate()
-        along = Along(say, train_say_every, rate if args.lr_schedule == 'cosine' else None)
+        along = Along(say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
         seed_all(seed_for(args.seed, epoch, share[0]))
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
-                              pin_memory=pin_memory, share=share)
-        trained = train_epoch(learner, loader, optimizer, loss_function, device, args.amp, along)
-        tested = test(model, getattr(data, chosen_on), loss_function, device, args, test_say)
+                              pin_memory=run.device.type == 'cuda', share=share)
+        trained = train_epoch(learner, loader, optimizer, run.loss_function, run.device, args.amp, along)
+        tested = run.test(model, getattr(data, chosen_on))
         # before the last whole checkpoint is written over
-        images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(device)
+        images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)
         check_finite(tested.loss, f'after epoch {epoch}', model, images)
-        improved = tested.accuracy > best[0]
-        if improved:
-            best = tested.accuracy, epoch
-        if fresh and distributed.is_main():
-            files.set_aside(paths, say)
-        fresh = False
-        history.append({
+        progress.history.append({
             'epoch': epoch, 'learning_rate': rate(),
             'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
-            f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy,
-            'best_accuracy': best[0], 'seconds': time.perf_counter() - start})
-        save(paths, improved, best, model, optimizer, args, history, accuracy=tested.accuracy, epoch=epoch, **extra)
-        say(log.epoch_line(history[-1]))
-        if board:
-            metrics.to_board(board, history[-1])
-        if epoch > patience and best[0] < least_progress(len(data.classes)):
-            raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is {best[0]:.2%}; '
-                            'change --learning_rate, and for an SNN --scaling_factor, --alpha or --activation')
+            f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy})
+        best = progress.best[0] if progress.best else -1.0
+        progress.history[-1].update(best_accuracy=max(best, tested.accuracy), seconds=time.perf_counter() - start)
+        save(model, optimizer, run, progress, tested.accuracy)
+        say(log.epoch_line(progress.history[-1]))
+        if run.board:
+            metrics.to_board(run.board, progress.history[-1])
+        if epoch > patience and progress.best[0] < least_progress(len(data.classes)):
+            raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is '
+                            f'{progress.best[0]:.2%}; change --learning_rate, and for an SNN --scaling_factor, --alpha '
+                            'or --activation')
     if distributed.is_main():
-        best_state = checkpoint.read(paths.best)
-        (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, best_state, paths.best)
+        state = checkpoint.read(run.paths.best)
+        (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, state, run.paths.best)
     distributed.share_weights(model)
     if data.validation is not None:
-        tested = test(model, data.test, loss_function, device, args, test_say)
-        say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {best[1]}, which had the best '
-            f'validation accuracy, {best[0]:.2%}')
-        for entry in history:
-            if entry['epoch'] == best[1]:
+        accuracy, epoch = progress.best
+        tested = run.test(model, data.test)
+        say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {epoch}, which had the best '
+            f'validation accuracy, {accuracy:.2%}')
+        for entry in progress.history:
+            if entry['epoch'] == epoch:
                 entry.update(test_loss=tested.loss, test_accuracy=tested.accuracy)
     # also after a kill between the last checkpoint and its metrics; those of a finished run stay as they are
-    if distributed.is_main() and not metrics.holds(paths.metrics, history):
-        metrics.write(paths.metrics, args, history, arguments)
-    return best
+    if distributed.is_main() and not metrics.holds(run.paths.metrics, progress.history):
+        metrics.write(run.paths.metrics, args, progress.history, arguments)
 
 
-def save(paths, improved, best, model, optimizer, args, history, **state):
-    """Write the checkpoint to resume from, then, where this epoch is the best, that of the best, and the metrics.
+def save(model, optimizer, run, progress, accuracy):
+    """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
+    then, where this epoch is the best, that of the best, and the metrics.
 
     In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one.
 
     The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
     the main one writes.
     """
+    paths, epoch = run.paths, progress.history[-1]['epoch']
+    improved = progress.best is None or accuracy > progress.best[0]
+    if improved:
+        progress.best = accuracy, epoch
+    if progress.fresh and distributed.is_main():
+        files.set_aside(paths, run.say)
+    progress.done, progress.fresh = epoch, False
     if not distributed.is_main():
         return
-    if is_spiking(model):
-        state.update(checkpoint.snn_state(model))
-    state = {**state, 'state_dict': model.state_dict(), 'optimizer': optimizer.state_dict(), 'best': list(best),
-             'args': log.arguments(args), 'history': history}
+    state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
+             **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
+             'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
     for path in (paths.last, paths.best) if improved else (paths.last,):
         checkpoint.save(state, path)
-    metrics.write(paths.metrics, args, history)
+    metrics.write(paths.metrics, run.args, progress.history)
 
 
 def resume_optimizer(optimizer, state, path, args):

@@ -3,15 +3,19 @@ import os
 
 import torch
 
-from experiment import UserError, checkpoint, data, engine, setup
+from experiment import UserError, checkpoint, data, engine, setup, start
 from self_models import INPUT_SHAPES
 
 
-def lines(path, args, device):
+def lines(args, device):
     """A line for each picture of args.predict: its likeliest classes with their confidences, the softmax of the output.
 
-    path: the SNN's checkpoint. Raises UserError for pictures and checkpoints that cannot be read.
+    Raises UserError for pictures and checkpoints that cannot be read.
     """
+    path = args.pretrained_snn
+    if not path:
+        raise UserError('--predict: name the network with --pretrained_snn')
+    start.choose_backend(args, device)
     for file in args.predict:
         if not os.path.isfile(file):
             raise UserError(f'--predict: {file}: is not a file; name pictures, such as new/*.jpg')
@@ -19,7 +23,7 @@ def lines(path, args, device):
     if not isinstance(state.get('classes'), list):
         raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
                         '--pretrained_snn, which adds them')
-    said = [setup.adopt(args, state, path)]
+    said = [start.adopt(args, state, path)]
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path)

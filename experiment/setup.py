@@ -1,13 +1,11 @@
-"""What the flags of a run ask for: its device, data, networks, and checkpoint to resume from."""
-import importlib.util
-import os
+"""What the flags of a run ask for: its device, data and networks."""
 import shlex
 import sys
 
 import torch
 
 import self_models
-from experiment import UserError, checkpoint, data, distributed, files, options
+from experiment import UserError, checkpoint, data, distributed
 
 
 def set_up_device(args):
@@ -50,17 +48,6 @@ def _device(args):
     return torch.device('cuda', numbers[0])
 
 
-def choose_backend(args, device):
-    """What runs the neurons: --backend or, without it, Triton's kernels on CUDA. Raises UserError.
-
-    Goes into the arguments, which the log shows.
-    """
-    there = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
-    if args.backend == 'triton' and not there:
-        raise UserError('--backend triton: needs a CUDA device and the package triton; leave the flag out')
-    args.backend = args.backend or ('triton' if there else 'torch')
-
-
 def notes(args, device):
     """What is to be said of the flags on this device, a list of lines."""
     slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -68,16 +55,6 @@ def notes(args, device):
         return ['--amp: this processor has no instructions for bfloat16 and computes it many times slower than '
                 'float32; leave the flag out']
     return []
-
-
-def drop_idle(args):
-    """Put the flags that were given and mean nothing here back to their defaults; returns a line to say for each."""
-    idle = options.without_effect(vars(args))
-    said = []
-    for flag in sorted(args.given & idle.keys()):
-        setattr(args, flag, args.defaults[flag])
-        said.append(f'--{flag} has no effect here: it is of {idle[flag]}')
-    return said
 
 
 def load_data(args):
@@ -119,135 +96,17 @@ def _build(vgg, resnet, args, data, **options):
         raise UserError(str(error)) from error
 
 
+def check_steps(model, args):
+    """A list of lines to say of too few time steps; UserError where several processes were to train."""
+    silent = too_few_steps(model)
+    if silent and distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
+        raise UserError(silent)
+    return [silent] if silent else []
+
+
 def too_few_steps(model):
     """What to say where no spike can reach the output of a spiking network, else None."""
     if model.timesteps > model.latency:
         return None
     return (f'--timesteps {model.timesteps}: each of the {model.depth} spiking layers delays by one step, so no spike '
             f'reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more')
-
-
-def resume_file(args, paths, kind):
-    """(the checkpoint that --resume asks for or None, lines to say): of several processes, all get the main one's.
-
-    paths: of the run, whose name is to be locked by now, as another run of that name could write them meanwhile. Raises
-    UserError.
-    """
-    def find():
-        if args.resume not in ('auto', 'last'):
-            source = args.resume
-        elif paths.last.exists():
-            source = paths.last
-        elif args.resume == 'auto':
-            return None, []
-        else:
-            raise UserError(f'--resume: there is no {paths.last}; say --resume FILE, or leave it out to start anew')
-        goes_on = files.is_own(source, paths) and not args.test_only and os.path.isfile(source)
-        return source, checkpoint.bring_in_line(paths, kind) if goes_on else []
-
-    return distributed.from_main(find)
-
-
-def lock(args, paths):
-    """Take the run's name for as long as the returned list is kept; a test, which writes nothing, takes none.
-
-    Of several processes the main one takes it. Raises UserError where another run has it, or nothing can be written.
-    """
-    held = []
-
-    def take():
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        held.append(files.lock(paths))
-
-    if not args.test_only:
-        distributed.from_main(take)
-    return held
-
-
-def open_snn(args):
-    """(name, Paths, lock, the checkpoint to resume from or None, what that or --pretrained_snn holds, lines to say).
-
-    Where no flag says otherwise the checkpoint says the network, and so the run's name. One of the run's own is read
-    (again) once the name is locked: another run of that name may have gone on until then. Raises UserError.
-    """
-    source = args.resume if args.resume not in ('auto', 'last') else None
-    state, note = _read_snn(args, source)
-    name = files.identifier('snn', args)
-    paths = files.paths('snn', name)
-    held = lock(args, paths)
-    source, said = resume_file(args, paths, 'snn')
-    read = source or args.pretrained_snn
-    if read and os.path.realpath(read) in map(os.path.realpath, paths):
-        state, note = _read_snn(args, source)
-        if files.identifier('snn', args) != name:  # the file is of another network than it is called by
-            for file in filter(None, held):
-                file.close()
-            name = files.identifier('snn', args)
-            paths = files.paths('snn', name)
-            held = lock(args, paths)
-    return name, paths, held, source, state, [*([note] if note else []), *said]
-
-
-def _read_snn(args, source):
-    """(what the checkpoint to resume from or that of --pretrained_snn holds, a line to say); None, None for neither."""
-    if source:
-        state = checkpoint.load_training(source, 'snn')
-        return state, f'resumed after epoch {state["epoch"]}; ' + adopt(args, state, source, resumed=True)
-    if args.pretrained_snn:
-        state = checkpoint.load(args.pretrained_snn, 'snn')
-        return state, adopt(args, state, args.pretrained_snn)
-    return None, None
-
-
-def keep(args, state, path, flags):
-    """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    if 'scaling_factor' in saved:
-        saved = {'threshold_percentile': 100.0, **saved}  # files from before there were others
-    for flag in flags:
-        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in ('pretrained_ann', 'pretrained_snn')
-        if not (isinstance(value, str) if pretrained or value == 'auto' else type(value) in (int, float)):
-            value = None
-        if pretrained and value is None and 'trained_on' not in state:
-            continue  # former versions did not keep it on the way
-        same = wanted == value or pretrained and value and os.path.realpath(wanted or '') == os.path.realpath(value)
-        if flag in args.given and not same:
-            raise UserError(f'--{flag} {wanted}: has no effect, as {path} was made '
-                            + (f'without --{flag}' if value is None else f'with --{flag} {value}')
-                            + '; leave the flag out, or start anew with --pretrained_ann under another --name')
-        setattr(args, flag, value)
-
-
-def adopt(args, state, path, resumed=False):
-    """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
-
-    resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
-    """
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
-    settings |= {key: saved[key] for key in (
-        'architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta', 'gamma', 'output', *options.FORMER)
-        if type(saved.get(key)) is type(getattr(args, key))}
-    settings |= checkpoint.snn_settings(state, path)
-    thresholds = settings.pop('thresholds')  # no flag
-    settings.pop('leaks', None)
-    fixed = list(options.CONVERSION)
-    if resumed:
-        fixed = ['pretrained_ann', 'pretrained_snn']
-        if saved.get('pretrained_ann') or saved.get('pretrained_snn'):  # else flags of a conversion are none of it
-            fixed += options.CONVERSION
-    # the published ResNets' files may have the balanced thresholds only
-    if 'default_threshold' in saved or len(thresholds) > 3:
-        fixed.append('default_threshold')
-    keep(args, state, path, fixed)
-    if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':
-        raise UserError(f"--output mean: has no effect, as the conversion has fitted the output of {path}, and it is "
-                        'the mean of that; leave the flag out')
-    if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
-        raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
-                        'flag out, or convert with --pretrained_ann')
-    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
-    return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
-        f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-        for key in ('timesteps', 'leak', 'activation', 'output', *(
-            key for key, former in options.FORMER.items() if getattr(args, key) != former)))

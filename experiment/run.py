@@ -1,0 +1,44 @@
+"""What a run is given: its arguments, device and files, and where it says what it does."""
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from experiment import engine, log, metrics, setup, split
+from experiment.files import Paths
+
+
+class Run(NamedTuple):
+    """args: settled, see start.py. say: prints a line to the log. board: a SummaryWriter for TensorBoard, or None.
+    loss_function: as for engine.train_epoch. extra: what goes into checkpoints beside weights and numbers.
+    """
+    args: Any
+    device: torch.device
+    paths: Paths
+    say: Callable
+    board: Any
+    loss_function: Callable
+    extra: dict
+
+    @property
+    def test_say(self):
+        """What says the accuracy after every test batch, where that is wanted."""
+        return self.say if getattr(self.args, 'test_acc_every_batch', False) else None
+
+    def test(self, model, dataset):
+        """engine.test of a model on a whole set."""
+        return engine.test(model, dataset, self.loss_function, self.device, self.args, self.test_say)
+
+
+def open_run(kind, args, start, data, model, device, loss_function) -> Run:
+    """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'."""
+    board = None if args.test_only else metrics.open_board(kind, start.name, args.tensorboard)
+    say = log.open_log(kind, start.name, args.log)
+    say(log.header(args, model, device))
+    notes = setup.notes(args, device) + start.said
+    if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
+        notes += split.notes(args, data, start.state, start.path)
+    for note in notes:
+        say(note)
+    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, start.state)}
+    return Run(args, device, start.paths, say, board, loss_function, extra)

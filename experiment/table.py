@@ -1,0 +1,70 @@
+"""What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
+from experiment import distributed, engine, report
+
+# what a conversion measures, as far as it does
+MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', 'scan', 'output_scale')
+WHAT = {'ann': 'converted', 'snn': 'loaded', 'resume': 'loaded', 'scratch': 'untrained'}
+
+
+class Results:
+    """The accuracies of a run, a line each, on the set that its epochs are compared on, or on the test set.
+
+    start: start.Start. found: what the conversion measured. progress: start.Progress, which epoch 0 goes into.
+    """
+
+    def __init__(self, start, found, progress, data, run):
+        self.start, self.found, self.progress, self.data, self.run = start, found, progress, data, run
+        self.chosen_on = 'test' if run.args.test_only else data.selection
+        self.lines = [('ANN', found['ann_accuracy'])] if found else []
+        self.curve = None
+        begun = progress.history[0] if progress.history else {}
+        if 'ann_accuracy' in begun and not run.args.test_only:  # a resumed run says what it began with, too
+            self.found = {key: begun[key] for key in MEASURED if key in begun}
+            self.lines = [('ANN', begun['ann_accuracy']), ('converted SNN', begun[f'{self.chosen_on}_accuracy'])]
+
+    def time_steps(self, points):
+        return sorted({max(1, self.run.args.timesteps * i // points) for i in range(1, points + 1)})
+
+    def over_time(self, model, dataset, say=None):
+        """(Metrics, accuracies after each of 100 time steps at most) on a set.
+
+        A curve costs nothing: logits after t steps are W times the spikes so far.
+        """
+        run = self.run
+        return engine.test_over_time(model, dataset, run.loss_function, run.device, run.args, say, self.time_steps(100))
+
+    def test_start(self, model, optimizer):
+        """Test the network before training; where it is to be trained, that is epoch 0."""
+        run, what, at = self.run, WHAT[self.start.kind], self.time_steps(100)
+        tested, self.curve = self.over_time(model, getattr(self.data, self.chosen_on), run.test_say)
+        self.lines.append((f'{what} SNN', tested.accuracy))
+        run.say(f'{what} SNN: {self.chosen_on} accuracy {tested.accuracy:.2%} at T = {run.args.timesteps}, loss '
+                f'{tested.loss:.4f}')
+        run.say(f'{self.chosen_on} accuracy after time steps: ' + ', '.join(
+            f'{t}: {value:.2%}' for t, value in zip(at, self.curve) if t in self.time_steps(10)))
+        if not run.args.test_only:
+            self.progress.history.append({
+                'epoch': 0, f'{self.chosen_on}_loss': tested.loss, f'{self.chosen_on}_accuracy': tested.accuracy,
+                **self.found, 'curve': dict(zip(map(str, at), self.curve))})
+            engine.save(model, optimizer, run, self.progress, tested.accuracy)
+
+    def say_table(self):
+        args, lines = self.run.args, list(self.lines)
+        if not args.test_only:
+            accuracy, epoch = self.progress.best
+            lines.append((f'SNN, best epoch ({epoch})', accuracy))
+        self.run.say('\n'.join(['', f'{"":<24}{f"{self.chosen_on} accuracy":>20}{"time steps":>12}', *(
+            f'{what:<24}{accuracy:>20.2%}{"-" if what == "ANN" else args.timesteps:>12}' for what, accuracy in lines)]))
+        if not args.test_only:
+            self.run.say(f'saved in {self.run.paths.best}')
+
+    def report(self, model):
+        """Write --report of the network tested, or of the best epoch."""
+        run, tested = self.run, self.start.path if self.start.kind in ('snn', 'resume') else None
+        if not run.args.test_only:
+            tested = run.paths.best
+            _, self.curve = self.over_time(model, self.data.test)
+        ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
+        if distributed.is_main():
+            report.write(run.args.report, model, self.data, run.device, run.args, self.time_steps(100), self.curve,
+                         ann_accuracy, self.found, tested, run.say)
