@@ -199,9 +199,9 @@ def measure(model, data, device, args):
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
     with engine.lowered(device, args.amp):
         for images, _ in tqdm(loader, desc='report', leave=False, disable=None):
-            for record in model.record(images.to(device, non_blocking=True)):
+            for index, record in enumerate(model.record(images.to(device, non_blocking=True))):
                 name, train = record.name, record.spikes
-                if not layers:
+                if index == 0:
                     count_layer(layers, 'input', record.inputs[0].train)
                 surrogate = delta_t(train) if model.activation == 'STDB' else z_values(record)
                 count_layer(layers, name, train, float(record.parameters.threshold), surrogate)

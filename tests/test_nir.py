@@ -155,7 +155,7 @@ def test_what_is_read_back(build, leak, tmp_path):
 
     neurons = {name: node for name, node in graph.nodes.items() if isinstance(node, (nir.IF, nir.LIF))}
     assert neurons.keys() == {f'{name}.neuron' for name in model.layer_names}
-    for name, threshold in zip(model.layer_names, model.thresholds, strict=True):
+    for name, threshold in zip(model.layer_names, model.thresholds.tolist(), strict=True):
         node = neurons[f'{name}.neuron']
         assert node.metadata == {'threshold': threshold, 'leak': leak, 'reset': 'subtract'}
         assert np.all(node.v_threshold == threshold) and not node.v_reset.any()
