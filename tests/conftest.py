@@ -1,6 +1,8 @@
-"""Helpers that several test files use."""
+"""What several test files use: flags of small runs, calls of the scripts, networks, fixtures."""
+import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,62 @@ import numpy as np
 import pytest
 import torch
 
+import ann
+from experiment import UserError, options
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tests'))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+
+# -- flags of small runs ----------------------------------------------------------------------------------------------
+
+def digits(train, test):
+    """The flags of a small network on so many of the digits that scikit-learn ships."""
+    return ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', str(train), '--test_samples', str(test),
+            '--no-gpu']
+
+
+SMALL = digits(96, 50)
+FEW_STEPS = ['--timesteps', '8', '--default_threshold', '0.3']
+SPIKING = [*SMALL, *FEW_STEPS]
+CALIBRATION = ['--calibration_samples', '20', '--calibration_timesteps', '30']
+
+
+# -- scripts called in this process -----------------------------------------------------------------------------------
+
+def run(module, *flags):
+    """What a script does with these flags; what goes wrong is raised."""
+    module.main(module.get_args_parser().parse_args([str(flag) for flag in flags]))
+
+
+def fails(module, words, *flags):
+    """The run ends in a UserError of one line that says these words."""
+    with pytest.raises(UserError, match=words) as caught:
+        run(module, *flags)
+    assert '\n' not in str(caught.value)
+
+
+def load(path):
+    """A checkpoint, as tensors only."""
+    return torch.load(path, weights_only=True)
+
+
+def metrics_of(path):
+    """(the line about the run, the epochs' lines)"""
+    first, *rest = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return first, rest
+
+
+def train_ann(folder, *flags):
+    """Train an ANN of digits with Adam in this folder; the path of its checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(ann, *flags, '--optimizer', 'Adam', '-lr', '1e-3')
+    return str(folder / 'trained_models' / 'ann' / 'ann_resnet6_digits.pth')
+
+
+# -- networks and values ----------------------------------------------------------------------------------------------
 
 def fill(model, seed):
     """Weights that spread activity through every layer and do not depend on torch's generator."""
@@ -44,6 +98,43 @@ def same(a, b):
     if isinstance(a, list):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+# -- fixtures ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+    """The checkpoint of an ANN that has learned something. Tests leave it as it is."""
+    return train_ann(tmp_path_factory.mktemp('trained'), '-a', 'RESNET6', '--dataset', 'DIGITS', '--epochs', 4,
+                     '--no-gpu')
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Call a script as its command does, but in this process, which spares the start of torch.
+
+    called(ann, '--epochs', 1) -> CompletedProcess. For what is about processes there is `command`.
+    """
+    def call(module, *flags):
+        capsys.readouterr()
+        status = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, 'signal', lambda *_: None)  # pytest keeps its own
+            try:
+                args = module.get_args_parser().parse_args([str(flag) for flag in flags])
+                options.run(module.main, args, f'{module.__name__}.py')
+            except SystemExit as ended:
+                status = ended.code or 0
+        out, errors = capsys.readouterr()
+        if isinstance(status, str):  # Python prints it as it ends
+            status, errors = 1, f'{errors}{status}\n'
+        return subprocess.CompletedProcess(flags, status, out, errors)
+    return call
 
 
 @pytest.fixture

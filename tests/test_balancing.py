@@ -51,6 +51,7 @@ def test_a_percentile_by_hand():
     assert balancing.current_percentile(current, groups, blocks, 75, bar) == float('inf')
 
 
+@pytest.mark.slow
 def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
     model, x = vgg5(), ternary((70, 1, 8, 8), 1, low=0)
     want = step_by_step.find_thresholds(model, x, 25)
@@ -61,6 +62,7 @@ def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
     assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_memory_grows_neither_with_images_nor_with_steps(monkeypatch):
     model, x = vgg5(), ternary((130, 1, 8, 8), 1, low=0)
     sizes, original = [], balancing.SynapticInput.output

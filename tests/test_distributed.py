@@ -45,6 +45,7 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
         assert found['tested'] == pytest.approx(one['tested'], rel=1e-5) and found['curve'] == one['curve']
 
 
+@pytest.mark.slow
 def test_an_ann_trained_by_two_processes(tmp_path):
     for processes, batch, name in ((1, 16, 'one'), (2, 8, 'two')):
         flags = [*SMALL, '--dropout', 0, '--epochs', 2, '--batch_size', batch, '--name', name]
@@ -59,6 +60,7 @@ def test_an_ann_trained_by_two_processes(tmp_path):
         f'{name}{kind}' for name in ('one', 'two') for kind in ('.last.pth', '.pth')]
 
 
+@pytest.mark.slow
 def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
     start(1, 'ann.py', *SMALL, '--epochs', 2, '--optimizer', 'Adam', '-lr', '1e-3', '--name', 'a', cwd=tmp_path)
     flags = [*SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 10, '--calibration_samples', 20,
@@ -107,6 +109,7 @@ options.run(main, ann.get_args_parser().parse_args(), 'ann.py')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ["setup, '_device'", "engine, 'check_finite'"])  # before they have met, and after
 def test_an_error_of_another_process_alone_is_one_line(tmp_path, where):
     (tmp_path / 'failing.py').write_text(FAILING.replace('{where}', where))

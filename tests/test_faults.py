@@ -7,14 +7,14 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-from conftest import ROOT
+import ann
+import snn
+from conftest import ROOT, SMALL, SPIKING, load
 from experiment import files
 
-SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu']
-SPIKING = [*SMALL, '--timesteps', '8', '--default_threshold', '0.3']
-RUNS = [('ann.py', SMALL, 'ann_resnet6_digits'), ('snn.py', SPIKING, 'snn_resnet6_digits_8')]
+RUNS = [(ann, SMALL, 'ann_resnet6_digits'), (snn, SPIKING, 'snn_resnet6_digits_8')]
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 
 @pytest.fixture
@@ -43,35 +43,51 @@ def contents(folder):
 
 # -- two runs of one name ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('script, flags, name', RUNS)
-def test_a_second_run_of_the_same_name_is_refused(training, command, tmp_path, script, flags, name):
+@pytest.mark.parametrize('module, flags, name', RUNS)
+def test_a_second_run_of_the_same_name_is_refused(training, called, tmp_path, module, flags, name):
+    script = f'{module.__name__}.py'
     first = training(script, *flags, '--epochs', '25')
     first.send_signal(signal.SIGSTOP)  # so that it is there, and changes nothing, for as long as the second takes
     before = contents(tmp_path)
-    second = command(script, *flags, '--epochs', 1, '--resume', 'auto', '--log')
+    second = called(module, *flags, '--epochs', 1, '--resume', 'auto', '--log')
     assert second.returncode == 1 and second.stderr.count('\n') == 1
     for words in (f'{script}: error: ', f'{name}.pth', f'process {first.pid} on ', 'since 20', '--name'):
         assert words in second.stderr
     # one that writes no checkpoint needs no name of its own
-    tested = command(script, *flags, '--test_only', '--resume')
+    tested = called(module, *flags, '--test_only', '--resume')
     assert tested.returncode == 0, tested.stderr
     assert contents(tmp_path) == before
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=120)
     assert (first.returncode, errors) == (0, '')
-    folder = tmp_path / 'trained_models' / script[:3]
-    assert torch.load(folder / f'{name}.last.pth', weights_only=True)['epoch'] == 25
+    folder = tmp_path / 'trained_models' / module.__name__
+    assert load(folder / f'{name}.last.pth')['epoch'] == 25
     assert sorted(path.name for path in folder.glob('*.pth')) == [f'{name}.last.pth', f'{name}.pth']
 
 
-def test_a_killed_run_leaves_no_lock(training, command):
+def test_a_killed_run_leaves_no_lock(training, called):
     first = training('ann.py', *SMALL, '--epochs', '5000')
-    other = command('ann.py', *SMALL, '--epochs', 1, '--name', 'other')
+    other = called(ann, *SMALL, '--epochs', 1, '--name', 'other')
     assert other.returncode == 0, other.stderr
     first.kill()
     first.wait()
-    after = command('ann.py', *SMALL, '--epochs', 1)
+    after = called(ann, *SMALL, '--epochs', 1)
     assert after.returncode == 0, after.stderr
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / 'ann.py', *SMALL, '--epochs', '5000'], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               # a shell starts background jobs with the signal ignored, these tests perhaps too
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    for line in process.stdout:
+        if re.match(r' +2 ', line):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert 'stopped; the last checkpoint is whole' in errors and 'Traceback' not in errors
+    assert load(tmp_path / 'trained_models/ann/ann_resnet6_digits.last.pth')['epoch'] >= 2
 
 
 @pytest.mark.parametrize('missing', ['module', 'support'])
@@ -99,20 +115,23 @@ def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
     held.close()
 
 
-@pytest.mark.parametrize('script, flags, name', RUNS)
-def test_a_disk_that_fills_while_a_run_saves(command, tmp_path, script, flags, name):
-    assert command(script, *flags, '--epochs', 1).returncode == 0
-    folder = tmp_path / 'trained_models' / script[:3]
+@pytest.mark.parametrize('module, flags, name', RUNS)
+def test_a_disk_that_fills_while_a_run_saves(called, tmp_path, module, flags, name):
+    assert called(module, *flags, '--epochs', 1).returncode == 0
+    folder = tmp_path / 'trained_models' / module.__name__
     before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
     assert sorted(before) == [f'{name}.last.pth', f'{name}.pth']
 
-    def limit():  # no file beyond 1 MB, a third of a checkpoint; Python ignores the signal that comes with it
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    full = command(script, *flags, '--epochs', 3, '--resume', preexec_fn=limit)
+    before_it, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # no file beyond 1 MB, a third of a checkpoint; Python ignores the signal that comes with it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, most))
+    try:
+        full = called(module, *flags, '--epochs', 3, '--resume')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before_it, most))
     assert full.returncode == 1 and full.stderr.count('\n') == 1, full.stderr
-    for words in (f'{script}: error: trained_models/', name, 'cannot be written', 'untouched'):
+    for words in (f'{module.__name__}.py: error: trained_models/', name, 'cannot be written', 'untouched'):
         assert words in full.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != f'.{name}.lock'} == before
-    again = command(script, *flags, '--epochs', 2, '--resume')  # with room again, it goes on
+    again = called(module, *flags, '--epochs', 2, '--resume')  # with room again, it goes on
     assert again.returncode == 0 and 'after epoch 1' in again.stdout

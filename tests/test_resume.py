@@ -15,38 +15,13 @@ from PIL import Image
 
 import ann
 import snn
-from conftest import ROOT
-from experiment import UserError, checkpoint, data, engine, files, metrics, summary
+from conftest import CALIBRATION, FEW_STEPS, ROOT, digits, fails, load, metrics_of, run, same, train_ann
+from experiment import UserError, checkpoint, data, engine, files, metrics, setup, summary
 
-SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 32, '--test_samples', 20, '--no-gpu']
-SPIKING = [*SMALL, '--timesteps', 8, '--default_threshold', 0.3]
-CALIBRATION = ['--calibration_samples', 20, '--calibration_timesteps', 30]
+SMALL = digits(32, 20)
+SPIKING = [*SMALL, *FEW_STEPS]
 RUNS = [(ann, SMALL), (snn, SPIKING)]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(module, *flags):
-    module.main(module.get_args_parser().parse_args([str(flag) for flag in flags]))
-
-
-def fails(module, words, *flags):
-    with pytest.raises(UserError, match=words) as caught:
-        run(module, *flags)
-    assert '\n' not in str(caught.value)
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def metrics_of(path):
-    """(the arguments, the epochs' lines)"""
-    first, *rest = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return first['args'], rest
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 
 class Killed(BaseException):
@@ -75,14 +50,117 @@ def accuracies(patch, *values):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """The checkpoint of an ANN that held a tenth out by seed 0."""
-    folder, before = tmp_path_factory.mktemp('trained'), os.getcwd()
-    os.chdir(folder)
-    try:
-        run(ann, *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 3, '--optimizer', 'Adam', '-lr', '1e-3',
-            '--validation_fraction', 0.1)
-    finally:
-        os.chdir(before)
-    return str(folder / 'trained_models' / 'ann' / 'ann_resnet6_digits.pth')
+    return train_ann(tmp_path_factory.mktemp('trained'), *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 3,
+                     '--validation_fraction', 0.1)
+
+
+# -- the same run, or another -----------------------------------------------------------------------------------------
+
+def kill_in_epoch(monkeypatch, number):
+    calls, original = [], engine.train_epoch
+
+    def train_epoch(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return original(*args)
+
+    monkeypatch.setattr(engine, 'train_epoch', train_epoch)
+
+
+def last_table(capsys):
+    return re.findall(r'^\S.{23} +[\d.]+% +[-\d]+$', capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, monkeypatch, capsys):
+    flags = [*digits(96, 50), '--epochs', 4]  # of two steps each
+    if module is snn:
+        flags += [*FEW_STEPS, *CALIBRATION, '--pretrained_ann', trained]
+    run(module, *flags, '--name', 'whole')
+    table = last_table(capsys)
+    assert len(table) == (0 if module is ann else 3)  # ANN, converted, fine-tuned
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 3)
+        run(module, *flags, '--name', 'killed')
+    torch.rand(7)  # a new process would not go on with this generator either
+    run(module, *flags, '--name', 'killed', '--resume')
+    assert last_table(capsys) == table
+    folder = Path('trained_models', module.__name__)
+    for kind in ('.pth', '.last.pth'):
+        whole, killed = load(folder / f'whole{kind}'), load(folder / f'killed{kind}')
+        assert whole['epoch'] == killed['epoch']
+        for key in ('state_dict', 'optimizer', 'accuracy', 'best'):
+            assert same(whole[key], killed[key]), key
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(capsys):
+    run(ann, *SMALL, '--epochs', 1, '--resume', 'auto')
+    assert 'resumed' not in capsys.readouterr().out
+    run(ann, *SMALL, '--epochs', 2, '--resume', 'auto')
+    assert 'resumed from trained_models/ann/ann_resnet6_digits.last.pth, after epoch 1' in capsys.readouterr().out
+
+
+def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
+    run(ann, *SMALL, '--epochs', 1)
+    run(ann, *SMALL, '--epochs', 1, '--name', 'mine')
+    folder = Path('trained_models/ann')
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+    run(ann, *SMALL, '--epochs', 2, '--name', 'mine', '--resume', folder / 'ann_resnet6_digits.last.pth')
+    assert load(folder / 'mine.pth')['epoch'] == 2
+    assert (folder / 'previous.1.mine.pth').read_bytes() == before['mine.pth']
+    for name in ('ann_resnet6_digits.pth', 'ann_resnet6_digits.last.pth'):
+        assert (folder / name).read_bytes() == before[name]
+
+
+def test_another_runs_file_that_has_enough_epochs_already():
+    run(ann, *SMALL, '--epochs', 1)
+    fails(ann, '1 epochs are done already; a larger --epochs', *SMALL, '--epochs', 1, '--name', 'mine', '--resume',
+          'trained_models/ann/ann_resnet6_digits.last.pth')
+    assert not list(Path('trained_models/ann').glob('mine*.pth'))
+
+
+@pytest.mark.parametrize('change', [
+    {'optimizer': None}, {'optimizer': {}}, {'optimizer': 'text'}, {'epoch': 'one'}, {'epoch': -1}, {'best': None},
+    {'best': [0.1]}, {'args': []}, {'history': [1]}])
+def test_a_training_state_that_cannot_be_resumed(change):
+    run(ann, *SMALL, '--epochs', 1)
+    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+    torch.save({**load(path), **change}, path)
+    fails(ann, 'ann_resnet6_digits.last.pth: (holds no training|its optimizer state)', *SMALL, '--resume')
+
+
+def test_an_optimizer_state_of_other_shapes_is_refused():
+    run(ann, *SMALL, '--epochs', 1)
+    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+    state = load(path)
+    state['optimizer']['state'][0]['momentum_buffer'] = torch.zeros(3)  # a fused step would write beyond it
+    torch.save(state, path)
+    fails(ann, 'its optimizer state does not fit', *SMALL, '--resume')
+
+
+def test_flags_hold_on_resume(monkeypatch):
+    run(ann, *SMALL, '--epochs', 1)
+    seen, original = [], engine.train_epoch
+    monkeypatch.setattr(engine, 'train_epoch', lambda *args: seen.append(args[2].param_groups[0]) or original(*args))
+    run(ann, *SMALL, '--epochs', 2, '--resume', '--momentum', '0.5', '--weight_decay', '0')
+    assert [(group['momentum'], group['weight_decay']) for group in seen] == [(0.5, 0)]
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--validation_fraction', '0.3'], 'with --validation_fraction 0.0'), (['--seed', '1'], 'with --seed 0'),
+    (['--test_samples', '10'], 'with --test_samples 20')])
+def test_accuracies_of_other_images_are_not_compared_on_resume(flags, said):
+    run(ann, *SMALL, '--epochs', 1)
+    fails(ann, f'was trained {said};', *SMALL, '--epochs', 2, '--resume', *flags)
+    run(ann, *SMALL, '--test_only', '--resume', *flags, '--optimizer', 'Adam')  # compares and trains nothing
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--timesteps', 9], 'with --timesteps 8'), (['--leak', 0.5], 'with --leak 1.0')])
+def test_accuracies_of_other_neurons_are_not_compared_on_resume(flags, said):
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'mine')
+    fails(snn, f'was trained {said};', *SPIKING, '--epochs', 2, '--name', 'mine', '--resume', *flags)
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -109,8 +187,8 @@ def test_log_best_file_and_metrics_agree_after_a_kill_at_any_moment(module, flag
         assert re.search(rf'^SNN, best epoch \({epoch}\) +{accuracy:.2%} ', out, re.M)
     best, last = load(folder / 'k.pth'), load(folder / 'k.last.pth')
     assert [best['accuracy'], best['epoch']] == best['best'] == last['best'] == [accuracy, epoch]
-    args, epochs = metrics_of(f'logs/{module.__name__}/k.jsonl')
-    assert args['epochs'] == 3 and [entry['epoch'] for entry in epochs] == [1, 2, 3]
+    about, epochs = metrics_of(f'logs/{module.__name__}/k.jsonl')
+    assert about['args']['epochs'] == 3 and [entry['epoch'] for entry in epochs] == [1, 2, 3]
     assert epochs[-1]['best_accuracy'] == accuracy == max(entry['test_accuracy'] for entry in epochs)
     assert last['history'] == epochs
     assert not list(Path().rglob('previous.*')) and not list(Path().rglob('*.tmp'))
@@ -178,9 +256,9 @@ def test_a_run_killed_after_its_last_epoch_is_finished(module, flags, more, mome
             patch.setattr(checkpoint, 'load_weights', load_the_best)
         run(module, *flags)
     run(module, *flags, '--resume', 'auto', '--weight_decay', 0.5)
-    found, (args, epochs) = summary.read(path), metrics_of(path)
+    found, (about, epochs) = summary.read(path), metrics_of(path)
     assert (found.done, found.asked) == (2, 2) and found.accuracy is not None
-    assert args['weight_decay'] == 5e-4  # no epoch had the other
+    assert about['args']['weight_decay'] == 5e-4  # no epoch had the other
     best = load(f'trained_models/{module.__name__}/f.pth')['epoch']
     assert [entry['epoch'] for entry in epochs if 'test_accuracy' in entry] == ([best] if more else [1, 2])
     before = path.read_bytes()
@@ -214,6 +292,15 @@ def test_what_another_run_saves_until_the_name_is_locked_is_gone_on_from(module,
     run(module, *flags, '--epochs', 3, '--resume', *words)
     assert 'after epoch 2' in capsys.readouterr().out
     assert [entry['epoch'] for entry in load(folder / 'n.last.pth')['history']] == [1, 2, 3]
+
+
+@pytest.mark.parametrize('module, flags', [(ann, SMALL), (snn, SPIKING)])
+def test_a_name_is_taken_before_data_is_read(module, flags, monkeypatch):
+    # which can take minutes, in which another run of the name could end
+    def load_data(args):
+        raise UserError('locked' if list(Path('trained_models', module.__name__).glob('.*.lock')) else 'open')
+    monkeypatch.setattr(setup, 'load_data', load_data)
+    fails(module, 'locked', *flags)
 
 
 def test_the_name_that_a_checkpoint_asks_for_is_locked(monkeypatch):
@@ -250,8 +337,8 @@ def test_flags_of_a_conversion_hold_for_good(trained, capsys):
     run(snn, *SMALL, '--timesteps', 8, '--name', 'sf', '--epochs', 3, '--resume')  # and so does one without them
     run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/sf.pth', '--name', 'more', '--epochs', 1)
     for name, before in (('sf', trained), ('more', None)):
-        recorded = (metrics_of(f'logs/snn/{name}.jsonl')[0], load(f'trained_models/snn/{name}.last.pth')['args'])
-        for args in recorded:
+        for each in (metrics_of(f'logs/snn/{name}.jsonl')[0], load(f'trained_models/snn/{name}.last.pth')):
+            args = each['args']
             assert {key: args[key] for key in (*convert_flags, 'pretrained_ann')} == {
                 'scaling_factor': 0.6, 'threshold_percentile': 100, 'calibration_samples': 20,
                 'calibration_timesteps': 30, 'default_threshold': 0.3, 'pretrained_ann': before}
@@ -268,7 +355,7 @@ def test_what_a_published_snn_does_not_say_is_not_recorded():
     fails(snn, '--scaling_factor 0.1: has no effect, as p.pth was made without', *SMALL, '--pretrained_snn', 'p.pth',
           '--scaling_factor', 0.1, '--epochs', 1)
     run(snn, *SMALL, '--pretrained_snn', 'p.pth', '--epochs', 1, '--name', 'q')
-    args = metrics_of('logs/snn/q.jsonl')[0]
+    args = metrics_of('logs/snn/q.jsonl')[0]['args']
     assert [args[key] for key in convert_flags] == [None] * 5
     state = load('trained_models/snn/q.pth')
     assert state['thresholds'] == [0.3] * 7
@@ -281,9 +368,9 @@ def test_the_ann_that_a_run_began_with_holds_for_good(trained):
     fails(ann, '--pretrained_ann other.pth: has no effect', *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 2,
           '--name', 'a', '--resume')
     run(ann, *SMALL, '--epochs', 2, '--name', 'a', '--resume')
-    assert metrics_of('logs/ann/a.jsonl')[0]['pretrained_ann'] == trained
+    assert metrics_of('logs/ann/a.jsonl')[0]['args']['pretrained_ann'] == trained
     run(ann, *SMALL, '--pretrained_ann', os.path.relpath(trained), '--epochs', 3, '--name', 'a', '--resume')
-    assert metrics_of('logs/ann/a.jsonl')[0]['pretrained_ann'] == trained
+    assert metrics_of('logs/ann/a.jsonl')[0]['args']['pretrained_ann'] == trained
 
 
 @pytest.mark.parametrize('module, given, key, value, of', [
@@ -300,7 +387,7 @@ def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, 
     assert re.search(rf'^--{key} has no effect here: it is of .*{of}', capsys.readouterr().out, re.M)
     run(module, *flags, '--epochs', 2, '--resume')  # the same command line goes on
     kind = module.__name__
-    for args in (metrics_of(f'logs/{kind}/i.jsonl')[0], load(f'trained_models/{kind}/i.pth')['args']):
+    for args in (metrics_of(f'logs/{kind}/i.jsonl')[0]['args'], load(f'trained_models/{kind}/i.pth')['args']):
         assert args[key] == value
 
 
@@ -367,7 +454,7 @@ def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
     assert len(seen) == 4
     for each in seen:
         assert contents(each.validation) == never_seen and not contents(each.train) & never_seen
-    assert metrics_of('logs/snn/t.jsonl')[0]['split_seed'] == 0
+    assert metrics_of('logs/snn/t.jsonl')[0]['args']['split_seed'] == 0
     assert [entry['seed'] for entry in load('trained_models/snn/t.pth')['trained_on']] == [0, 0]
 
 

@@ -1,0 +1,194 @@
+"""snn.py --pretrained_ann: an ANN is converted, its thresholds, factor and output chosen, and fine-tuned."""
+import json
+import os
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import ann
+import snn
+from conftest import CALIBRATION, SPIKING, fails, load, metrics_of, run
+from experiment import convert, data, engine
+
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+
+def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
+    before = Path(trained).read_bytes()
+    flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--no-gpu', '--default_threshold', '0.3', '--train_samples', 200,
+             '--test_samples', 100]
+    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--leak', '0.99', '--epochs', 2)
+    out = capsys.readouterr().out
+    ann_accuracy, converted = (float(re.search(rf'^{what} .*?test accuracy ([\d.]+)%', out, re.M)[1])
+                               for what in ('ANN', 'converted SNN:'))
+    assert ann_accuracy > 60
+    assert re.search(r'^thresholds:( [\d.]+){7}$', out, re.M)
+    path = tmp_path / 'trained_models/snn/snn_resnet6_digits_12.pth'
+    state = load(path)
+    assert round(state['accuracy'] * 100, 2) >= converted  # fine-tuning never ends below its start
+    assert (state['timesteps'], state['leak'], state['activation']) == (12, 0.99, 'STDB')
+    assert state['thresholds'][3:] == [0.3] * 4
+    assert Path(trained).read_bytes() == before
+
+    # balanced thresholds are cached beside the ANN, unscaled, and found there again
+    cached = json.loads(Path(f'{trained}.thresholds.json').read_text())['thresholds']
+    assert [0.7 * value for value in cached] == pytest.approx(state['thresholds'][:3])
+    run(snn, *flags, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--test_only', '--name', 'again',
+        '--data_dir', os.path.expanduser('~/Datasets'))  # the default, as a shell gives it
+    assert 'thresholds taken from' in capsys.readouterr().out
+    assert sorted(file.name for file in path.parent.glob('*.pth')) == [f'{path.stem}.last.pth', path.name]
+
+    # evaluated alone, it runs as it was trained, and says so; the file knows network and data set
+    content = path.read_bytes()
+    run(snn, '--no-gpu', '--test_samples', 100, '--pretrained_snn', path, '--test_only')
+    out = capsys.readouterr().out
+    assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in out
+    assert 'timesteps 12, leak 0.99, activation STDB' in out
+    run(snn, *flags, '--pretrained_snn', path, '--test_only', '--timesteps', 9)
+    out = capsys.readouterr().out
+    assert 'timesteps 9 as the flag says, leak 0.99' in out and 'at T = 9' in out
+    assert path.read_bytes() == content
+    # what a file says that cannot be is not taken; a flag is
+    torch.save({**state, 'args': {**state['args'], 'architecture': 7, 'alpha': 'high', 'dataset': 'MNIST'}}, 'odd.pth')
+    run(snn, *flags, '--pretrained_snn', 'odd.pth', '--test_only')
+    assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in capsys.readouterr().out
+
+
+def test_a_threshold_percentile_lowers_thresholds_and_is_not_taken_from_the_cache(trained, capsys):
+    def thresholds(*flags):
+        run(snn, *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--test_only', *flags)
+        return [float(value) for value in re.search('^thresholds: (.*)$', capsys.readouterr().out, re.M)[1].split()]
+
+    largest, lower = thresholds(), thresholds('--threshold_percentile', '99')
+    assert all(b < a for a, b in zip(largest[:3], lower)) and largest[3:] == lower[3:]
+
+
+# -- the scaling factor -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('fraction, images', [(0.0, 'train'), (0.1, 'validation')])
+def test_a_scaling_factor_is_chosen_on_images_that_are_not_tested(fraction, images, trained, monkeypatch, capsys):
+    monkeypatch.setattr(convert, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
+    seen, original = [], engine.test
+
+    def spy(model, dataset, *rest):
+        seen.append((type(model).__name__, dataset))
+        return original(model, dataset, *rest)
+
+    monkeypatch.setattr(engine, 'test', spy)
+    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 12, '--validation_fraction', fraction,
+             '--epochs', 1]
+    run(snn, *flags, '--scaling_factor', 'auto', '--name', 'a')
+    # of 96 images trained on, or 144 held out, the 20 asked for
+    assert [name for name, _ in seen[:4]] == ['ResNet', *['RESNET_SNN_STDB'] * 3]
+    digits = data.load('DIGITS', '', train_samples=96, test_samples=50, validation_fraction=fraction)
+    source = {image.numpy().tobytes() for image in getattr(digits, images).images}
+    for _, dataset in seen[1:4]:
+        assert len(dataset) == 20 and {image.numpy().tobytes() for image in dataset.images} <= source
+    start = metrics_of('logs/snn/a.jsonl')[1][0]
+    assert list(start['scan']) == ['0.01', '0.7', '100.0'] and start['scanned_on'] == images
+    best = max(start['scan'].values())
+    least = best - (best * (1 - best) / 20) ** 0.5
+    assert start['scan'][str(start['scaling_factor'])] >= least > start['scan']['100.0']
+    assert f"taken: {start['scaling_factor']}\n" in capsys.readouterr().out
+    run(snn, *flags, '--scaling_factor', start['scaling_factor'], '--name', 'b')
+    again = metrics_of('logs/snn/b.jsonl')[1][0]
+    assert 'scan' not in again and again['curve'] == start['curve']
+
+
+@pytest.mark.parametrize('accuracies, factor', [
+    ({0.4: 0.80, 0.5: 0.76, 0.7: 0.75}, 0.5),  # of 100 images: sqrt(0.8 * 0.2 / 100) = 0.04, so 0.76 counts as good
+    ({0.4: 0.80, 0.5: 0.75, 0.7: 0.75}, 0.4),
+    ({0.7: 0.10, 1.1: 1.00, 1.2: 1.00}, 1.1),  # no error at 1
+    ({0.8: 0.80, 0.6: 0.79}, 0.6),  # both 0.1 away
+])
+def test_chosen_factor_by_hand(accuracies, factor):
+    assert convert.chosen_factor(accuracies, 100) == factor
+
+
+# -- a fitted output --------------------------------------------------------------------------------------------------
+
+def test_fitting_scale_by_hand():
+    class Constant(torch.nn.Module):
+        def __init__(self, *logits):
+            super().__init__()
+            self.logits = torch.tensor([logits])
+
+        def forward(self, images):
+            return self.logits.expand(len(images), -1)
+
+    images = data.load('DIGITS', '', 32, None, 8, 0).test
+    args = snn.get_args_parser().parse_args(['--timesteps', '4', '--num_workers', '0'])
+    scale = partial(convert.fitting_scale, images=images, device=torch.device('cpu'), args=args)
+    # less their means, the sums are 2 and -2, so 0.5 and -0.5 a step; the ANN has 1 and -1, whatever is added to both
+    assert scale(Constant(4., 0.), Constant(7., 5.)) == pytest.approx(2)
+    # (1, 0, -1) a step against (3, 0, 0), less its mean (2, -1, -1): (2 + 0 + 1) / (1 + 0 + 1)
+    assert scale(Constant(4., 0., -4.), Constant(3., 0., 0.)) == pytest.approx(1.5)
+    assert scale(Constant(0., 0.), Constant(7., 5.)) == 1  # silent
+    assert scale(Constant(0., 4.), Constant(7., 5.)) == 1  # the wrong way round
+
+
+def test_a_fitted_output_decides_as_the_mean_does(trained, capsys):
+    flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--pretrained_ann', trained, '--timesteps', 20, '--epochs', 1,
+             '--train_samples', 64, '--calibration_samples', 64, '--calibration_timesteps', 40, '-lr', 1e-8,
+             '--no-gpu', '--num_workers', 0]
+    starts = []
+    for output in ('mean', 'fitted'):
+        run(snn, *flags, '--output', output, '--name', output)
+        line = Path(f'logs/snn/{output}.jsonl').read_text().splitlines()[1]
+        starts.append(json.loads(line))
+    mean, fitted = starts
+    assert fitted['curve'] == mean['curve'] and 'output_scale' not in mean
+    last = list(load(trained)['state_dict'].values())[-1]
+    weights = load('trained_models/snn/fitted.pth')['state_dict']['classifier.0.weight']
+    torch.testing.assert_close(weights, last * fitted['output_scale'], atol=1e-6, rtol=1e-5)
+
+    # going on, the output is what the conversion made it
+    flags = ['--no-gpu', '--test_samples', 64, '--test_only', '--pretrained_snn']
+    for output in ('mean', 'fitted'):
+        capsys.readouterr()
+        run(snn, *flags, f'trained_models/snn/{output}.pth')
+        assert f'activation STDB, output {output}\n' in capsys.readouterr().out
+    run(snn, *flags, 'trained_models/snn/fitted.pth', '--output', 'fitted')
+    fails(snn, 'mean.pth did not', *flags, 'trained_models/snn/mean.pth', '--output', 'fitted')
+
+
+def test_without_an_ann_there_is_nothing_to_fit_the_output_to():
+    fails(snn, 'name one with --pretrained_ann', *SPIKING, '--output', 'fitted')
+    run(snn, *SPIKING, '--epochs', 1)
+    assert load('trained_models/snn/snn_resnet6_digits_8.pth')['args']['output'] == 'mean'
+
+
+def test_a_silent_output_is_not_said_to_be_fitted(trained, capsys):
+    run(snn, *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--timesteps', 4, '--test_only')
+    said = capsys.readouterr().out
+    assert 'so it is not fitted' in said and 'multiplied' not in said
+
+
+# -- an ANN that has not learned --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('accuracy, counts, chance', [
+    (0.09, [1000] * 10, 0.1), (0.1, [1000] * 10, 0.1),
+    (0.11, [1000] * 10, 0.1),  # 3 standard errors of 0.003, but below the published 0.15
+    (0.15, [1000] * 10, None), (0.15, [10] * 10, 0.1),  # the same is within two of 0.03 on 100 images
+    (0.17, [10] * 10, None), (0.9, [900, 100], 0.9), (0.95, [900, 100], None),
+    (0.53, [500, 500], 0.5), (0.54, [500, 500], None)])  # 2 sqrt(0.25 / 1000) = 0.032
+def test_chance_by_hand(accuracy, counts, chance):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert convert.at_chance(accuracy, labels, len(counts)) == (None if chance is None else pytest.approx(chance))
+
+
+@pytest.mark.parametrize('rate', [1e-9, 1e-3])
+def test_an_ann_at_chance_is_said_to_be_before_it_is_converted(rate, capsys):
+    images = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--no-gpu']
+    run(ann, *images, '--epochs', 2, '--optimizer', 'Adam', '-lr', rate, '--name', 'a')
+    capsys.readouterr()
+    run(snn, *images, '--test_only', '--timesteps', 7, '--pretrained_ann', 'trained_models/ann/a.pth',
+        '--calibration_samples', 20, '--calibration_timesteps', 30)
+    lines = capsys.readouterr().out.splitlines()
+    said = [number for number, line in enumerate(lines) if line.startswith('this ANN is hardly better than chance')]
+    assert len(said) == (rate == 1e-9)
+    # right after its accuracy, before the balancing
+    assert all(lines[number - 1].startswith('ANN ') and 'no thresholds' in lines[number + 1] for number in said)

@@ -1,0 +1,153 @@
+"""What goes wrong ends in one line that says what to do, and costs no checkpoint."""
+import copy
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import ann
+import self_models
+import snn
+from conftest import CALIBRATION, SMALL, SPIKING, fails, load, run, same
+from experiment import UserError, data, engine, options
+
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate'), RuntimeError("can't allocate memory: 9 B"),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'), RuntimeError('a bug')])
+def test_out_of_memory_is_said_and_a_bug_is_not_hidden(error, monkeypatch):
+    def main(args):
+        raise error
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(RuntimeError if str(error) == 'a bug' else SystemExit, match='a bug|lower --batch_size'):
+        options.run(main, None, 'ann.py')
+
+
+def test_user_errors_are_one_line_and_status_1(called):
+    done = called(snn, *SPIKING, '--pretrained_ann', 'none.pth')
+    assert done.returncode == 1
+    assert done.stderr == ('snn.py: error: none.pth: there is no such file; '
+                           'give the path of a checkpoint that ann.py wrote\n')
+    done = called(ann, '--dataset', 'FOLDER', '--data_dir', 'nowhere')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'nowhere' in done.stderr
+
+
+def test_operating_system_errors_are_one_line(called):
+    Path('logs').write_text('in the way')
+    done = called(ann, *SMALL, '--epochs', 1, '--log')
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'logs' in done.stderr
+
+
+@pytest.mark.parametrize('module, flags', [(ann, SMALL), (snn, SPIKING)])
+def test_a_folder_that_cannot_be_written(module, flags):
+    Path('trained_models').write_text('in the way')
+    fails(module, 'trained_models.*cannot write', *flags, '--epochs', 1)
+
+
+def test_network_and_data_that_do_not_go_together():
+    fails(ann, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
+    fails(snn, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
+
+
+def test_more_samples_than_there_are():
+    fails(ann, 'there are 1437 train images', *SMALL, '--train_samples', 2000)
+
+
+def test_a_validation_set_that_leaves_nothing():
+    fails(ann, 'leaves 719 of 1437 train images', *SMALL, '--train_samples', 720, '--validation_fraction', '0.5')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='CUDA is present')
+def test_cuda_asked_for_and_absent():
+    fails(ann, 'no CUDA device', *SMALL[:-1], '--gpu')
+
+
+def test_checkpoints_of_other_networks(trained):
+    fails(snn, r'RESNET6 for DIGITS.*no features\.0\.weight', '-a', 'VGG5', '--dataset', 'DIGITS', '--pretrained_ann',
+          trained)
+    fails(ann, r'no layer3\.0\.', '-a', 'RESNET12', '--dataset', 'DIGITS', '--pretrained_ann', trained)
+    fails(snn, 'holds an ANN.*--pretrained_ann', *SPIKING, '--pretrained_snn', trained)
+
+
+def test_resume_without_a_checkpoint(trained):
+    fails(ann, 'there is no trained_models/ann/ann_resnet6_digits.last.pth', *SMALL, '--resume')
+    fails(ann, 'no such file', *SMALL, '--resume', 'none.pth')
+    fails(ann, 'was trained with --optimizer Adam', *SMALL, '--resume', trained)
+
+
+def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
+    run(snn, *SPIKING, '--epochs', 1)
+    folder = Path('trained_models/snn')
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+    fails(snn, 'no such file', *SPIKING, '--pretrained_ann', 'typo.pth')
+    fails(snn, 'loss became', *SPIKING, '--epochs', 2, '-lr', '1e38', '--train_samples', 96, '--batch_size', 8)
+    assert {path.name: path.read_bytes() for path in folder.glob('*.pth')} == before
+
+
+# -- training that goes wrong -----------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite():
+    fails(ann, 'loss became (nan|inf).*--learning_rate', *SMALL, '-lr', '1e30', '--epochs', 3)
+
+
+def test_a_loss_that_is_not_finite_after_the_last_step_costs_no_checkpoint():
+    whole = ('--batch_size', 96)  # one step an epoch: what it does is only seen in the test
+    run(ann, *SMALL, *whole, '--epochs', 1)
+    path = Path('trained_models/ann/ann_resnet6_digits.last.pth')
+    before = path.read_bytes()
+    fails(ann, 'loss became nan after epoch 2.*--learning_rate', *SMALL, *whole, '-lr', '1e30', '--epochs', 2,
+          '--resume')
+    assert path.read_bytes() == before
+
+
+def test_a_network_that_diverges_says_where_and_leaves_the_last_whole_checkpoint():
+    # a NaN potential passes no threshold, so the network falls silent, and the loss of silence is finite: ln 10
+    flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 64, '--test_samples', 32, '--no-gpu',
+             '--timesteps', 12, '--optimizer', 'SGD', '--default_threshold', 0.01]
+    run(snn, *flags, '-lr', '1e-9', '--epochs', 1)
+    folder = Path('trained_models/snn')
+    before = {path.name: path.read_bytes() for path in folder.glob('*.pth')}
+    for batch_size, where in ((64, 'after epoch 2'), (16, 'at batch 2')):
+        fails(snn, f'loss became nan {where}, as the weights of pre_process.0 left the finite range.*--learning_rate',
+              *flags, '-lr', '1e30', '--batch_size', batch_size, '--epochs', 2, '--resume')
+        assert {path.name: path.read_bytes() for path in folder.glob('*.pth')} == before
+
+
+def test_what_is_not_finite_is_named():
+    images, labels = torch.rand(8, 1, 8, 8), torch.arange(8)
+    for model, named in ((self_models.ResNet('RESNET6', dataset='DIGITS'), 'the output of layer1.0.residual.0'),
+                         (self_models.RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=12, default_threshold=0.1),
+                          'the membrane potentials of layer1.0.residual.0')):
+        with torch.no_grad():
+            model.layer1[0].residual[0].weight.fill_(3e38)  # finite, but sums of it are not
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        loader = data.epoch_loader(data.Pictures((images * 255).byte(), labels, signed=False), 4)
+        with pytest.raises(UserError, match=f'at batch 1, as {named} left the finite range'):
+            engine.train_epoch(model, loader, optimizer, engine.cross_entropy, torch.device('cpu'))
+        assert same(before, model.state_dict())  # the step was not taken
+        with torch.no_grad():
+            model.classifier[0].weight[2] = torch.inf
+        with pytest.raises(UserError, match='the weights of classifier.0 left the finite range after epoch 3'):
+            engine.check_finite(1.0, 'after epoch 3', model)
+
+
+def test_no_progress_stops_the_run(monkeypatch):
+    monkeypatch.setattr(engine, 'test', lambda *_: engine.Metrics(2.3, 0.1))
+    fails(snn, 'does not progress.*10.00%', *SPIKING, '--epochs', 10, '--train_samples', 8, '--timesteps', 6)
+    assert load('trained_models/snn/snn_resnet6_digits_6.last.pth')['epoch'] == 6
+
+
+# -- conversion that goes wrong ---------------------------------------------------------------------------------------
+
+def test_a_scaling_factor_that_is_too_large(trained):
+    fails(snn, r'--scaling_factor 3.4e\+38: a threshold', *SPIKING, *CALIBRATION, '--pretrained_ann', trained,
+          '--scaling_factor', '3.4e38')
+
+
+def test_a_dead_layer_is_named_with_its_flag(trained):
+    fails(snn, r'pre_process\.3 never receives a spike.*--calibration_timesteps', *SPIKING, '--pretrained_ann', trained,
+          '--calibration_timesteps', 1)

@@ -1,0 +1,74 @@
+"""What trained networks are asked: --predict for the classes of pictures, --test_only for an accuracy."""
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ann
+import snn
+from conftest import CALIBRATION, SMALL, SPIKING, fails, load, run
+from experiment import data
+
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+
+def test_predict_says_the_classes_of_pictures(trained, capsys, tmp_path):
+    from PIL import Image
+
+    run(snn, '-a', 'RESNET6', '--dataset', 'DIGITS', '--no-gpu', *CALIBRATION, '--pretrained_ann', trained,
+        '--timesteps', 12, '--default_threshold', '0.3', '--epochs', 2, '--train_samples', 200, '--test_samples', 50)
+    test = data.load('DIGITS', '').test
+    for i in range(40):
+        Image.fromarray((test.images[i, 0].long() * 255 // 16).byte().numpy()).save(f'{i}.png')
+    before = sorted(tmp_path.rglob('*'))
+    capsys.readouterr()
+    path = 'trained_models/snn/snn_resnet6_digits_12.pth'
+    run(snn, '--pretrained_snn', path, '--no-gpu', '--predict', *(f'{i}.png' for i in range(40)))
+    first, *said = capsys.readouterr().out.splitlines()
+    assert 'timesteps 12' in first and len(said) == 40
+    right = 0
+    for i, line in enumerate(said):
+        guesses = re.fullmatch(rf'{i}\.png: (\d) ([\d.]+)%, (\d) ([\d.]+)%, (\d) ([\d.]+)%', line).groups()
+        confidences = [float(value) for value in guesses[1::2]]
+        assert confidences == sorted(confidences, reverse=True) and sum(confidences) <= 100.2
+        right += int(guesses[0]) == test.labels[i]
+    assert right >= 14  # of 40; chance is 4
+    assert sorted(tmp_path.rglob('*')) == before  # nothing is written
+    Path('no.png').write_text('no picture')
+    for words, flags in (('none.png: is not a file', ['--pretrained_snn', path, '--predict', 'none.png']),
+                         ('trained_models: is not a file', ['--pretrained_snn', path, '--predict', 'trained_models']),
+                         ('no.png: not a picture', ['--pretrained_snn', path, '--predict', 'no.png']),
+                         ('--predict: name the network', ['--predict', '0.png'])):
+        fails(snn, words, '--no-gpu', *flags)
+    run(snn, '--pretrained_snn', path, '--no-gpu', '--predict', '0.png', '--timesteps', 3)
+    assert 'no spike reaches the output in fewer than 6' in capsys.readouterr().out
+    state = load(path)
+    del state['classes']
+    torch.save(state, 'old.pth')
+    fails(snn, 'old.pth does not name its classes', '--no-gpu', '--pretrained_snn', 'old.pth', '--predict', '0.png')
+
+
+def test_test_only_evaluates_what_it_resumes(capsys):
+    run(snn, *SPIKING, '--epochs', 1)
+    capsys.readouterr()
+    run(snn, *SPIKING, '--test_only', '--resume')
+    assert re.search(r'^loaded SNN: test accuracy', capsys.readouterr().out, re.M)
+
+
+def test_test_only_wants_a_trained_ann():
+    fails(ann, '--test_only: name the network', *SMALL, '--test_only')
+
+
+def test_test_only_says_the_logged_accuracy_and_writes_nothing(trained, capsys, tmp_path):
+    before = Path(trained).read_bytes()
+    accuracy = load(trained)['accuracy']
+    run(ann, '-a', 'RESNET6', '--dataset', 'DIGITS', '--pretrained_ann', trained, '--test_only', '--no-gpu')
+    assert f'test accuracy {accuracy:.2%} on 360 images' in capsys.readouterr().out
+    assert Path(trained).read_bytes() == before and os.listdir(tmp_path) == []
+
+
+def test_too_few_steps_are_said(capsys):
+    run(snn, *SPIKING, '--timesteps', 4, '--test_only')
+    assert 'no spike reaches the output in fewer than 6' in capsys.readouterr().out

@@ -1,0 +1,155 @@
+"""ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
+import re
+import shlex
+
+import pytest
+import torch
+
+import ann
+import snn
+from conftest import CALIBRATION, ROOT, SMALL, SPIKING, load, metrics_of, run
+from experiment import engine, setup
+
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+
+def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
+    cpu, plain, amp = torch.device('cpu'), *map(ann.get_args_parser().parse_args, ([], ['--amp']))
+    for supported, said in ((True, 0), (False, 1)):
+        monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda answer=supported: answer)
+        assert (len(setup.notes(amp, cpu)), len(setup.notes(plain, cpu))) == (said, 0)
+    assert setup.notes(amp, torch.device('cuda')) == []
+
+
+def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
+    current = []
+    for name, function in (('is_available', lambda: True), ('device_count', lambda: 2), ('set_device', current.append)):
+        monkeypatch.setattr(torch.cuda, name, function)
+    device = setup.set_up_device(ann.get_args_parser().parse_args(['--devices', '1']))
+    assert current == [device] == [torch.device('cuda', 1)]
+
+
+def test_learning_rate_schedule():
+    args = ann.get_args_parser().parse_args(['--epochs', '10', '-lr', '1'])
+    rates = [engine.learning_rate_at(epoch, args) for epoch in range(1, 11)]
+    assert rates == pytest.approx([1] * 5 + [0.1] * 2 + [0.01] + [0.001] * 2)
+    args.lr_reduce = 1e200  # whose square no float holds
+    assert engine.learning_rate_at(10, args) == 0
+    args.epochs = 1
+    assert engine.learning_rate_at(1, args) == 1
+
+
+def test_ann_run_writes_what_it_says(command, tmp_path):
+    flags = [*SMALL, '--epochs', '2', '--lr_interval', '0.5 0.9', '--log', '--name', 'mine']
+    done = command('ann.py', *flags)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / 'logs/ann/mine.log').read_text()
+    assert '\r' not in log  # no trace of a progress bar
+    said = re.search(r'^command: (.*)$', log, re.M).group(1)
+    assert shlex.split(said) == ['python', str(ROOT / 'ann.py'), *flags]
+    for words in ('architecture: RESNET6', 'kernel_size: 3', '(pre_process)', 'train loss', 'best test accuracy',
+                  'chosen on the test set, as in the published code'):
+        assert words in log
+    lines = re.findall(r'^ +(\d+) +0\.\d+ +\d\.\d{4} +[\d.]+% +\d\.\d{4} +[\d.]+% +[\d.]+% +\d+s$', log, re.M)
+    assert lines == ['1', '2']  # exactly --epochs of them
+    state = load(tmp_path / 'trained_models/ann/mine.pth')
+    assert {'accuracy', 'epoch', 'state_dict', 'optimizer', 'args'} <= state.keys()
+    assert 0 <= state['accuracy'] <= 1 and state['args']['architecture'] == 'RESNET6'
+    folder = tmp_path / 'trained_models/ann'
+    assert sorted(path.name for path in folder.glob('*.pth')) == ['mine.last.pth', 'mine.pth']
+
+
+def test_amp_trains_and_tests_in_bfloat16(monkeypatch):
+    seen, convolve = set(), torch.nn.functional.conv2d
+
+    def conv2d(x, weight, *more, **options):
+        seen.add(weight.dtype)
+        return convolve(x, weight, *more, **options)
+
+    monkeypatch.setattr(torch.nn.functional, 'conv2d', conv2d)
+    run(snn, *SPIKING, '--epochs', 1, '--amp', '--name', 'a')
+    assert seen == {torch.bfloat16}
+    seen.clear()
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'b')
+    assert seen == {torch.float32}
+    state = load('trained_models/snn/a.pth')
+    assert all(weight.dtype == torch.float32 for weight in state['state_dict'].values())
+
+
+def epochs_of(path):
+    """{epoch: its line of the metrics}"""
+    return {entry['epoch']: entry for entry in metrics_of(path)[1]}
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_metrics_file_has_a_line_an_epoch(module, trained, capsys):
+    flags = SMALL if module is ann else [*SPIKING, *CALIBRATION, '--pretrained_ann', trained]
+    run(module, *flags, '--epochs', 1, '--name', 'm')
+    run(module, *flags, '--epochs', 3, '--name', 'm', '--resume')
+    out = capsys.readouterr().out
+    path = f'logs/{module.__name__}/m.jsonl'
+    about, epochs = metrics_of(path)[0], epochs_of(path)
+    assert about['args']['epochs'] == 3 and about['args']['architecture'] == 'RESNET6' and about['torch']
+    assert list(epochs) == ([1, 2, 3] if module is ann else [0, 1, 2, 3])
+    state = load(f'trained_models/{module.__name__}/m.pth')
+    assert epochs[state['epoch']]['test_accuracy'] == state['accuracy'] == epochs[3]['best_accuracy']
+    assert max(entry['test_accuracy'] for entry in epochs.values()) == state['accuracy']
+    assert f"{epochs[2]['train_loss']:.4f}" in out and epochs[2]['seconds'] > 0
+    assert state['classes'] == [str(digit) for digit in range(10)]
+    if module is snn:
+        assert epochs[0]['curve']['8'] == epochs[0]['test_accuracy']
+        assert f"ANN {trained}: test accuracy {epochs[0]['ann_accuracy']:.2%}" in out
+    run(module, *flags, '--epochs', 1, '--name', 'm')  # anew
+    assert list(epochs_of(f'logs/{module.__name__}/previous.1.m.jsonl')) == list(epochs)
+    assert max(epochs_of(path)) == 1
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_a_validation_set_chooses_the_epoch(module, monkeypatch, capsys):
+    tests, original = [], engine.test_over_time
+
+    def test_over_time(model, dataset, *args):
+        tests.append(len(dataset))
+        tested, curve = original(model, dataset, *args)
+        # the second epoch is the best on the 144 images held out, the last one on the 50 test images
+        value = {1: 0.2, 2: 0.9, 3: 0.4}[len(tests)] if len(dataset) == 144 else 0.6
+        return tested._replace(accuracy=value), curve
+
+    monkeypatch.setattr(engine, 'test_over_time', test_over_time)
+    run(module, *(SMALL if module is ann else SPIKING), '--epochs', 3, '--validation_fraction', '0.1', '--name', 'v')
+    assert tests == [144, 144, 144, 50]  # the test set is looked at once, at the end
+    out = capsys.readouterr().out
+    assert 'chosen on the validation set\n' in out and 'val acc' in out and 'test acc ' not in out
+    assert 'test accuracy 60.00%' in out and 'epoch 2, which had the best validation accuracy, 90.00%' in out
+    epochs = epochs_of(f'logs/{module.__name__}/v.jsonl')
+    assert [epochs[n].get('test_accuracy') for n in (1, 2, 3)] == [None, 0.6, None]
+    assert load(f'trained_models/{module.__name__}/v.pth')['epoch'] == 2
+
+
+def test_tensorboard_gets_the_metrics():
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run(ann, *SMALL, '--epochs', 2, '--tensorboard', '--name', 'b')
+    events = EventAccumulator('logs/ann/b').Reload()
+    epochs = epochs_of('logs/ann/b.jsonl')
+    for key in ('train_loss', 'test_accuracy'):
+        assert [(event.step, event.value) for event in events.Scalars(key)] == [
+            (n, pytest.approx(epochs[n][key])) for n in (1, 2)]
+
+
+def test_train_from_scratch_and_go_on_from_an_snn(capsys):
+    run(snn, *SPIKING, '--epochs', 1, '--activation', 'Linear', '--train_acc_batches', 1, '--test_acc_every_batch')
+    out = capsys.readouterr().out
+    assert 'batch 1: train loss' in out and 'test batch 1: accuracy' in out
+    run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--epochs', 1, '--name', 'b')
+    out = capsys.readouterr().out
+    assert 'timesteps 8, leak 1.0, activation Linear' in out
+    assert load('trained_models/snn/b.pth')['activation'] == 'Linear'
+
+
+def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
+    state = load(trained)
+    state['state_dict']['classifier.0.weight'] = torch.zeros(4, 512)
+    torch.save(state, 'other.pth')
+    run(ann, *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 1)
+    assert 'classifier.0.weight is for other classes, so that one starts anew' in capsys.readouterr().out
