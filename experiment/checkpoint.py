@@ -162,9 +162,8 @@ NEURONS = ('thresholds', 'leaks')
 
 def snn_state(model):
     """What an SNN's checkpoint holds beside the weights; thresholds are as used, that is scaled."""
-    leaks = model.leaks.tolist()
     return {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'activation': model.activation,
-            'leak': leaks[0] if model.leak is None else model.leak, 'leaks': leaks}
+            'leak': model.initial_leak, 'leaks': model.leaks.tolist()}
 
 
 def ann_layers(state):
@@ -214,7 +213,7 @@ def load_snn(model, state, path):
     settings = snn_settings(state, path)
     try:
         model.threshold_update(1.0, settings['thresholds'])
-        if 'leaks' in settings and model.leak in (None, settings['leak']):
+        if 'leaks' in settings and model.initial_leak == settings['leak']:
             model.leak_update(settings['leaks'])
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error

@@ -89,7 +89,8 @@ class SpikingNetwork(nn.Module):
     itself at each step). delay: 1, or 0 for neurons that fire in the step of their input. initial_potential: u(-1) in
     thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks` parameters.
 
-    thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`. latency: the first step,
+    thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`. initial_leak: of all
+    layers, until leak_update or learning. latency: the first step,
     from 0, at which a spike can be at the output; no fewer time steps than latency + 1 give more than nothing.
     """
 
@@ -107,7 +108,7 @@ class SpikingNetwork(nn.Module):
         self.activation, self.alpha, self.beta, self.gamma = activation, alpha, beta, gamma
         self.default_threshold = check_threshold(default_threshold)
         self.learn_threshold, self.learn_leak = learn_threshold, learn_leak
-        self.timesteps, self._first_leak = check_timesteps(timesteps), check_leak(leak)
+        self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.input_layer = PoissonGenerator(rate)
 
     def set_layers(self, names: list[str], depth: int, balanced: int) -> None:
@@ -121,7 +122,7 @@ class SpikingNetwork(nn.Module):
                     else torch.full((len(names),), value, dtype=torch.float64))
 
         self.thresholds = values(self.default_threshold, self.learn_threshold)
-        self.leaks = values(self._first_leak, self.learn_leak)
+        self.leaks = values(self.initial_leak, self.learn_leak)
         initialize(self)
 
     @property
@@ -136,8 +137,7 @@ class SpikingNetwork(nn.Module):
 
     def network_update(self, timesteps: int, leak: float) -> None:
         """Set the number of time steps (1 or more) and the leak of all layers, in (0, 1]. Or ValueError."""
-        timesteps, leak = check_timesteps(timesteps), check_leak(leak)
-        self.timesteps = timesteps
+        self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.leak_update([leak] * len(self.leaks))
 
     @torch.no_grad()

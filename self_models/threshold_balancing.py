@@ -90,12 +90,12 @@ def find_thresholds(model, images, timesteps, progress=False, percentile=100):
                          f'of {images.dtype}')
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile must be above 0 and at most 100, not {percentile}')
-    before = model.timesteps, model.leaks.tolist()
+    before = (model.timesteps, model.initial_leak), model.leaks.tolist()
     model.network_update(timesteps, 1.0)
     try:
         thresholds = _balance_all(model, images, timesteps, percentile, progress)
     finally:
-        model.timesteps = before[0]
+        model.network_update(*before[0])
         model.leak_update(before[1])
     model.threshold_update(1.0, thresholds)
     return thresholds

@@ -1,0 +1,153 @@
+"""ann.py and snn.py at T of 1 to 8, as their user runs them: QCFS, its conversion, fine-tuning, from scratch."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import ann
+import snn
+from conftest import fails, load, metrics_of, run, same
+from experiment import checkpoint, engine
+
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 96, '--test_samples', 50, '--no-gpu']
+QCFS = [*SMALL, '--activation', 'QCFS', '--levels', 4, '--batch_norm', '--lr_schedule', 'cosine', '--optimizer', 'Adam',
+        '-lr', '1e-3']
+
+
+@pytest.fixture(scope='module')
+def quantized(tmp_path_factory):
+    """The checkpoint of an ANN with QCFS and batch norm."""
+    folder = tmp_path_factory.mktemp('quantized')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(ann, *QCFS, '--epochs', 4, '--name', 'q')
+    return str(folder / 'trained_models/ann/q.pth')
+
+
+def test_an_ann_of_qcfs_is_tested_without_naming_its_layers(quantized, capsys):
+    run(ann, *SMALL, '--test_only', '--pretrained_ann', quantized)
+    assert f'test accuracy {load(quantized)["accuracy"]:.2%}' in capsys.readouterr().out
+
+
+def test_a_cosine_goes_from_a_warm_up_to_0():
+    args = ann.get_args_parser().parse_args(['--lr_schedule', 'cosine', '-lr', '1', '--epochs', '10'])
+    rates = [engine.learning_rate_at(epoch, args, part) for epoch in range(1, 11) for part in (0, 0.5)]
+    assert rates[0] < 0.05 and max(rates) == pytest.approx(1, abs=0.01) and rates.index(max(rates)) == 1
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert engine.learning_rate_at(10, args, 1.0) == pytest.approx(0)
+    # half way between the end of the warm-up and that of the run: half the rate
+    assert engine.learning_rate_at(1, args, 10 * (1 + engine.WARM_UP) / 2) == pytest.approx(0.5)
+
+
+def test_a_file_of_qcfs_needs_no_other_flag_than_time_steps_and_an_snns_none(quantized, capsys):
+    run(snn, *SMALL, '--pretrained_ann', quantized, '--timesteps', 2, '--epochs', 1, '--name', 'two')
+    out = capsys.readouterr().out
+    assert '4 levels; with 3 rates for its 5 values' in out and 'balanced' not in out
+    state = load('trained_models/snn/two.last.pth')
+    args = state['args']
+    assert (args['encoding'], args['delay'], args['initial_potential'], args['leak']) == ('direct', 0, 0.5, 1.0)
+    assert args['output'] == 'mean' and args['scaling_factor'] is None and args['default_threshold'] is None
+    _, epochs = metrics_of('logs/snn/two.jsonl')
+    assert epochs[0]['epoch'] == 0 and epochs[0].keys() >= {'ann_accuracy', 'curve'} and 'scan' not in epochs[0]
+    accuracy = load('trained_models/snn/two.pth')['accuracy']
+    run(snn, '--pretrained_snn', 'trained_models/snn/two.pth', '--test_only', '--test_samples', 50, '--no-gpu')
+    out = capsys.readouterr().out
+    assert f'loaded SNN: test accuracy {accuracy:.2%} at T = 2' in out
+    # from a larger T to a smaller one
+    run(snn, '--pretrained_snn', 'trained_models/snn/two.pth', '--timesteps', 1, '--epochs', 1, *SMALL[4:], '--name',
+        'one')
+    assert load('trained_models/snn/one.pth')['timesteps'] == 1
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['--scaling_factor', '0.5'], 'scaling_factor'), (['--threshold_percentile', 99], 'threshold_percentile'),
+    (['--calibration_samples', 5], 'calibration_samples'), (['--default_threshold', 1], 'default_threshold'),
+    (['--calibration_timesteps', 5], 'calibration_timesteps'), (['--output', 'fitted'], 'output fitted')])
+def test_flags_that_mean_nothing_for_qcfs_are_refused(flags, said, quantized):
+    fails(snn, f'^--{said}: .*QCFS', *SMALL, '--pretrained_ann', quantized, '--timesteps', 2, *flags)
+
+
+@pytest.mark.parametrize('spoil, said', [
+    (lambda weights: weights.pop('pre_process.2.bound'), 'no pre_process.2.bound'),
+    (lambda weights: weights.update({'pre_process.2.bound': torch.tensor(-1.0)}), 'bound must be finite and above 0'),
+    (lambda weights: weights.update({'pre_process.2.bound': torch.tensor(torch.nan)}), 'bound is not finite'),
+    (lambda weights: weights.pop('pre_process.1.running_var'), 'no pre_process.1.running_var'),
+    (lambda weights: weights['pre_process.1.running_var'].neg_(), 'running_var of a batch norm'),
+    (lambda weights: weights.update({'pre_process.1.num_batches_tracked': torch.tensor(1.5)}), 'tensor of integers')])
+def test_bounds_and_batch_norms_that_are_missing_or_wrong(spoil, said, quantized):
+    state = load(quantized)
+    spoil(state['state_dict'])
+    checkpoint.save(state, Path('spoilt.pth'))
+    fails(snn, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--timesteps', 2)
+
+
+def test_levels_of_0_are_no_levels(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        ann.get_args_parser().parse_args(['--levels', '0'])
+    assert stopped.value.code == 2 and '--levels' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        snn.get_args_parser().parse_args(['--initial_potential', '1'])
+
+
+class Killed(Exception):
+    pass
+
+
+def test_learned_thresholds_and_leaks_go_on_bit_for_bit(quantized, monkeypatch):
+    flags = [*SMALL, '--pretrained_ann', quantized, '--timesteps', 2, '--epochs', 3, '--learn_threshold',
+             '--learn_leak', '--activation', 'Linear', '--lr_schedule', 'cosine']
+    run(snn, *flags, '--name', 'whole')
+    calls, original = [], engine.train_epoch
+
+    def train_epoch(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return original(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(engine, 'train_epoch', train_epoch)
+        run(snn, *flags, '--name', 'killed')
+    run(snn, *flags, '--name', 'killed', '--resume')
+    for kind in ('.pth', '.last.pth'):
+        whole, killed = (load(f'trained_models/snn/{name}{kind}') for name in ('whole', 'killed'))
+        for key in ('state_dict', 'optimizer', 'accuracy', 'best', 'thresholds', 'leaks'):
+            assert same(whole[key], killed[key]), key
+    first, last = load('trained_models/snn/whole.pth'), load('trained_models/snn/whole.last.pth')
+    assert len(set(last['leaks'])) > 1 and all(0 < leak <= 1 for leak in last['leaks'])
+    decay = [group['weight_decay'] for group in last['optimizer']['param_groups']]
+    assert decay == [5e-4, 0.0] and first['thresholds'] and len(last['thresholds']) == 7
+    fails(snn, 'was trained with --delay 0', *flags, '--name', 'killed', '--resume', '--delay', 1, '--epochs', 4)
+
+
+def test_relu_with_batch_norm_is_folded_and_balanced_as_before(capsys):
+    run(ann, *SMALL, '--batch_norm', '--epochs', 2, '--optimizer', 'Adam', '-lr', '1e-3')
+    run(snn, *SMALL, '--pretrained_ann', 'trained_models/ann/ann_resnet6_digits.pth', '--timesteps', 8, '--epochs', 1,
+        '--calibration_samples', 20, '--calibration_timesteps', 30, '--encoding', 'direct', '--delay', 0)
+    out = capsys.readouterr().out
+    assert 'no thresholds of this ANN are cached yet' in out and "fits its mean to the ANN's logits" in out
+    state = load('trained_models/snn/snn_resnet6_digits_8.pth')
+    assert 'classifier.0.bias' in state['state_dict'] and state['args']['scaling_factor'] == 0.7
+
+
+def test_from_scratch_thresholds_are_balanced_unless_a_flag_sets_them(capsys):
+    flags = [*SMALL, '--epochs', 1, '--timesteps', 4, '--encoding', 'direct', '--delay', 0, '--calibration_samples', 20,
+             '--calibration_timesteps', 4]
+    run(snn, *flags)
+    balanced = load('trained_models/snn/snn_resnet6_digits_4.pth')['thresholds']
+    assert len(set(balanced[:3])) == 3 and balanced[3:] == [1.0] * 4  # blocks keep the default, as in conversion
+    run(snn, *flags[:-4], '--default_threshold', 0.4)
+    assert load('trained_models/snn/snn_resnet6_digits_4.pth')['thresholds'] == [0.4] * 7
+    fails(snn, '--scaling_factor auto: chooses by what a trained ANN gives', *flags, '--scaling_factor', 'auto')
+
+
+def test_pictures_are_predicted_by_a_network_of_few_steps(quantized, capsys):
+    image = pytest.importorskip('PIL.Image')
+    image.new('L', (8, 8), 200).save('new.png')
+    run(snn, *SMALL, '--pretrained_ann', quantized, '--timesteps', 2, '--epochs', 1, '--name', 'two')
+    capsys.readouterr()
+    run(snn, '--pretrained_snn', 'trained_models/snn/two.pth', '--predict', 'new.png', '--no-gpu')
+    assert re.search(r'^new\.png: \d \d+\.\d%, ', capsys.readouterr().out, re.M)
