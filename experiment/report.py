@@ -9,11 +9,13 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from experiment import UserError, engine, figures, files, log, setup
 from experiment.data import epoch_loader
+from self_models.layers import Scale
 from self_models.spike_train import unflatten
 from self_models.surrogate import NEVER
 
@@ -21,10 +23,7 @@ from self_models.surrogate import NEVER
 MAC_PJ, AC_PJ = 4.6, 0.9
 Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z, which Linear's gradient depends on
 
-NOTES = {
-    'steps': 'Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
-             'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer is '
-             'silent, and its last steps come too late. All means are of one image.',
+NOTES = {  # of every network; notes_of() adds what else holds for the one at hand
     'exact': 'Synaptic operations: each spike counts as many ACs as its neuron has outgoing connections, image '
              'borders and strides considered. They are counted from the spikes themselves.',
     'estimate': 'rate x FLOPs: the spikes of a mean input neuron times the MACs of the layer, padding included.',
@@ -33,7 +32,6 @@ NOTES = {
               'does only without a multiplication. Were spikes pooled first, fewer values would go out, but multiples '
               'of 1/4: nonzero_inputs counts each of those that is not 0 once, as NeuroBench does. The estimate takes '
               'a spike before a 2x2 pool for a quarter of an event.',
-    'signed': 'A spike of the input is +1 or -1; both cost one AC for each connection.',
     'identity': 'A 1x1 convolution in the identity of a residual block counts as any other; a plain identity counts '
                 'one AC a spike, in the ANN one addition (AC) a unit.',
     'output': 'The output layer counts its ACs at every spike, also where this code multiplies once with the sum.',
@@ -46,15 +44,55 @@ NOTES = {
 }
 
 
+def notes_of(model):
+    """How the numbers of a network were counted: {what: text}."""
+    if model.delay:
+        steps = ('Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
+                 'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer '
+                 'is silent, and its last steps come too late.')
+        if has_biases(model) or model.initial_potential:
+            steps = steps.replace('compute T - L steps, each', 'compute to T - L steps after the delays before them, '
+                                  'and, as biases and initial potentials are there from the start, each')
+    else:
+        steps = 'Counted are all T steps of every layer: without delay a spike is at the output in its own step.'
+    notes = {'steps': f'{steps} All means are of one image.', **NOTES}
+    if model.encoding == 'direct':
+        notes['direct'] = ('The first layer is given the image itself, not spikes: it costs MACs (every pixel counts, '
+                           'whatever its value). Its input is the same at all steps, so its current is computed once '
+                           'an image, which is what macs and the energy count; macs_every_step and '
+                           'snn_exact_every_step are what it would cost to compute it anew at each step. That the '
+                           'current is added to the membrane potential at each step is left out as the rest of the '
+                           'neuron is. The input has no firing rate.')
+    else:
+        notes['signed'] = 'A spike of the input is +1 or -1; both cost one AC for each connection.'
+    if has_biases(model):
+        notes['biases'] = ('A bias costs one addition (AC) for each neuron and step that is counted'
+                           + (', in the first layer one an image, as part of its constant current'
+                              if model.encoding == 'direct' else '')
+                           + '; of the output layer at all T steps. Two biases that meet at a neuron of a residual '
+                             'block are one, counted with the residual. In the ANN: one addition a unit.')
+    if any(isinstance(module, Scale) for module in model.modules()):
+        notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    return notes
+
+
+def has_biases(model):
+    return model.classifier[-1].bias is not None
+
+
 @dataclasses.dataclass
 class Layer:
-    """Sums over images of what a layer did. spikes: (n,) at each of n steps; surrogate: see delta_t and z_values."""
+    """Sums over images of what a layer did. surrogate: see delta_t and z_values.
+
+    spikes: (n,) at each of n steps; of direct input n NaNs, as there are none.
+    """
     name: str
     neurons: int
     threshold: float | None  # None: the input
     first_step: int
     spikes: torch.Tensor = 0
     surrogate: torch.Tensor = 0
+    leak: float | None = None
 
 
 @dataclasses.dataclass
@@ -63,6 +101,7 @@ class Connection:
 
     fan_out: connections of each input, (C, H', W') or (features,), after the 2x2 pools. pool: a further pool between
     them or None; value_fan_out: connections of what comes out of it. additions: of a plain identity in the ANN.
+    biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no spikes.
     """
     name: str
     kind: str
@@ -78,6 +117,9 @@ class Connection:
     spikes: float = 0
     operations: float = 0
     nonzero_operations: float = 0
+    biases: int = 0
+    bias_steps: int = 0
+    constant: bool = False
 
 
 def check(folder, model):
@@ -95,10 +137,11 @@ def fan_out(branch):
 
     That is the transposed convolution of ones with ones: at a border a kernel reaches outside and connects less.
     """
-    weight = None if branch.weight is None else torch.ones_like(branch.weight, dtype=torch.float32)
-    ones = torch.ones(1, *branch.output_shape(), device=branch.train.spikes.device)
+    ones = torch.ones(1, *branch.output_shape(), device=branch.train.tensors()[0].device)
+    if branch.weight is None:  # an identity, whatever its factor
+        return ones[0].double()
     with torch.autocast(ones.device.type, enabled=False):
-        return branch.input_gradient(ones, weight)[0].double()
+        return branch.input_gradient(ones, torch.ones_like(branch.weight, dtype=torch.float32))[0].double()
 
 
 def pool_fan_out(pool, shape):
@@ -110,17 +153,20 @@ def pool_fan_out(pool, shape):
     return (pool(one_pixel_each) > 0).sum((1, 2, 3)).view(h, w).double().expand(shape)
 
 
-def connection_of(name, branch, start, steps):
-    """The Connection of a branch into an LIF layer whose window of input is start ... start + steps - 1."""
-    outputs, first = fan_out(branch), branch.train.start
-    places = math.prod(branch.output_shape()[1:])
-    kind = ('identity' if branch.synapse is None else 'linear' if isinstance(branch.synapse, nn.Linear)
+def connection_of(name, branch, record):
+    """The Connection of a branch into the LIF layer of a LayerRecord."""
+    outputs, first, (start, steps), shape = fan_out(branch), branch.train.start, record.window, branch.output_shape()
+    plain = branch.weight is None
+    kind = ('identity' if plain else 'linear' if isinstance(branch.synapse, nn.Linear)
             else 'conv{}x{}'.format(*branch.synapse.kernel_size))
+    # where two inputs of a layer have a bias, the two are added as one: that of the synapse it is named after
+    biased = branch.bias is not None and name == record.name
     return Connection(
         name, kind, math.prod(branch.train.shape), first, max(0, start + steps - first), outputs,
-        macs=0 if branch.synapse is None else int(outputs.sum()),
-        macs_with_padding=0 if branch.synapse is None else branch.weight.numel() * places,
-        additions=int(outputs.sum()) if branch.synapse is None else 0, value_fan_out=outputs)
+        macs=0 if plain else int(outputs.sum()),
+        macs_with_padding=0 if plain else branch.weight.numel() * math.prod(shape[1:]),
+        additions=int(outputs.sum()) if plain else 0, value_fan_out=outputs,
+        biases=math.prod(shape) if biased else 0, bias_steps=steps, constant=branch.train.constant)
 
 
 def output_connection(model, name, train):
@@ -131,11 +177,14 @@ def output_connection(model, name, train):
     outputs = layer.out_features * pool_fan_out(pool, train.pooled_shape).to(train.spikes.device)
     return Connection(name, 'linear', math.prod(train.shape), train.start, train.steps, outputs,
                       macs=layer.weight.numel(), macs_with_padding=layer.weight.numel(), additions=0, pool=pool,
-                      value_fan_out=torch.full_like(outputs[:1, :1, :1] if pool else outputs, layer.out_features))
+                      value_fan_out=torch.full_like(outputs[:1, :1, :1] if pool else outputs, layer.out_features),
+                      biases=0 if layer.bias is None else layer.out_features, bias_steps=model.timesteps)
 
 
 def spikes_by_step(train):
-    """(n,) spikes of a train at each step, over all samples and neurons."""
+    """(n,) spikes of a train at each step, over all samples and neurons; NaN of direct input."""
+    if train.constant:
+        return torch.full((train.steps,), math.nan, dtype=torch.float64)
     return torch.stack([fired.count_nonzero() for fired in train.spikes]).double()  # ten times as fast as sum((1, 2))
 
 
@@ -175,8 +224,8 @@ def delta_t(train):
 def z_values(record):
     """(len(Z_EDGES) + 1,) how often z = u / theta - 1 was below, between two, and above all of Z_EDGES.
 
-    Over the neurons, samples and steps of a LayerRecord. A bin holds its upper edge, so that a neuron at rest, z = -1,
-    is outside of Linear's triangle.
+    Over the neurons, samples and steps of a LayerRecord; u is the potential that the neuron fires on. A bin holds its
+    upper edge, so that a neuron at rest, z = -1, is outside of Linear's triangle.
     """
     counts, threshold = 0, float(record.parameters.threshold)
     for _, _, u in record.potentials():
@@ -204,11 +253,12 @@ def measure(model, data, device, args):
                 if index == 0:
                     count_layer(layers, 'input', record.inputs[0].train)
                 surrogate = delta_t(train) if model.activation == 'STDB' else z_values(record)
-                count_layer(layers, name, train, float(record.parameters.threshold), surrogate)
+                count_layer(layers, name, train, record.parameters.detached(), surrogate)
                 for branch in record.inputs:
-                    key = names[branch.synapse] if branch.synapse else name.rsplit('.residual', 1)[0] + '.identity'
+                    plain = branch.weight is None
+                    key = name.rsplit('.residual', 1)[0] + '.identity' if plain else names[branch.synapse]
                     if key not in connections:
-                        connections[key] = connection_of(key, branch, *record.window)
+                        connections[key] = connection_of(key, branch, record)
                     count_connection(connections[key], branch.train)
             key = names[model.classifier[-1]]
             if key not in connections:
@@ -217,15 +267,23 @@ def measure(model, data, device, args):
     return list(layers.values()), list(connections.values())
 
 
-def count_layer(layers, name, train, threshold=None, surrogate=0):
-    """Add a batch's train to the Layer of that name, a new one where there is none yet."""
-    layer = layers.setdefault(name, Layer(name, math.prod(train.shape), threshold, train.start))
+def count_layer(layers, name, train, parameters=None, surrogate=0):
+    """Add a batch's train to the Layer of that name, a new one where there is none yet.
+
+    parameters: the LIFParameters; None of the input.
+    """
+    if name not in layers:
+        threshold, leak = (float(parameters.threshold), float(parameters.leak)) if parameters else (None, None)
+        layers[name] = Layer(name, math.prod(train.shape), threshold, train.start, leak=leak)
+    layer = layers[name]
     layer.spikes = layer.spikes + spikes_by_step(train)
     layer.surrogate = layer.surrogate + surrogate
 
 
 def count_connection(connection, train):
-    """Add what a batch's train sends through the Connection."""
+    """Add what a batch's train sends through the Connection; of direct input nothing is to be counted."""
+    if connection.constant:
+        return
     connection.spikes += spikes_by_step(train)[:connection.steps].sum().item()
     connection.operations += synaptic_operations(train, connection.steps, connection.fan_out)
     connection.nonzero_operations += nonzero_operations(train, connection.steps, connection.value_fan_out,
@@ -243,14 +301,18 @@ def summary(model, layers, connections, images):
 
 def layer_numbers(layer, images):
     rates = layer.spikes / (images * layer.neurons)
-    return {'name': layer.name, 'neurons': layer.neurons, 'threshold': layer.threshold,
-            'first_step': layer.first_step, 'steps': len(rates), 'spikes_per_neuron': rates.sum().item(),
-            'firing_rate': rates.mean().item(), 'firing_rate_by_step': rates.tolist()}
+    spikes = {'spikes_per_neuron': rates.sum().item(), 'firing_rate': rates.mean().item(),
+              'firing_rate_by_step': rates.tolist()}
+    if rates.isnan().any():  # direct input; JSON has no NaN
+        spikes = dict.fromkeys(spikes)
+    return {'name': layer.name, 'neurons': layer.neurons, 'threshold': layer.threshold, 'leak': layer.leak,
+            'first_step': layer.first_step, 'steps': len(rates), **spikes}
 
 
 def surrogate_numbers(model, layers):
     """The surrogate gradient with respect to z, and how often each of its arguments was met in LIF layers."""
-    counts = sum(layer.surrogate for layer in layers)
+    longest = max(len(layer.surrogate) for layer in layers)  # with biases a layer's steps differ from another's
+    counts = sum(F.pad(layer.surrogate, (0, longest - len(layer.surrogate))) for layer in layers)
     total = counts.sum().item()
     by_layer = {layer.name: layer.surrogate.tolist() for layer in layers}
     if model.activation == 'Linear':
@@ -274,24 +336,34 @@ def operation_numbers(connections, images):
     """Operations and energy of an image, of each connection and in all."""
     rows = []
     for c in connections:
-        per_neuron = c.spikes / images / c.neurons
+        per_neuron = None if c.constant else c.spikes / images / c.neurons
         rows.append({
             'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
             'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
             'nonzero_inputs': c.nonzero_operations / images,
-            'estimate': per_neuron * (c.macs_with_padding + c.additions),
-            'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions})
+            'estimate': 0.0 if c.constant else per_neuron * (c.macs_with_padding + c.additions),
+            'macs': c.macs if c.constant else 0, 'macs_with_padding': c.macs_with_padding if c.constant else 0,
+            'macs_every_step': c.macs * c.steps if c.constant else 0,
+            'bias_additions': c.biases * (1 if c.constant else c.bias_steps),
+            'bias_additions_every_step': c.biases * c.bias_steps,
+            'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})
     total = {key: sum(row[key] for row in rows) for key in (
-        'synaptic_operations', 'nonzero_inputs', 'estimate', 'ann_macs', 'ann_macs_with_padding', 'ann_additions')}
+        'synaptic_operations', 'nonzero_inputs', 'estimate', 'macs', 'macs_with_padding', 'macs_every_step',
+        'bias_additions', 'bias_additions_every_step', 'ann_macs', 'ann_macs_with_padding', 'ann_additions')}
+
+    def energy(macs, *additions):
+        return (total[macs] * MAC_PJ + sum(total[key] for key in additions) * AC_PJ) / 1e6
+
     return {
         'connections': rows, 'total': total, 'pj_per_mac': MAC_PJ, 'pj_per_ac': AC_PJ,
         'energy_source': '45 nm CMOS, 32 bit floating point: M. Horowitz, ISSCC 2014',
         'energy_uj': {
-            'ann': (total['ann_macs'] * MAC_PJ + total['ann_additions'] * AC_PJ) / 1e6,
-            'ann_with_padding': (total['ann_macs_with_padding'] * MAC_PJ + total['ann_additions'] * AC_PJ) / 1e6,
-            'snn_exact': total['synaptic_operations'] * AC_PJ / 1e6,
-            'snn_nonzero_inputs': total['nonzero_inputs'] * AC_PJ / 1e6,
-            'snn_estimate': total['estimate'] * AC_PJ / 1e6}}
+            'ann': energy('ann_macs', 'ann_additions'),
+            'ann_with_padding': energy('ann_macs_with_padding', 'ann_additions'),
+            'snn_exact': energy('macs', 'synaptic_operations', 'bias_additions'),
+            'snn_exact_every_step': energy('macs_every_step', 'synaptic_operations', 'bias_additions_every_step'),
+            'snn_nonzero_inputs': energy('macs', 'nonzero_inputs', 'bias_additions'),
+            'snn_estimate': energy('macs_with_padding', 'estimate', 'bias_additions')}}
 
 
 def training_rows(checkpoint):
@@ -331,9 +403,11 @@ def write(folder, model, data, device, args, at, accuracy, ann_accuracy, convers
     report = {
         'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
-        'leak': model.leak, 'depth': model.depth, 'conversion': conversion,
+        'leak': model.leak, 'leaks': model.leaks.tolist(), 'depth': model.depth, 'latency': model.latency,
+        'delay': model.delay, 'encoding': model.encoding, 'initial_potential': model.initial_potential,
+        'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
-        **summary(model, layers, connections, len(data.test)), 'training': training, 'notes': NOTES}
+        **summary(model, layers, connections, len(data.test)), 'training': training, 'notes': notes_of(model)}
     drawn = {'accuracy': draw_accuracy(report), 'activity': draw_activity(report),
              'surrogate': draw_surrogate(report), 'operations': draw_operations(report),
              **({'training': draw_training(training)} if training else {})}
@@ -342,12 +416,13 @@ def write(folder, model, data, device, args, at, accuracy, ann_accuracy, convers
         files.write_atomically(Path(folder, f'{name}.png'), lambda file, figure=figure: figure.savefig(file, dpi=150))
     text = json.dumps(report, indent=1)
     files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
-    energy = report['operations']['energy_uj']
+    total, energy = report['operations']['total'], report['operations']['energy_uj']
+    more = ''.join(f', {total[key]:.4g} {what}' for key, what in (
+        ('macs', 'MACs in the first layer'), ('bias_additions', 'additions of biases')) if total[key])
     say(line)
     say(f'report: {Path(folder, "report.json")}, {", ".join(report["figures"])}; an image takes '
-        f'{report["operations"]["total"]["synaptic_operations"]:.4g} synaptic operations, '
-        f'{energy["snn_exact"]:.4g} uJ, the ANN {report["operations"]["total"]["ann_macs"]:.4g} MACs, '
-        f'{energy["ann"]:.4g} uJ')
+        f'{total["synaptic_operations"]:.4g} synaptic operations{more}, '
+        f'{energy["snn_exact"]:.4g} uJ, the ANN {total["ann_macs"]:.4g} MACs, {energy["ann"]:.4g} uJ')
 
 
 # -- figures, each from the report's numbers alone -------------------------------------------------------------------
@@ -363,7 +438,8 @@ def draw_accuracy(report):
               marker='o' if few else None, markersize=4, clip_on=False, label='SNN')
     if numbers['ann'] is not None:
         axes.axhline(100 * numbers['ann'], color=ANN, linestyle='--', label='ANN')
-    axes.axvspan(0, report['depth'], color=GREY, linewidth=0, label='no spike can be at the output yet')
+    if report['latency']:
+        axes.axvspan(0, report['latency'], color=GREY, linewidth=0, label='no spike can be at the output yet')
     axes.set(xlabel='time steps', ylabel='test accuracy (%)', xlim=(0, report['timesteps']), ylim=(0, 102),
              title=f'Accuracy over time, {report["test_images"]} test images')
     axes.grid(alpha=0.3)
@@ -375,17 +451,23 @@ def draw_activity(report):
     layers = report['layers']
     figure = figures.new_figure(11, 1.8 + 0.28 * len(layers))
     rate_axes, count_axes, threshold_axes = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
-    rates = [[math.nan] * layer['first_step'] + layer['firing_rate_by_step'] for layer in layers]
+    direct = layers[0]['firing_rate_by_step'] is None
+    rates = [[math.nan] * layer['first_step'] + (layer['firing_rate_by_step'] or []) for layer in layers]
     rates = [row + [math.nan] * (report['timesteps'] - len(row)) for row in rates]
     names, places = [layer['name'] for layer in layers], range(len(layers))
     rate_axes.set_facecolor(GREY)
     image = rate_axes.imshow(rates, aspect='auto', cmap='viridis', vmin=0, interpolation='none')
     figure.colorbar(image, ax=rate_axes)
-    rate_axes.set(xlabel='time step (grey: silent, or too late for the output)',
+    grey = (['the input is no spikes'] if direct else []) + (
+        ['silent, or too late for the output'] if report['latency'] else [])
+    rate_axes.xaxis.get_major_locator().set_params(integer=True)
+    rate_axes.set(xlabel='time step' + (f' (grey: {"; ".join(grey)})' if grey else ''),
                   title='Firing rate (spikes per neuron and step)')
     rate_axes.set_yticks(places, names, fontsize='small')
-    count_axes.barh(places, [layer['spikes_per_neuron'] for layer in layers], color=SNN)
-    count_axes.set(xlabel=f'spikes per neuron and image\n{layers[0]["steps"]} steps of T = {report["timesteps"]}',
+    count_axes.barh(places, [math.nan if layer['spikes_per_neuron'] is None else layer['spikes_per_neuron']
+                             for layer in layers], color=SNN)
+    steps = ' to '.join(map(str, sorted({min(counted := [layer['steps'] for layer in layers]), max(counted)})))
+    count_axes.set(xlabel=f'spikes per neuron and image\n{steps} steps of T = {report["timesteps"]}',
                    title='Spikes')
     threshold_axes.barh(places, [layer['threshold'] or math.nan for layer in layers], color=SNN_LIGHT)
     threshold_axes.set(xlabel='membrane potential θ', title='Threshold')
@@ -436,9 +518,15 @@ def draw_operations(report):
     rows, energy = numbers['connections'], numbers['energy_uj']
     figure = figures.new_figure(11, 2.5 + 0.45 * len(rows))
     axes, energy_axes = figure.subplots(1, 2, width_ratios=[2.2, 1])
+    direct, biased = numbers['total']['macs'] > 0, numbers['total']['bias_additions'] > 0
+    what = 'SNN: ACs and MACs' if direct else 'SNN: ACs'
+
+    def snn(*keys):
+        return [sum(row[key] for key in (*keys, 'bias_additions')) for row in rows]
+
     series = [('ANN: MACs', ANN, [row['ann_macs'] + row['ann_additions'] for row in rows], energy['ann']),
-              ('SNN: ACs, exact', SNN, [row['synaptic_operations'] for row in rows], energy['snn_exact']),
-              ('SNN: ACs, rate × FLOPs', SNN_LIGHT, [row['estimate'] for row in rows], energy['snn_estimate'])]
+              (f'{what}, exact', SNN, snn('synaptic_operations', 'macs'), energy['snn_exact']),
+              (f'{what}, rate × FLOPs', SNN_LIGHT, snn('estimate', 'macs_with_padding'), energy['snn_estimate'])]
     for i, (label, color, values, _) in enumerate(series):
         axes.barh([place + 0.27 * (i - 1) for place in range(len(rows))], values, height=0.27, color=color, label=label)
     axes.set_yticks(range(len(rows)), [f'{row["name"]} ({row["kind"]})' for row in rows], fontsize='small')
@@ -458,10 +546,14 @@ def draw_operations(report):
     for each, direction in ((axes, 'x'), (energy_axes, 'y')):
         each.grid(axis=direction, alpha=0.3)
         each.set_axisbelow(True)
+    of_input = ('the first layer, given the image itself, MACs, once an image' if direct
+                else 'a negative input spike as a positive one')
     figure.supxlabel(
         'Exact: each spike counts as many ACs as its neuron has outgoing connections, borders and strides considered; '
-        'a spike before an average pool counts\nits own ACs (the estimate: a quarter), a negative input spike as a '
-        'positive one, a plain identity one AC a spike. Synapses only: neither memory nor neurons.\n'
+        'a spike before an average pool counts\n'
+        f'its own ACs (the estimate: a quarter), {of_input}, a plain identity one AC a spike'
+        + (', a bias one AC a neuron and step' if biased else '')
+        + '. Synapses only: neither memory nor neurons.\n'
         f'Energy: {numbers["energy_source"]}.', fontsize='x-small', x=0.01, ha='left')
     return figure
 

@@ -319,7 +319,7 @@ def test_every_network_that_runs_is_drawn(architecture, activation, more, thresh
     numbers = report.summary(model, layers, list(connections.values()), 3)
     spikes = sum(layer['spikes_per_neuron'] for layer in numbers['layers'][1:])
     assert (spikes > 0) == (shade == 1 and threshold < 1)
-    about = {'timesteps': model.timesteps, 'depth': model.depth, 'test_images': 3, **numbers,
+    about = {'timesteps': model.timesteps, 'latency': model.latency, 'test_images': 3, **numbers,
              'accuracy': {'time_steps': [depth + more], 'accuracy': [0.0], 'ann': None}}
     drawn = [draw(about) for draw in (
         report.draw_accuracy, report.draw_activity, report.draw_surrogate, report.draw_operations)]
@@ -389,3 +389,29 @@ def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
         file.write_text(odd)
         rows, line = report.training_rows('mine.pth')
         assert rows is None and 'cannot be read' in line and '\n' not in line, odd
+
+
+@pytest.mark.parametrize('architecture, delay, activation, steps', [
+    ('VGG5', 0, 'STDB', 1), ('VGG5', 0, 'Linear', 4), ('RESNET6', 0, 'STDB', 4), ('RESNET6', 1, 'Linear', 8)])
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_direct_input_costs_macs_once_an_image_and_a_bias_an_addition(architecture, delay, activation, steps):
+    kind = VGG_SNN_STDB if architecture == 'VGG5' else RESNET_SNN_STDB
+    model = fill(kind(architecture, dataset='DIGITS', timesteps=steps, activation=activation, encoding='direct',
+                      delay=delay, initial_potential=0.5, bias=True).double(), 3).eval()
+    layers, connections = counted(model, ternary((3, 1, 8, 8), 5, low=0))
+    numbers = report.summary(model, layers, list(connections.values()), 3)
+    first, *others = numbers['operations']['connections']
+    assert first['macs'] == first['ann_macs'] == 64 * 22 * 22  # of 3x3 weights, 22 = 3 * 8 - 2 reach each row's pixels
+    assert first['macs_every_step'] == first['macs'] * first['steps'] and first['synaptic_operations'] == 0
+    assert all(row['macs'] == 0 for row in others)
+    assert first['bias_additions'] == 64 * 8 * 8 and first['bias_additions_every_step'] == 64 * 8 * 8 * first['steps']
+    assert others[-1]['bias_additions'] == 10 * steps
+    assert numbers['layers'][0]['firing_rate'] is None and numbers['layers'][1]['firing_rate'] is not None
+    energy, total = numbers['operations']['energy_uj'], numbers['operations']['total']
+    assert energy['snn_exact'] == pytest.approx((first['macs'] * 4.6 + 0.9 * (
+        total['synaptic_operations'] + total['bias_additions'])) / 1e6)
+    about = {'timesteps': steps, 'depth': model.depth, 'latency': model.latency, 'test_images': 3, **numbers,
+             'accuracy': {'time_steps': [steps], 'accuracy': [0.5], 'ann': None}}
+    for draw in (report.draw_accuracy, report.draw_activity, report.draw_surrogate, report.draw_operations):
+        draw(about).canvas.draw()
+    assert 'MACs' in report.notes_of(model)['direct'] and 'bias' in report.notes_of(model)['biases']
