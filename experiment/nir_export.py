@@ -10,8 +10,9 @@ NIR's neurons are differential equations; these constants make their Euler step 
 The two dt are what importers presume (an r of 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly), and
 the file names its own.
 
-NIR knows one reset, v <- v_reset. The network's, v <- v - threshold, and that it fires on the potential before the
-step's input, are in the graph's metadata, with the input's encoding and what the output is. That is all it takes to run
+Biases are NIR's own. NIR knows one reset, v <- v_reset, and neurons that fire in the step of their input, from 0. The
+network's soft reset, v <- v - threshold, its delay and its initial potential are in the graph's metadata, with the
+input's encoding and what the output is. That is all it takes to run
 the file (a test does). A tool that does not heed the metadata runs another network.
 """
 import io
@@ -24,14 +25,24 @@ from torch import nn
 
 from experiment import UserError
 from experiment.files import write_atomically
+from self_models.layers import Scale
 
-SEMANTICS = {  # of every network here; symbols: step t, potential u, threshold theta, current I, spikes o
-    'neuron': 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t), u(-1) = 0',
-    'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
-    'fire_before_integrate': True,  # on u(t-1): what fires at t does not depend on I(t)
-    'delay': 1,  # steps, of every layer of neurons; follows from the line above
-    'input_encoding': 'signed Poisson: at each step sign(x) where rand <= input_rate |x|, else 0',
-    'output': 'the sum over all steps of what reaches the output node: no leak, no spike'}
+NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current I, spikes o
+    1: 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t)',
+    0: 'h(t) = leak u(t-1) + I(t), o(t) = [h(t) > theta], u(t) = h(t) - theta o(t)'}
+ENCODINGS = {'poisson': 'signed Poisson: at each step sign(x) where rand <= input_rate |x|, else 0',
+             'direct': 'direct: the image itself at each step'}
+
+
+def semantics(model):
+    """What of a network NIR's nodes do not say."""
+    return {'neuron': f'{NEURONS[model.delay]}, u(-1) = initial_potential theta',
+            'initial_potential': model.initial_potential,
+            'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
+            'fire_before_integrate': bool(model.delay),  # on u(t-1): what fires at t does not depend on I(t)
+            'delay': model.delay,  # steps, of every layer of neurons; follows from the line above
+            'input_encoding': ENCODINGS[model.encoding],
+            'output': 'the sum over all steps of what reaches the output node: no leak, no spike'}
 
 
 def check(path):
@@ -58,9 +69,14 @@ def export(model, input_shape, path, **about):
     graph, file = to_graph(model, input_shape, **about), io.BytesIO()
     _nir().write(file, graph)
     write_atomically(Path(path), lambda target: target.write(file.getbuffer()))
-    return (f'{os.fspath(path)}: written as NIR, whose neurons reset to v_reset: this network subtracts the threshold '
-            'and fires before it integrates, so set the tool that reads it to that (metadata: reset, '
-            'fire_before_integrate)')
+    what, keys = ['subtracts the threshold'], ['reset']
+    if model.delay:
+        what, keys = [*what, 'fires before it integrates'], [*keys, 'fire_before_integrate']
+    if model.initial_potential:
+        what = [*what, f'begins at {model.initial_potential:g} of the threshold']
+        keys = [*keys, 'initial_potential']
+    return (f'{os.fspath(path)}: written as NIR, whose neurons reset to v_reset: this network {" and ".join(what)}, so '
+            f'set the tool that reads it to that (metadata: {", ".join(keys)})')
 
 
 def to_graph(model, input_shape, **about):
@@ -72,11 +88,15 @@ def to_graph(model, input_shape, **about):
     nir, nodes, edges = _nir(), {}, []
     shapes = {}  # what each node gives: (C, H, W) or (features,)
     dt = 1.0 if model.leak == 1 else 1e-4
+    described = semantics(model)
 
     def add(name, node, shape, *sources):
         nodes[name], shapes[name] = node, tuple(int(size) for size in shape)
         edges.extend((source, name) for source in sources)
         return name
+
+    def bias_of(module):
+        return module.bias.detach().cpu().numpy()
 
     def synapse(name, source):
         module, shape = model.get_submodule(name), shapes[source]
@@ -85,9 +105,10 @@ def to_graph(model, input_shape, **about):
             if len(shape) > 1:
                 flat = nir.Flatten({'input': np.array(shape)}, start_dim=0)  # NIR's shapes have no batch
                 source = add('flatten', flat, (np.prod(shape),), source)
-            return add(name, nir.Linear(weight), weight.shape[:1], source)
+            node = nir.Linear(weight) if module.bias is None else nir.Affine(weight, bias_of(module))
+            return add(name, node, weight.shape[:1], source)
         node = nir.Conv2d(shape[1:], weight, module.stride, module.padding, module.dilation, module.groups,
-                          bias=np.zeros(len(weight), weight.dtype))
+                          bias=np.zeros(len(weight), weight.dtype) if module.bias is None else bias_of(module))
         return add(name, node, node.output_type['output'], source)
 
     def pool(name, source, kernel, stride):
@@ -96,18 +117,18 @@ def to_graph(model, input_shape, **about):
         return add(name, nir.AvgPool2d(np.array(kernel), np.array(stride), np.zeros(2, int)), (c, *sizes), source)
 
     def neurons(layer, *sources):
-        shape, threshold = shapes[sources[0]], model.thresholds[model.layer_names.index(layer)].item()
+        shape, parameters = shapes[sources[0]], model.lif_parameters(model.layer_names.index(layer))
+        threshold, leak = float(parameters.threshold), float(parameters.leak)
 
         def all_of(value):
             return np.full(shape, value, np.float64)  # float32 would change the leak
 
-        known = {'threshold': threshold, 'leak': model.leak, 'reset': SEMANTICS['reset']}
+        known = {'threshold': threshold, 'leak': leak, 'reset': described['reset']}
         common = {'v_threshold': all_of(threshold), 'v_reset': all_of(0), 'metadata': known}
-        if model.leak == 1:
-            node = nir.IF(r=all_of(1), **common)
+        if leak == 1:
+            node = nir.IF(r=all_of(1 / dt), **common)
         else:
-            node = nir.LIF(tau=all_of(dt / (1 - model.leak)), r=all_of(1 / (1 - model.leak)), v_leak=all_of(0),
-                           **common)
+            node = nir.LIF(tau=all_of(dt / (1 - leak)), r=all_of(1 / (1 - leak)), v_leak=all_of(0), **common)
         return add(f'{layer}.neuron', node, shape, *sources)
 
     def chain(part, source):
@@ -131,7 +152,12 @@ def to_graph(model, input_shape, **about):
             for i, block in enumerate(model.get_submodule(stage)):
                 conv1, conv2 = f'{stage}.{i}.residual.0', f'{stage}.{i}.residual.3'
                 inner = neurons(conv1, synapse(conv1, last))
-                identity = synapse(f'{stage}.{i}.identity.0', last) if len(block.identity) else last
+                identity, name = last, f'{stage}.{i}.identity.0'
+                if len(block.identity) and isinstance(block.identity[0], Scale):
+                    factor = np.full(shapes[last], block.identity[0].factor.item())
+                    identity = add(name, nir.Scale(factor), shapes[last], last)
+                elif len(block.identity):
+                    identity = synapse(name, last)
                 last = neurons(conv2, synapse(conv2, inner), identity)
         if isinstance(model.final_pool, nn.AdaptiveAvgPool2d):
             # to 2 pixels: of n, the first and the last n / 2, rounded up
@@ -140,7 +166,8 @@ def to_graph(model, input_shape, **about):
     last = chain('classifier', last)
     add('output', nir.Output({'output': np.array(shapes[last])}), shapes[last], last)
     return nir.NIRGraph(nodes, edges, metadata={
-        **SEMANTICS, 'timesteps': model.timesteps, 'leak': model.leak, 'dt': dt,
+        **described, 'timesteps': model.timesteps, 'leaks': model.leaks.tolist(), 'dt': dt,
+        **({} if model.leak is None else {'leak': model.leak}),
         'input_rate': float(model.input_layer.rate), **about})
 
 

@@ -36,23 +36,30 @@ def dyadic(model, mean):
     return model.eval()
 
 
-def vgg(leak=1.0, timesteps=9):
+def vgg(leak=1.0, timesteps=9, bias=False, **options):
     """A VGG5 with few channels."""
     def conv(inputs, outputs):
-        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
-    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=timesteps, leak=leak)
+    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=timesteps, leak=leak, bias=bias, **options)
     model.features = nn.Sequential(
         conv(1, 4), nn.ReLU(), nn.AvgPool2d(2), conv(4, 6), nn.ReLU(), nn.Dropout(), conv(6, 8), nn.ReLU(),
         nn.AvgPool2d(2))
     model.classifier = nn.Sequential(
-        nn.Linear(32, 16, bias=False), nn.ReLU(), nn.Dropout(), nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Dropout(),
-        nn.Linear(12, 10, bias=False))
+        nn.Linear(32, 16, bias=bias), nn.ReLU(), nn.Dropout(), nn.Linear(16, 12, bias=bias), nn.ReLU(), nn.Dropout(),
+        nn.Linear(12, 10, bias=bias))
     return dyadic(model, 0.5)
 
 
-def resnet(leak=1.0, timesteps=9):
-    return dyadic(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=timesteps, leak=leak), 0.05)
+def resnet(leak=1.0, timesteps=9, **options):
+    model = RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=timesteps, leak=leak, **options)
+    for module in model.modules():
+        if hasattr(module, 'factor'):
+            module.factor = torch.tensor(0.75, dtype=torch.float64)
+    return dyadic(model, 0.05)
+
+
+SAME_STEP = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'bias': True}
 
 
 def written(model, folder, **about):
@@ -79,7 +86,8 @@ def spikes_of(model, x):
 def run_file(graph, x):
     """Logits (B, labels) of images x (B, C, H, W): nothing is known but the graph and the words of its metadata."""
     about = graph.metadata
-    assert (about['reset'], about['fire_before_integrate'], about['output'][:13]) == ('subtract', True, 'the sum over ')
+    assert (about['reset'], about['output'][:13]) == ('subtract', 'the sum over ')
+    assert about['fire_before_integrate'] == (about['delay'] == 1)
     before = {name: [a for a, b in graph.edges if b == name] for name in graph.nodes}
     order = list(graphlib.TopologicalSorter(before).static_order())
     potentials, logits = {}, 0
@@ -90,25 +98,31 @@ def run_file(graph, x):
             value = {key: torch.as_tensor(array) for key, array in vars(node).items() if isinstance(array, np.ndarray)}
             source = sum(given[a] for a in before[name])
             if isinstance(node, nir.Input):
-                given[name] = torch.where(torch.rand_like(x) <= about['input_rate'] * x.abs(), x.sign(), 0)
+                given[name] = x if about['input_encoding'].startswith('direct') else torch.where(
+                    torch.rand_like(x) <= about['input_rate'] * x.abs(), x.sign(), 0)
             elif isinstance(node, nir.Conv2d):
                 assert (node.groups, *node.dilation) == (1, 1, 1)
                 given[name] = F.conv2d(source, value['weight'], value['bias'], tuple(node.stride), tuple(node.padding))
-            elif isinstance(node, nir.Linear):
-                given[name] = F.linear(source, value['weight'])
+            elif isinstance(node, (nir.Linear, nir.Affine)):
+                given[name] = F.linear(source, value['weight'], value.get('bias'))
+            elif isinstance(node, nir.Scale):
+                given[name] = source * value['scale']
             elif isinstance(node, nir.AvgPool2d):
                 given[name] = F.avg_pool2d(source, tuple(node.kernel_size), tuple(node.stride), tuple(node.padding))
             elif isinstance(node, nir.Flatten):
                 assert (node.start_dim, node.end_dim) == (0, -1)  # of the shape without batch
                 given[name] = source.flatten(1)
             elif isinstance(node, (nir.IF, nir.LIF)):
-                u = potentials.get(name, torch.zeros_like(source))
+                begin = about['initial_potential'] * value['v_threshold']
+                u = potentials.get(name, torch.zeros_like(source) + begin)
                 assert source.shape[1:] == value['v_threshold'].shape
-                given[name] = (u > value['v_threshold']).to(u.dtype)
                 change = value['r'] * source
                 if isinstance(node, nir.LIF):
                     change = (value['v_leak'] - u + change) / value['tau']
-                potentials[name] = u + about['dt'] * change - value['v_threshold'] * given[name]
+                after = u + about['dt'] * change
+                fires_on = u if about['fire_before_integrate'] else after
+                given[name] = (fires_on > value['v_threshold']).to(u.dtype)
+                potentials[name] = after - value['v_threshold'] * given[name]
             else:
                 assert isinstance(node, nir.Output)
                 logits = logits + source
@@ -122,6 +136,22 @@ def test_the_file_run_as_its_metadata_says_is_the_network(build, leak, tmp_path)
     spikes_of(model, x)
     logits = model(x)
     assert logits.any() and torch.equal(run_file(written(model, tmp_path), x), logits)
+
+
+@pytest.mark.parametrize('build', [vgg, resnet])
+@pytest.mark.parametrize('leak', [1.0, 0.75])
+def test_direct_input_no_delay_and_biases_are_in_the_file_too(build, leak, tmp_path):
+    model, x = build(leak, timesteps=4, **SAME_STEP), images()
+    logits = model(x)
+    assert logits.any() and torch.equal(run_file(written(model, tmp_path), x), logits)
+    said = nir_export.export(model, DIGITS, tmp_path / 'snn.nir')
+    assert 'begins at 0.5 of the threshold' in said and 'fires before' not in said
+
+
+def test_each_layers_own_leak_is_in_the_file(tmp_path):
+    model, x = vgg(timesteps=4, **SAME_STEP), images()
+    model.leak_update([1.0, 0.5, 0.75, 1.0, 0.25])
+    assert torch.allclose(run_file(written(model, tmp_path), x), model(x), rtol=1e-9)
 
 
 def test_a_leak_that_binary_numbers_only_come_near(tmp_path):
@@ -274,6 +304,29 @@ def test_importers_spike_as_a_resnet_does_with_its_residuals_delayed(tool, tmp_p
     ours, theirs = spikes_of(model, x), run_tool(net, model, x)
     for delay, name in zip([1, 2, 3, 4, 4, 5, 5], model.layer_names, strict=True):
         assert torch.equal(ours[name][delay:], theirs[name][:-delay]), name
+
+
+@pytest.mark.parametrize('tool', [spikingjelly, snntorch])
+@pytest.mark.parametrize('build, options', [
+    (vgg, {}), (vgg, {'bias': True}), (resnet, {}), (vgg, {'bias': True, 'initial_potential': 0.5})])
+def test_importers_spike_as_a_network_without_delay_does_but_for_the_soft_reset(tool, build, options, tmp_path):
+    model, x = build(timesteps=6, encoding='direct', delay=0, **options), images(1).sign()
+    written(model, tmp_path)
+    net = tool(tmp_path / 'snn.nir')
+    if model.initial_potential:  # which NIR does not know
+        for name in model.layer_names:
+            node = nir.read(tmp_path / 'snn.nir').nodes[f'{name}.neuron']
+            module = net.get_submodule(f'{name}.neuron'.replace('.', '_'))
+            begin = model.initial_potential * node.v_threshold
+            if tool is spikingjelly:
+                module.v = float(begin.flat[0])
+            else:
+                module.mem = torch.from_numpy(begin)[None].float()
+    theirs = run_tool(net, model, x)
+    with torch.no_grad():
+        _, history = step_by_step.run(model, x)
+    for name, ours in zip(model.layer_names, history, strict=True):
+        assert torch.stack(ours).any() and torch.equal(torch.stack(ours), theirs[name]), name
 
 
 @pytest.fixture
