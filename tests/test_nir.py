@@ -319,7 +319,9 @@ def test_importers_spike_as_a_network_without_delay_does_but_for_the_soft_reset(
             module = net.get_submodule(f'{name}.neuron'.replace('.', '_'))
             begin = model.initial_potential * node.v_threshold
             if tool is spikingjelly:
-                module.v = float(begin.flat[0])
+                for part in module.modules():  # its neuron may be wrapped
+                    if hasattr(part, 'v_threshold'):
+                        part.v = float(begin.flat[0])
             else:
                 module.mem = torch.from_numpy(begin)[None].float()
     theirs = run_tool(net, model, x)
