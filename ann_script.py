@@ -6,7 +6,7 @@
 Then: bash script.sh
 """
 import ann
-from experiment import sweep
+from experiment.sweeps import sweep
 
 PUBLISHED = [
     '--dataset', 'CIFAR10', '--architecture', 'VGG16', '--seed', '0',

@@ -69,7 +69,8 @@ def get_args_parser():
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, convert, distributed, engine, nir_export, predict, report, setup, table
+    from experiment import checkpoint, convert, distributed, engine, nir_export, predict, setup, table
+    from experiment.reporting import report
     from experiment.run import open_run
     from experiment.start import find_snn
     from self_models.conversion import is_quantized

@@ -7,7 +7,7 @@
 Then: bash script.sh
 """
 import snn
-from experiment import sweep
+from experiment.sweeps import sweep
 
 PUBLISHED = [
     '--dataset', 'CIFAR100', '--architecture', 'VGG11', '--seed', '0',

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, distributed, files, log, metrics, options
+from experiment import UserError, checkpoint, distributed, files, log, options
 from experiment.data import NO_IMAGE, epoch_loader
+from experiment.reporting import metrics
 from self_models.spiking_network import SpikingNetwork
 
 

@@ -4,8 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from experiment import engine, log, metrics, setup, split
+from experiment import engine, log, setup, split
 from experiment.files import Paths
+from experiment.reporting import metrics
 
 
 class Run(NamedTuple):

@@ -1,5 +1,6 @@
 """What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
-from experiment import distributed, engine, report
+from experiment import distributed, engine
+from experiment.reporting import report
 
 # what a conversion measures, as far as it does
 MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', 'scan', 'output_scale')
@@ -66,5 +67,5 @@ class Results:
             _, self.curve = self.over_time(model, self.data.test)
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
-            report.write(run.args.report, model, self.data, run.device, run.args, self.time_steps(100), self.curve,
-                         ann_accuracy, self.found, tested, run.say)
+            report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,
+                                                             tested))

@@ -15,8 +15,9 @@ from torch.utils.data import TensorDataset
 import snn
 import step_by_step
 from conftest import fill, ternary
-from experiment import UserError, engine, report, setup
+from experiment import UserError, engine, setup
 from experiment.data import Data
+from experiment.reporting import report
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, LayerRecord, LIFParameters, ResNet
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput

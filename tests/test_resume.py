@@ -16,7 +16,8 @@ from PIL import Image
 import ann
 import snn
 from conftest import CALIBRATION, FEW_STEPS, ROOT, digits, fails, load, metrics_of, run, same, train_ann
-from experiment import UserError, checkpoint, data, engine, files, metrics, setup, summary
+from experiment import UserError, checkpoint, data, engine, files, setup
+from experiment.reporting import metrics, summary
 
 SMALL = digits(32, 20)
 SPIKING = [*SMALL, *FEW_STEPS]

@@ -11,7 +11,8 @@ from PIL import Image
 import ann_script
 import snn_script
 from conftest import ROOT
-from experiment import UserError, figures, summary
+from experiment import UserError
+from experiment.reporting import figures, summary
 
 
 @pytest.fixture

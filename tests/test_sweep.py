@@ -19,8 +19,9 @@ import ann
 import snn
 import snn_script
 from conftest import ROOT
-from experiment import options, sweep
+from experiment import options
 from experiment.files import identifier, paths
+from experiment.sweeps import sweep
 
 # A target that notes each run's start and end, and exits with the status of its seed in STATUS.
 TARGET = '''

@@ -12,70 +12,27 @@ import shlex
 import sys
 from pathlib import Path
 
-from experiment import UserError, figures, summary
+from experiment import UserError
 from experiment.files import identifier, paths, write_atomically
 from experiment.options import OneLineParser, fail, file, output_fails, positive_int, prepare_streams, said
+from experiment.reporting import figures, summary
+
+
+def part(name):
+    """A part of the scripts, from the file beside this one; an empty line stands before it."""
+    return '\n' + Path(__file__).with_name(name).read_text()
+
 
 # Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
-FUNCTIONS = r'''
-PYTHON=${PYTHON:-python}
-pids=() commands=()
+FUNCTIONS = part('run.sh.in')
 
-run() {  # start a run as soon as fewer than $limit are going
-    local running words
-    while running=($(jobs -rp)) && [ "${#running[@]}" -ge "$limit" ]; do sleep 0.2; done
-    printf -v words '%q ' "$@"
-    commands+=("$words")
-    echo "run ${#commands[@]} of $total: $words"
-    "$@" </dev/null &
-    pids+=($!)
-}
-
-stop() {  # Ctrl-C does not reach what runs in the background: end every run, and start no other
-    trap - INT TERM HUP
-    kill $(jobs -rp) 2>/dev/null
-    wait
-    echo "stopped after starting ${#pids[@]} of $total runs" >&2
-    exit "$1"
-}
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
-'''
-
-REPORT = r'''
-failed=0 report=
-for i in "${!pids[@]}"; do
-    wait "${pids[i]}" && continue
-    report+="  status $?: ${commands[i]}"$'\n'
-    failed=$((failed + 1))
-done
-[ "$failed" -eq 0 ] && exit 0
-printf '%d of %d runs failed:\n%s' "$failed" "$total" "$report" >&2
-exit 1
-'''
+REPORT = part('report.sh.in')
 
 
 # Of a Slurm array. A task becomes its run, whose status and signals are thus the task's own.
-TASK = r'''
-PYTHON=${PYTHON:-python}
-number=0
+TASK = part('task.sh.in')
 
-run() {  # the array's task N is the Nth of the commands below
-    number=$((number + 1))
-    [ "$number" = "${SLURM_ARRAY_TASK_ID-}" ] || return 0
-    local words
-    printf -v words '%q ' "$@"
-    echo "run $number of $total: $words"
-    exec "$@" </dev/null
-}
-'''
-
-NO_TASK = r'''
-echo "SLURM_ARRAY_TASK_ID is '${SLURM_ARRAY_TASK_ID-}', not one of 1 to $total: start this with sbatch," \
-     "or one run with SLURM_ARRAY_TASK_ID=N bash $0" >&2
-exit 1
-'''
+NO_TASK = part('no_task.sh.in')
 
 
 class Values(argparse.Action):

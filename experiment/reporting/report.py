@@ -7,14 +7,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from experiment import UserError, engine, figures, files, log, setup
+from experiment import UserError, engine, files, log, setup
 from experiment.data import epoch_loader
+from experiment.reporting import figures
 from self_models.layers import Scale
 from self_models.spike_train import unflatten
 from self_models.surrogate import NEVER
@@ -391,14 +393,28 @@ def training_rows(checkpoint):
     return rows or None, f'training curves: {len(rows)} epochs of {path}'
 
 
-def write(folder, model, data, device, args, at, accuracy, ann_accuracy, conversion, checkpoint, say):
-    """Measure the network on the test images and write the figures and report.json into a folder. Raises UserError.
+class Known(NamedTuple):
+    """What is known of a network already.
 
     at, accuracy: time steps and the test accuracies (fractions) after them. ann_accuracy: the ANN's, or None.
-    conversion: what convert() found, {} where nothing was converted. checkpoint: the file that the network is from, or
-    None for one that was just converted or not trained.
+    conversion: what the conversion measured, {} where nothing was converted. checkpoint: the file that the network is
+    from, or None for one that was just converted or not trained.
     """
-    layers, connections = measure(model, data, device, args)
+    at: list
+    accuracy: list
+    ann_accuracy: float | None
+    conversion: dict
+    checkpoint: Path | str | None
+
+
+def write(model, data, run, known):
+    """Measure the network on the test images and write the figures and report.json into the folder of --report.
+
+    run: run.Run. known: Known. Raises UserError.
+    """
+    folder, args, say = run.args.report, run.args, run.say
+    at, accuracy, ann_accuracy, conversion, checkpoint = known
+    layers, connections = measure(model, data, run.device, args)
     training, line = training_rows(checkpoint)
     report = {
         'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),

@@ -11,8 +11,9 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment import UserError, figures
+from experiment import UserError
 from experiment.files import write_atomically
+from experiment.reporting import figures
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',

@@ -1,0 +1,1 @@
+"""The scripts that run many: script.sh, plain or as an array of Slurm jobs."""
