@@ -28,6 +28,13 @@ DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
 
 
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch, request):
+    """Classifiers of 64 in place of 4096, which no test but that of stored numbers needs."""
+    if 'numbers' not in request.node.name:
+        monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)
+
+
 def weights_only(model):
     """A view for `fill`: the parameters but thresholds and leaks."""
     named = [(name, p) for name, p in model.named_parameters() if name not in ('thresholds', 'leaks')]
