@@ -50,11 +50,15 @@ def _device(args):
 
 def notes(args, device):
     """What is to be said of the flags on this device, a list of lines."""
+    said = []
+    if distributed.wanted() and getattr(args, 'batch_norm', False):
+        said.append("batch norm is not synchronised: each process takes the statistics of its own part of a batch, and "
+                    "the main one's running statistics are kept")
     slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if args.amp and device.type == 'cpu' and slow:
-        return ['--amp: this processor has no instructions for bfloat16 and computes it many times slower than '
-                'float32; leave the flag out']
-    return []
+        said.append('--amp: this processor has no instructions for bfloat16 and computes it many times slower than '
+                    'float32; leave the flag out')
+    return said
 
 
 def load_data(args):

@@ -6,6 +6,7 @@ norm, which conversion folds into weights and biases, so an SNN may have biases.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from self_models.architectures import (
@@ -34,6 +35,26 @@ class Scale(nn.Module):
         return x * self.factor.to(x.dtype)
 
 
+class _OneValue:
+    """Batch norm that takes a single value a channel, of which there are no statistics, by those so far.
+
+    A last batch may hold a single image.
+    """
+
+    def forward(self, x):
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class BatchNorm1d(_OneValue, nn.BatchNorm1d):
+    """nn.BatchNorm1d, also of a single image."""
+
+
+class BatchNorm2d(_OneValue, nn.BatchNorm2d):
+    """nn.BatchNorm2d, also of a single pixel."""
+
+
 class Parts:
     """What the layers of a network are made of.
 
@@ -53,11 +74,11 @@ class Parts:
     def conv(self, inputs, outputs, kernel_size, stride=1):
         """[a convolution that, at stride 1 and an odd kernel, keeps height and width, and its batch norm if any]"""
         layer = conv(inputs, outputs, kernel_size, stride, self.bias)
-        return [layer, nn.BatchNorm2d(outputs)] if self.batch_norm else [layer]
+        return [layer, BatchNorm2d(outputs)] if self.batch_norm else [layer]
 
     def linear(self, inputs, outputs):
         layer = nn.Linear(inputs, outputs, bias=self.bias)
-        return [layer, nn.BatchNorm1d(outputs)] if self.batch_norm else [layer]
+        return [layer, BatchNorm1d(outputs)] if self.batch_norm else [layer]
 
 
 def conv(inputs, outputs, kernel_size, stride=1, bias=False):

@@ -9,6 +9,7 @@ import ann
 import snn
 from conftest import fails, load, metrics_of, run, same
 from experiment import checkpoint, engine
+from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
@@ -90,6 +91,20 @@ def test_levels_of_0_are_no_levels(capsys):
     assert stopped.value.code == 2 and '--levels' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         snn.get_args_parser().parse_args(['--initial_potential', '1'])
+
+
+def test_layers_that_a_checkpoint_has_not(quantized):
+    fails(ann, r'--activation ReLU: the network in .*q.pth has activation QCFS', *SMALL, '--pretrained_ann', quantized,
+          '--activation', 'ReLU')
+    run(ann, *SMALL, '--epochs', 1)
+    fails(ann, r'--batch_norm True: the network in .*digits.pth has batch_norm False', *SMALL, '--batch_norm',
+          '--pretrained_ann', 'trained_models/ann/ann_resnet6_digits.pth')
+
+
+def test_a_last_batch_of_one_image():
+    run(ann, *QCFS, '--train_samples', 33, '--batch_size', 16, '--epochs', 1)
+    model = VGG('VGG5', dataset='DIGITS', batch_norm=True)  # whose classifier has one value a channel then
+    assert model(torch.rand(1, 1, 8, 8)).isfinite().all()
 
 
 class Killed(Exception):
