@@ -70,8 +70,8 @@ def find_ann(args):
         layers = checkpoint.ann_layers(state)
         for flag in ('activation', 'batch_norm'):
             if flag in args.given and getattr(args, flag) != layers[flag]:
-                raise UserError(f"--{flag} {getattr(args, flag)}: the network in {path} has {flag} {layers[flag]}; leave "
-                                "the flag out, or train anew")
+                raise UserError(f'--{flag} {getattr(args, flag)}: the network in {path} has {flag} {layers[flag]}; '
+                                'leave the flag out, or train anew')
         vars(args).update({key: value for key, value in layers.items() if key not in args.given})
     said = drop_idle(args) + said
     split.choose(args, state, resumed=kind == 'resume')
