@@ -318,3 +318,16 @@ def test_the_tables_in_the_read_mes_and_the_figures_are_those_of_the_results(fol
     assert written.count(table.strip()) == 1
     with Image.open(folder / 'figure.png') as figure:
         assert figure.text['Description'] == table
+
+
+@pytest.mark.parametrize('kind, new', [
+    ('snn/vgg5', {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False,
+                  'learn_leak': False, 'lr_schedule': 'step'}),
+    ('ann', {'activation': 'ReLU', 'levels': 8, 'batch_norm': False, 'lr_schedule': 'step'})])
+def test_runs_of_before_there_were_other_neurons_are_of_the_same_experiment(kind, new, tmp_path):
+    old = sorted((ROOT / 'results' / kind).glob('*.jsonl'))[0]
+    about, *epochs = old.read_text().splitlines()
+    about = json.loads(about)
+    about['args'].update(new, seed=about['args']['seed'] + 1)
+    (tmp_path / 'new.jsonl').write_text('\n'.join([json.dumps(about), *epochs]) + '\n')
+    assert len(summary.rows(summary.read_all([old, tmp_path / 'new.jsonl']))) == 1

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from experiment import UserError
 from experiment.files import write_atomically
+from experiment.options import FORMER, FORMER_ANN
 from experiment.reporting import figures
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
@@ -85,8 +86,12 @@ def _run(path, args, machine, epochs):
         pass
     pictures = data in ('FOLDER', 'IMAGENET')
     settings['data'] = f'{data} {Path(folder).name}' if pictures else data
+    # of files from before there were others
+    former = {'lr_schedule': 'step', **(FORMER if 'timesteps' in settings else FORMER_ANN)}
     if 'scaling_factor' in settings:
-        settings.setdefault('threshold_percentile', 100.0)  # files from before there were others
+        former['threshold_percentile'] = 100.0
+    for key, value in former.items():
+        settings.setdefault(key, value)
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
