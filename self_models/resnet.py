@@ -1,4 +1,5 @@
 """ResNet as an ANN."""
+import torch
 from torch import nn
 
 from self_models.layers import initialize, resnet_layers
@@ -12,8 +13,9 @@ class ResNet(nn.Module):
     batch_norm: behind every layer but the last. Raises ValueError where they do not go together.
     """
 
-    def __init__(self, resnet_name, labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None, activation='ReLU',
-                 levels=8, batch_norm=False):
+    def __init__(self, resnet_name: str, labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
+                 input_shape: tuple | None = None, activation: str = 'ReLU', levels: int = 8,
+                 batch_norm: bool = False):
         super().__init__()
         self.layout = dict(resnet_name=resnet_name, labels=labels, dataset=dataset, dropout=dropout,
                            input_shape=input_shape)  # what the spiking network of the same layout is built of
@@ -21,7 +23,7 @@ class ResNet(nn.Module):
          self.classifier) = resnet_layers(**self.layout, activation=activation, levels=levels, batch_norm=batch_norm)
         initialize(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, labels) logits."""
         x = self.pre_process(x)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool):
@@ -29,21 +31,25 @@ class ResNet(nn.Module):
         return self.classifier(x.flatten(1))
 
 
-def ResNet6(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+def ResNet6(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
+            input_shape: tuple | None = None) -> ResNet:
     """ResNet('RESNET6', ...): [1, 1, 0, 0] basic blocks."""
     return ResNet('RESNET6', labels, dropout, dataset, input_shape)
 
 
-def ResNet12(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+def ResNet12(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
+            input_shape: tuple | None = None) -> ResNet:
     """ResNet('RESNET12', ...): [1, 1, 1, 1] basic blocks."""
     return ResNet('RESNET12', labels, dropout, dataset, input_shape)
 
 
-def ResNet20(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+def ResNet20(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
+            input_shape: tuple | None = None) -> ResNet:
     """ResNet('RESNET20', ...): [2, 2, 2, 2] basic blocks."""
     return ResNet('RESNET20', labels, dropout, dataset, input_shape)
 
 
-def ResNet34(labels=10, dropout=0.2, dataset='CIFAR10', input_shape=None):
+def ResNet34(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
+            input_shape: tuple | None = None) -> ResNet:
     """ResNet('RESNET34', ...): [3, 4, 6, 3] basic blocks."""
     return ResNet('RESNET34', labels, dropout, dataset, input_shape)

@@ -16,9 +16,10 @@ class RESNET_SNN_STDB(SpikingNetwork):
     network.
     """
 
-    def __init__(self, resnet_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
-                 alpha=0.3, beta=0.01, dropout=0.2, dataset='CIFAR10', gamma=0.3, input_shape=None,
-                 backend='torch', bias=False, **options):
+    def __init__(self, resnet_name: str, activation: str = 'STDB', labels: int = 10, timesteps: int = 100,
+                 leak: float = 1.0, default_threshold: float = 1.0, alpha: float = 0.3, beta: float = 0.01,
+                 dropout: float = 0.2, dataset: str = 'CIFAR10', gamma: float = 0.3,
+                 input_shape: tuple | None = None, backend: str = 'torch', bias: bool = False, **options):
         super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=0.9,
                          **options)
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,

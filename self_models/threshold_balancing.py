@@ -11,6 +11,7 @@ from tqdm import tqdm
 from self_models.lif import lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
 from self_models.spike_train import DirectInput, SpikeTrain, flatten
+from self_models.spiking_network import SpikingNetwork
 
 BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
 SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
@@ -68,7 +69,8 @@ def _shifts(device):
 
 
 @torch.no_grad()
-def find_thresholds(model, images, timesteps, progress=False, percentile=100):
+def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int, progress: bool = False,
+                    percentile: float = 100) -> list[float]:
     """Balance the thresholds of a spiking network, layer after layer; returns them, a list of floats.
 
     A layer's threshold is the maximum over images, units and steps of its input current W s, with the layers before

@@ -1,4 +1,5 @@
 """VGG as an ANN."""
+import torch
 from torch import nn
 
 from self_models.layers import initialize, vgg_layers
@@ -12,8 +13,9 @@ class VGG(nn.Module):
     batch_norm: behind every layer but the last. Raises ValueError where they do not go together.
     """
 
-    def __init__(self, vgg_name='VGG16', labels=10, dataset='CIFAR10', kernel_size=3, dropout=0.2, input_shape=None,
-                 activation='ReLU', levels=8, batch_norm=False):
+    def __init__(self, vgg_name: str = 'VGG16', labels: int = 10, dataset: str = 'CIFAR10', kernel_size: int = 3,
+                 dropout: float = 0.2, input_shape: tuple | None = None, activation: str = 'ReLU', levels: int = 8,
+                 batch_norm: bool = False):
         super().__init__()
         self.layout = dict(vgg_name=vgg_name, labels=labels, dataset=dataset, kernel_size=kernel_size, dropout=dropout,
                            input_shape=input_shape)  # what the spiking network of the same layout is built of
@@ -21,6 +23,6 @@ class VGG(nn.Module):
                                                     batch_norm=batch_norm)
         initialize(self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, labels) logits."""
         return self.classifier(self.features(x).flatten(1))

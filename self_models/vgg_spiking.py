@@ -14,9 +14,10 @@ class VGG_SNN_STDB(SpikingNetwork):
     SpikingNetwork. Raises ValueError for values that make no network.
     """
 
-    def __init__(self, vgg_name, activation='STDB', labels=10, timesteps=100, leak=1.0, default_threshold=1.0,
-                 alpha=0.3, beta=0.01, dropout=0.2, kernel_size=3, dataset='CIFAR10', gamma=0.3, input_shape=None,
-                 backend='torch', bias=False, **options):
+    def __init__(self, vgg_name: str, activation: str = 'STDB', labels: int = 10, timesteps: int = 100,
+                 leak: float = 1.0, default_threshold: float = 1.0, alpha: float = 0.3, beta: float = 0.01,
+                 dropout: float = 0.2, kernel_size: int = 3, dataset: str = 'CIFAR10', gamma: float = 0.3,
+                 input_shape: tuple | None = None, backend: str = 'torch', bias: bool = False, **options):
         super().__init__(activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate=1.0,
                          **options)
         self.features, self.classifier = vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape,
