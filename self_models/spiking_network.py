@@ -136,7 +136,7 @@ class SpikingNetwork(nn.Module):
         return leaks[0] if len(set(leaks)) == 1 else None
 
     def network_update(self, timesteps: int, leak: float) -> None:
-        """Set the number of time steps, 1 or more, and the leak of all layers, in (0, 1]. Raises ValueError for others."""
+        """Set the number of time steps, 1 or more, and the leak of all layers, in (0, 1]; else raise ValueError."""
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.leak_update([leak] * len(self.leaks))
 
@@ -162,7 +162,7 @@ class SpikingNetwork(nn.Module):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Bring learned thresholds and leaks back into their ranges, above 0 and in (0, 1]; after each training step."""
+        """Bring learned thresholds above 0 and learned leaks into (0, 1]; to be called after each training step."""
         if self.learn_threshold:
             self.thresholds.clamp_(min=SMALLEST)
         if self.learn_leak:
