@@ -254,11 +254,11 @@ def adopt(args, state, path, resumed=False):
     settings |= checkpoint.snn_settings(state, path)
     thresholds = settings.pop('thresholds')  # no flag
     settings.pop('leaks', None)
-    fixed = list(options.CONVERSION)
     if resumed:
-        fixed = ['pretrained_ann', 'pretrained_snn']
-        if saved.get('pretrained_ann') or saved.get('pretrained_snn'):  # else flags of a conversion are none of it
-            fixed += options.CONVERSION
+        keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
+    # thresholds are balanced and scaled already, unless --default_threshold set them all: then these meant nothing
+    idle = options.without_effect(vars(args)) if resumed else {}
+    fixed = [flag for flag in options.CONVERSION if flag not in idle]
     # the published ResNets' files may have the balanced thresholds only
     if 'default_threshold' in saved or len(thresholds) > 3:
         fixed.append('default_threshold')

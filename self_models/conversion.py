@@ -56,7 +56,7 @@ def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
     Of QCFS activations the bounds become thresholds; as spikes are 0 or 1, a bound also goes into the weights of the
     next synapse, of a plain identity into its Scale. Raises ValueError as `convert` does.
     """
-    thresholds, last = [], None
+    thresholds = []
 
     def fold(source, norm, target, height):
         # gamma (W x - mean) / sqrt(var + eps) + beta

@@ -159,6 +159,18 @@ def test_from_scratch_thresholds_are_balanced_unless_a_flag_sets_them(capsys):
     fails(snn, '--scaling_factor auto: chooses by what a trained ANN gives', *flags, '--scaling_factor', 'auto')
 
 
+def test_from_scratch_a_resumed_run_is_recorded_under_the_factor_of_its_thresholds(capsys):
+    flags = [*SMALL, '--timesteps', 4, '--encoding', 'direct', '--delay', 0, '--calibration_samples', 20,
+             '--calibration_timesteps', 4, '--scaling_factor', 0.6]
+    run(snn, *flags, '--epochs', 1)
+    fails(snn, r'--scaling_factor 0\.3: has no effect, as .* with --scaling_factor 0\.6', *flags[:-1], 0.3, '--epochs',
+          2, '--resume')
+    run(snn, *flags, '--epochs', 2, '--resume')
+    run(snn, *flags[:-2], '--epochs', 3, '--resume')  # taken over where no flag is given
+    about, epochs = metrics_of('logs/snn/snn_resnet6_digits_4.jsonl')
+    assert about['args']['scaling_factor'] == 0.6 and len(epochs) == 3
+
+
 def test_pictures_are_predicted_by_a_network_of_few_steps(quantized, capsys):
     image = pytest.importorskip('PIL.Image')
     image.new('L', (8, 8), 200).save('new.png')
