@@ -226,7 +226,8 @@ def test_the_figures_file(written, tmp_path, capsys):
     assert not (tmp_path / 'x.png').exists()
 
 
-@pytest.mark.filterwarnings('error')
+# but those of what tests before left open, which happens to be collected during this one
+@pytest.mark.filterwarnings('error', 'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('folder', [
     'p$^$q', '$\\frac$', '$$', '\udce9', '写真', '_x', 'a\nb', '~no-such-user/x', '~no-such-user', '%s {x}'])
 def test_a_folder_of_any_name_is_drawn_as_it_is_called(written, folder):
