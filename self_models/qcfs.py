@@ -70,11 +70,11 @@ class _QCFS(torch.autograd.Function):
         grad_x, total = torch.empty_like(x), torch.zeros((), dtype=torch.promote_types(bound.dtype, torch.float32),
                                                          device=x.device)
         for values, given, out in blocks(x, grad, grad_x):
-            clipped = values.clamp(0, theta)
-            inside = (values > 0) & (values < theta)
-            # inside theta floor(L x / theta + 1/2) / L - x, above theta, below 0: all over theta
-            slope = (clipped / step).add_(0.5).floor_().mul_(step)
-            slope -= clipped.mul_(inside)
-            total += (slope.mul_(given)).sum(dtype=total.dtype)
-            torch.mul(given, inside, out=out)
+            if grad.is_cuda:  # theta is a tensor, for which the host need not wait
+                torch.mul(given, (values > 0) & (values < theta), out=out)
+            else:  # the same in one pass
+                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=out)
+            # theta dy/dtheta = y - x inside, y outside
+            y = torch.div(values, step).clamp_(0, ctx.levels).add_(0.5).floor_().mul_(step)
+            total += y.mul_(given).addcmul_(out, values, value=-1).sum(dtype=total.dtype)
         return grad_x, (total / theta).to(bound.dtype), None
