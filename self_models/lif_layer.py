@@ -88,12 +88,13 @@ class SynapticInput:
         return part.to(dtype) if total is None else total.add_(part)
 
 
-def chunks(batch, sample_bytes, weights):
+def chunks(batch, sample_bytes, weights, dtype):
     """Slices over `batch` samples, each of as many as fit into the working memory, at least one.
 
-    weights: of the layer. Its memory is at least twice theirs, or the time would go into adding up their gradients.
+    weights: of the layer. Its memory is at least twice what they take in dtype, or the time would go into adding up
+    their gradients.
     """
-    memory = max(CHUNK_BYTES[weights[0].device.type], *(2 * weight.nbytes for weight in weights))
+    memory = max(CHUNK_BYTES[weights[0].device.type], *(2 * weight.numel() * dtype.itemsize for weight in weights))
     size = max(1, memory // max(1, sample_bytes))
     return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
 
@@ -176,7 +177,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
     numbers = parameters.detached()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         ready = [[prepare(getattr(each, kind), compute_dtype) for each in inputs] for kind in ('weight', 'bias')]
-        for samples in chunks(batch, working_bytes(inputs, steps, dtype), weights):
+        for samples in chunks(batch, working_bytes(inputs, steps, dtype), weights, dtype):
             current = input_current(inputs, (start, steps), *ready, samples, dtype, compute_dtype).flatten(1)
             potentials = current if len(current) == steps else None
             if learned:
@@ -196,7 +197,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
     if learns:
         given = [tensor for each in inputs for tensor in (each.train.proxy, each.weight, each.bias)]
         values = [value if isinstance(value, torch.Tensor) else None for value in parameters[:2]]
-        train.proxy = _LIFLayer.apply(train, kept, inputs, numbers, compute_dtype, *values, *given)
+        train.proxy = _LIFLayer.apply(train, kept, inputs, numbers, ready[0], *values, *given)
     return train
 
 
@@ -206,31 +207,32 @@ class _LIFLayer(torch.autograd.Function):
     FIRST = 7  # of forward's arguments, the first input's proxy
 
     @staticmethod
-    def forward(ctx, train, kept, inputs, parameters, compute_dtype, threshold, leak, *given):
-        weights, biases = given[1::3], given[2::3]
+    def forward(ctx, train, kept, inputs, parameters, ready, threshold, leak, *given):
+        # ready: the weights of the inputs as prepare() gives them; what autocast lowers is not lowered again
+        weight = next(weight for weight in given[1::3] if weight is not None)
         ctx.save_for_backward(kept, train.mask, *(tensor for each in inputs for tensor in each.train.tensors()),
-                              *weights, *biases)
+                              *ready)
         # without their tensors, so that those are freed with the saved ones, after the backward pass
         ctx.train, ctx.inputs = train.without(), [SynapticInput(each.train.without(), each.synapse) for each in inputs]
-        ctx.parameters, ctx.compute_dtype = parameters, compute_dtype
+        ctx.parameters, ctx.dtype = parameters, weight.dtype
         size = math.prod(train.pooled_shape)
-        weight = next(weight for weight in weights if weight is not None)
+        compute_dtype = next(weight for weight in ready if weight is not None).dtype
         return weight.new_zeros(1, dtype=compute_dtype).expand(train.steps, train.batch, size)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        parameters, compute_dtype, count = ctx.parameters, ctx.compute_dtype, len(ctx.inputs)
+        parameters, dtype, count = ctx.parameters, ctx.dtype, len(ctx.inputs)
         kept, mask, *saved = ctx.saved_tensors
         train = ctx.train.with_tensors(None, mask)
         inputs = [SynapticInput(each.train.with_tensors(*saved[2 * i:2 * i + 2]), each.synapse)
                   for i, each in enumerate(ctx.inputs)]
-        weights = saved[2 * count:3 * count]
+        ready = saved[2 * count:]
+        known = [weight for weight in ready if weight is not None]
+        compute_dtype = known[0].dtype
         (start, steps), given = window(inputs, parameters), ctx.needs_input_grad[_LIFLayer.FIRST:]
         wanted = list(zip(given[::3], given[1::3], given[2::3], strict=True))
         learned = any(ctx.needs_input_grad[_LIFLayer.FIRST - 2:_LIFLayer.FIRST])
-        dtype = next(weight for weight in weights if weight is not None).dtype
-        ready = [prepare(weight, compute_dtype) for weight in weights]
         proxy_grads, weight_grads, bias_grads = [None] * count, [None] * count, [None] * count
         own_grads = [None, None]
         for i, each in enumerate(inputs):
@@ -238,8 +240,7 @@ class _LIFLayer(torch.autograd.Function):
                 proxy_grads[i] = grad.new_empty(each.train.steps, each.train.batch, math.prod(each.train.pooled_shape))
                 # spikes after the window reach nothing
                 proxy_grads[i][max(0, steps - (each.train.start - start)):] = 0
-        known = [weight for weight in weights if weight is not None]
-        for samples in chunks(grad.shape[1], working_bytes(inputs, steps, dtype), known):
+        for samples in chunks(grad.shape[1], working_bytes(inputs, steps, dtype), known, dtype):
             g = train.pull_back(grad[:, samples], samples, dtype, parameters.height)
             state = kept[:, samples].flatten(1)
             factors = surrogate_state(state, parameters) if learned else state

@@ -1,5 +1,7 @@
 """ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
+import platform
 import re
+import resource
 import shlex
 
 import pytest
@@ -153,3 +155,14 @@ def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
     torch.save(state, 'other.pth')
     run(ann, *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 1)
     assert 'classifier.0.weight is for other classes, so that one starts anew' in capsys.readouterr().out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
+def test_memory_that_was_freed_is_not_cleared_anew():
+    setup.keep_memory()
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2 ** 24)  # 64 MiB, 16384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert sum(faults[1:]) < 1000
