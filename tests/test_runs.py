@@ -161,8 +161,8 @@ def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
 def test_memory_that_was_freed_is_not_cleared_anew():
     setup.keep_memory()
     faults = []
-    for _ in range(6):
+    for _ in range(30):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(2 ** 24)  # 64 MiB, 16384 pages
+        torch.ones(9 * 2 ** 20)  # 36 MiB, 9216 pages; glibc gives back what is above 32
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert sum(faults[1:]) < 1000
+    assert sum(faults[-10:]) < 9000, faults  # a few small values that take from what was freed may move it
