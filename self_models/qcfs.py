@@ -16,7 +16,7 @@ class QCFS(nn.Module):
     floor: dy/dx = [0 < x < theta]; dy/dtheta = y / theta - x / theta inside, 1 from theta on, 0 below.
     """
 
-    def __init__(self, levels: int = 8, bound: float = 4.0):
+    def __init__(self, levels: int = 8, bound: float = 2.0):
         super().__init__()
         if levels < 1 or int(levels) != levels:
             raise ValueError(f'levels must be a whole number of 1 or more, not {levels}')
