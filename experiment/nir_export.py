@@ -125,8 +125,8 @@ def to_graph(model, input_shape, **about):
         return add(name, nir.AvgPool2d(np.array(kernel), np.array(stride), np.zeros(2, int)), (c, *sizes), source)
 
     def neurons(layer, *sources):
-        shape, parameters = shapes[sources[0]], model.lif_parameters(model.layer_names.index(layer))
-        threshold, leak = float(parameters.threshold), float(parameters.leak)
+        shape, index = shapes[sources[0]], model.layer_names.index(layer)
+        threshold, leak = model.thresholds[index].item(), model.leaks[index].item()
 
         def all_of(value):
             return np.full(shape, value, np.float64)  # float32 would change the leak
