@@ -111,9 +111,29 @@ def main_first():
         dist.barrier()
 
 
+def share_buffers(model):
+    """Give every process what the main one has beside weights: batch norm's statistics of the batch just trained on.
+
+    At each step DistributedDataParallel does so first, which leaves those of the last one.
+    """
+    if _started():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def synchronises(device):
+    """Whether batch norm takes its statistics over all processes; torch's does so on CUDA only."""
+    return device.type == 'cuda'
+
+
 def learner(model, device):
-    """The model as it is trained: among several processes, wrapped so that gradients are averaged over them."""
+    """The model as it is trained: among several processes, wrapped so that gradients are averaged over them.
+
+    On CUDA its batch norms are replaced by such that take their statistics over all; nothing has another name then.
+    """
     if not _started():
         return model
+    if synchronises(device):
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(
         model, device_ids=[device.index] if device.type == 'cuda' else None)

@@ -126,6 +126,8 @@ def layer_not_finite(model, images=None):
         records = model.record(images) if model.timesteps > model.latency else ()
         return next((f'the membrane potentials of {record.name}' for record in records
                      if not math.isfinite(record.spikes.fault)), '')
+    if distributed.share()[1] > 1:  # batch norm would wait for the other processes
+        model.eval()
     found, hooks = [], []
     for name, module in model.named_modules():
         if hasattr(module, 'weight'):
@@ -281,6 +283,7 @@ def fit(model, optimizer, data, run, progress, patience):
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
                               pin_memory=run.device.type == 'cuda', share=share)
         trained = train_epoch(learner, loader, optimizer, run.loss_function, run.device, args.amp, along)
+        distributed.share_buffers(model)
         tested = run.test(model, getattr(data, chosen_on))
         # before the last whole checkpoint is written over
         images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)

@@ -2,13 +2,14 @@
 
 NIR's neurons are differential equations; these constants make their Euler step of length dt that of the network:
 
-    IF, where leak is 1     dv/dt = r I                    v <- v + dt r I                      = v + I
+    IF, where all leak 1    dv/dt = r I                    v <- v + dt r I                      = v + I
         dt = 1, r = 1
     LIF, elsewhere          tau dv/dt = v_leak - v + r I   v <- v + dt/tau (v_leak - v + r I)   = leak v + I
         dt = 1e-4, tau = dt / (1 - leak), r = tau / dt = 1 / (1 - leak), v_leak = 0
 
 The two dt are what importers presume (an r of 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly), and
-the file names its own.
+the file names its own. Where only some layers leak, one that does not is an LIF too, of the largest float64 below 1: at
+dt = 1e-4 snnTorch would refuse an IF.
 
 Biases are NIR's own. NIR knows one reset, v <- v_reset, and neurons that fire in the step of their input, from 0. The
 network's soft reset, v <- v - threshold, its delay and its initial potential are in the graph's metadata, with the
@@ -111,24 +112,32 @@ def to_graph(model, input_shape, **about):
                           bias=np.zeros(len(weight), weight.dtype) if module.bias is None else bias_of(module))
         return add(name, node, node.output_type['output'], source)
 
+    def scale(name, source, factor):
+        # a convolution, as importers know no nir.Scale; not one a channel, as SpikingJelly knows no groups
+        shape, factor = shapes[source], factor.detach().cpu().numpy()
+        weight = factor * np.eye(shape[0], dtype=factor.dtype)[:, :, None, None]
+        node = nir.Conv2d(shape[1:], weight, (1, 1), (0, 0), (1, 1), 1, bias=np.zeros(shape[0], factor.dtype))
+        return add(name, node, shape, source)
+
     def pool(name, source, kernel, stride):
         c, *sizes = shapes[source]
         sizes = [(size - k) // s + 1 for size, k, s in zip(sizes, kernel, stride, strict=True)]
         return add(name, nir.AvgPool2d(np.array(kernel), np.array(stride), np.zeros(2, int)), (c, *sizes), source)
 
     def neurons(layer, *sources):
-        shape, parameters = shapes[sources[0]], model.lif_parameters(model.layer_names.index(layer))
-        threshold, leak = float(parameters.threshold), float(parameters.leak)
+        shape, index = shapes[sources[0]], model.layer_names.index(layer)
+        threshold, leak = model.thresholds[index].item(), model.leaks[index].item()
 
         def all_of(value):
             return np.full(shape, value, np.float64)  # float32 would change the leak
 
         known = {'threshold': threshold, 'leak': leak, 'reset': described['reset']}
         common = {'v_threshold': all_of(threshold), 'v_reset': all_of(0), 'metadata': known}
-        if leak == 1:
-            node = nir.IF(r=all_of(1 / dt), **common)
+        if dt == 1:
+            node = nir.IF(r=all_of(1), **common)
         else:
-            node = nir.LIF(tau=all_of(dt / (1 - leak)), r=all_of(1 / (1 - leak)), v_leak=all_of(0), **common)
+            lost = max(1 - leak, 2.0 ** -53)
+            node = nir.LIF(tau=all_of(dt / lost), r=all_of(1 / lost), v_leak=all_of(0), **common)
         return add(f'{layer}.neuron', node, shape, *sources)
 
     def chain(part, source):
@@ -154,8 +163,7 @@ def to_graph(model, input_shape, **about):
                 inner = neurons(conv1, synapse(conv1, last))
                 identity, name = last, f'{stage}.{i}.identity.0'
                 if len(block.identity) and isinstance(block.identity[0], Scale):
-                    factor = np.full(shapes[last], block.identity[0].factor.item())
-                    identity = add(name, nir.Scale(factor), shapes[last], last)
+                    identity = scale(name, last, block.identity[0].factor)
                 elif len(block.identity):
                     identity = synapse(name, last)
                 last = neurons(conv2, synapse(conv2, inner), identity)

@@ -66,9 +66,9 @@ def _device(args):
 def notes(args, device):
     """What is to be said of the flags on this device, a list of lines."""
     said = []
-    if distributed.wanted() and getattr(args, 'batch_norm', False):
-        said.append("batch norm is not synchronised: each process takes the statistics of its own part of a batch, and "
-                    "the main one's running statistics are kept")
+    if distributed.wanted() and getattr(args, 'batch_norm', False) and not distributed.synchronises(device):
+        said.append("batch norm is not synchronised on CPUs: each process takes the statistics of its own part of a "
+                    "batch, and the main one's running statistics are kept")
     slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if args.amp and device.type == 'cpu' and slow:
         said.append('--amp: this processor has no instructions for bfloat16 and computes it many times slower than '

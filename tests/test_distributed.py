@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import ann
-from conftest import ROOT
-from experiment import UserError, setup
+import snn
+from conftest import ROOT, load, metrics_of, run, same
+from experiment import UserError, distributed, setup
+from self_models import VGG, convert
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 97, '--test_samples', 50, '--no-gpu']
 
@@ -75,6 +77,59 @@ def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
     tested, = [50 * entry['test_accuracy'] for entry in lines[1:] if 'test_accuracy' in entry]
     for count in (tested, *(144 * entry['validation_accuracy'] for entry in lines[1:])):
         assert count == pytest.approx(round(count))
+
+
+EACH_EPOCH = """
+import os, torch, ann
+from experiment import engine, options
+
+save = engine.save
+
+def save_everywhere(model, optimizer, run, progress, accuracy):
+    torch.save(model.state_dict(), f'{progress.history[-1]["epoch"]}.{os.environ["RANK"]}')
+    save(model, optimizer, run, progress, accuracy)
+
+engine.save = save_everywhere
+options.run(ann.main, ann.get_args_parser().parse_args(), 'ann.py')
+"""
+
+
+def test_batch_norm_of_two_processes_ends_alike_on_both_and_converts(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'each_epoch.py').write_text(EACH_EPOCH)
+    out = start(2, tmp_path / 'each_epoch.py', *SMALL, '--train_samples', 900, '--activation', 'QCFS', '--levels', 4,
+                '--batch_norm', '--optimizer', 'Adam', '-lr', '1e-3', '--epochs', 2, '--batch_size', 16, '--name', 'a',
+                cwd=tmp_path)
+    assert 'batch norm is not synchronised on CPUs' in out
+    for epoch in (1, 2):  # also what the test images of this epoch went through
+        first, second = (torch.load(tmp_path / f'{epoch}.{rank}', weights_only=True) for rank in (0, 1))
+        assert same(first, second)
+    monkeypatch.chdir(tmp_path)
+    state = load('trained_models/ann/a.pth')
+    variances = [value for key, value in state['state_dict'].items() if key.endswith('running_var')]
+    assert variances and all(value.isfinite().all() and value.min() > 0 for value in variances)
+    epochs = metrics_of('logs/ann/a.jsonl')[1]
+    assert epochs[-1]['train_loss'] < epochs[0]['train_loss'] and state['accuracy'] > 0.5
+    capsys.readouterr()
+    run(ann, *SMALL, '--test_only', '--pretrained_ann', 'trained_models/ann/a.pth')
+    loss = epochs[state['epoch'] - 1]['test_loss']
+    assert f'{state["accuracy"]:.2%} on 50 images, loss {loss:.4f}' in capsys.readouterr().out
+    run(snn, *SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 16, '--test_only')
+    converted, = re.findall(r'converted SNN: test accuracy (.*)%', capsys.readouterr().out)
+    assert float(converted) / 100 > 0.9 * state['accuracy']
+
+
+def test_a_synchronised_batch_norm_has_the_names_and_values_of_one_that_is_not(monkeypatch):
+    """torch's synchronises on CUDA only, so here it is used, and converted, but not trained."""
+    model, x = VGG('VGG5', dataset='DIGITS', activation='QCFS', batch_norm=True).eval(), torch.rand(3, 1, 8, 8)
+    optimizer, before, logits = torch.optim.SGD(model.parameters(), lr=0.1), model.state_dict(), model(x)
+    monkeypatch.setattr(distributed, '_started', lambda: True)
+    monkeypatch.setattr(torch.nn.parallel, 'DistributedDataParallel', lambda model, device_ids: model)
+    learner = distributed.learner(model, torch.device('cuda', 0))
+    assert learner is model and any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    assert not any(isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d) for module in model.modules())
+    assert list(before) == list(model.state_dict()) and same(dict(before), dict(model.state_dict()))
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]['params']}
+    assert torch.equal(model(x), logits) and convert(model, 4)(x).isfinite().all()
 
 
 def test_too_few_time_steps_for_a_spike_at_the_output_say_how_many_it_takes(tmp_path):

@@ -19,7 +19,7 @@ import snn
 import step_by_step
 from conftest import ternary
 from experiment import UserError, nir_export
-from self_models import RESNET_SNN_STDB, VGG_SNN_STDB
+from self_models import QCFS, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, convert
 
 nir = pytest.importorskip('nir')
 
@@ -32,7 +32,8 @@ def dyadic(model, mean):
     for i, (_, p) in enumerate(sorted(model.named_parameters())):
         draw = np.random.RandomState(i).standard_normal(tuple(p.shape)) + mean
         p.data = torch.from_numpy(np.round(32 * draw * math.sqrt(2 / np.prod(p.shape[1:]))) / 32)
-    model.threshold_update(1.0, [THRESHOLD] * len(model.thresholds))
+    if hasattr(model, 'thresholds'):
+        model.threshold_update(1.0, [THRESHOLD] * len(model.thresholds))
     return model.eval()
 
 
@@ -105,8 +106,6 @@ def run_file(graph, x):
                 given[name] = F.conv2d(source, value['weight'], value['bias'], tuple(node.stride), tuple(node.padding))
             elif isinstance(node, (nir.Linear, nir.Affine)):
                 given[name] = F.linear(source, value['weight'], value.get('bias'))
-            elif isinstance(node, nir.Scale):
-                given[name] = source * value['scale']
             elif isinstance(node, nir.AvgPool2d):
                 given[name] = F.avg_pool2d(source, tuple(node.kernel_size), tuple(node.stride), tuple(node.padding))
             elif isinstance(node, nir.Flatten):
@@ -263,10 +262,10 @@ def snntorch(path, subtract=True):
     with contextlib.redirect_stdout(io.StringIO()):  # it prints
         net = import_from_nir(graph)
     net.flatten = nn.Flatten()  # its own takes in the batch
-    for name, module in list(net.named_children()):
-        if subtract and isinstance(module, library.Leaky):
-            neuron = library.Leaky(float(graph.metadata['leak']), module.threshold, init_hidden=True)
-            setattr(net, name, neuron)
+    for name, node in graph.nodes.items():
+        if subtract and name.endswith('.neuron'):
+            threshold = float(node.v_threshold.flat[0])
+            setattr(net, name.replace('.', '_'), library.Leaky(node.metadata['leak'], threshold, init_hidden=True))
     return net
 
 
@@ -279,8 +278,20 @@ def run_tool(net, model, x):
         net.get_submodule(f'{name}.neuron'.replace('.', '_')).register_forward_hook(keep)
     with torch.no_grad():
         for _ in range(model.timesteps):
-            _, state = net(x.sign().float(), state)
+            _, state = net((x if model.encoding == 'direct' else x.sign()).float(), state)
     return {name: torch.stack(train).double() for name, train in trains.items()}
+
+
+def start_potentials(net, tool, graph, count):
+    """Set the potentials of `count` images to those that the network begins with, which NIR does not know."""
+    for name, node in graph.nodes.items():
+        if name.endswith('.neuron'):
+            neuron = net.get_submodule(name.replace('.', '_'))
+            start = torch.from_numpy(graph.metadata['initial_potential'] * node.v_threshold).float()
+            if tool is spikingjelly:
+                neuron.module.v = start.expand(count, *start.shape)
+            else:
+                neuron.mem = start.expand(count, *start.shape)
 
 
 @pytest.mark.parametrize('tool, leak', [(spikingjelly, 1.0), (snntorch, 1.0), (snntorch, 0.5)])
@@ -311,24 +322,69 @@ def test_importers_spike_as_a_resnet_does_with_its_residuals_delayed(tool, tmp_p
     (vgg, {}), (vgg, {'bias': True}), (resnet, {}), (vgg, {'bias': True, 'initial_potential': 0.5})])
 def test_importers_spike_as_a_network_without_delay_does_but_for_the_soft_reset(tool, build, options, tmp_path):
     model, x = build(timesteps=6, encoding='direct', delay=0, **options), images(1).sign()
-    written(model, tmp_path)
-    net = tool(tmp_path / 'snn.nir')
-    if model.initial_potential:  # which NIR does not know
-        for name in model.layer_names:
-            node = nir.read(tmp_path / 'snn.nir').nodes[f'{name}.neuron']
-            module = net.get_submodule(f'{name}.neuron'.replace('.', '_'))
-            begin = model.initial_potential * node.v_threshold
-            if tool is spikingjelly:
-                for part in module.modules():  # its neuron may be wrapped
-                    if hasattr(part, 'v_threshold'):
-                        part.v = float(begin.flat[0])
-            else:
-                module.mem = torch.from_numpy(begin)[None].float()
+    graph, net = written(model, tmp_path), tool(tmp_path / 'snn.nir')
+    if model.initial_potential:
+        start_potentials(net, tool, graph, len(x))
     theirs = run_tool(net, model, x)
     with torch.no_grad():
         _, history = step_by_step.run(model, x)
     for name, ours in zip(model.layer_names, history, strict=True):
         assert torch.stack(ours).any() and torch.equal(torch.stack(ours), theirs[name]), name
+
+
+@pytest.mark.parametrize('tool, delay', [(spikingjelly, 0), (snntorch, 1)])
+def test_importers_spike_as_layers_of_differing_leaks_do(tool, delay, tmp_path):
+    """Of learned leaks some may be 1. SpikingJelly leaks on what is left after a spike, snnTorch on what was before."""
+    model, x = vgg(delay=delay), images()
+    model.leak_update([1.0, 0.75, 0.875, 1.0, 0.9375])
+    model.threshold_update(2.0, [THRESHOLD] * 5)
+    graph = written(model, tmp_path)
+    kinds = {type(graph.nodes[f'{name}.neuron']) for name in model.layer_names}
+    assert graph.metadata['dt'] == 1e-4 and kinds == {nir.LIF}
+    ours, theirs = spikes_of(model, x), run_tool(tool(tmp_path / 'snn.nir'), model, x)
+    for i, name in enumerate(model.layer_names, 1):
+        shift = delay * i
+        assert torch.equal(ours[name][shift:], theirs[name][:len(theirs[name]) - shift]), name
+
+
+def quantized(kind, architecture, timesteps):
+    """The spiking network of an ANN with QCFS and batch norm, in float64.
+
+    Its numbers are such that float32 holds every sum and that no potential is a threshold: these are numbers without
+    common divisor, over 512, while a potential is a few halves of its threshold plus 128ths of the one before, as the
+    biases are too.
+    """
+    ann = kind(architecture, dataset='DIGITS', activation='QCFS', levels=4, batch_norm=True).double().eval()
+    bound = 512  # of the input: 1
+    with torch.no_grad():
+        for i, module in enumerate(ann.modules()):
+            draw = np.random.RandomState(i)
+            if isinstance(module, QCFS):
+                bound += 1
+                module.bound.fill_(bound / 512)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eps = 0.0
+                module.bias.copy_(torch.from_numpy(draw.randint(-4, 5, module.bias.shape) / 32))
+                module.bias.mul_(bound / 512)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                shape = module.weight.shape
+                weight = (draw.standard_normal(shape) + 0.02) * math.sqrt(2 / np.prod(shape[1:]))
+                module.weight.copy_(torch.from_numpy(np.round(32 * weight) / 32))
+    return convert(ann, timesteps)
+
+
+@pytest.mark.parametrize('tool', [spikingjelly, snntorch])
+@pytest.mark.parametrize('kind, architecture', [(VGG, 'VGG5'), (ResNet, 'RESNET6')])
+@pytest.mark.parametrize('timesteps', [1, 4, 8])
+def test_importers_spike_as_a_converted_network_does_in_the_same_step(
+        tool, kind, architecture, timesteps, tmp_path, monkeypatch):
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+    model, x = quantized(kind, architecture, timesteps), images()
+    graph, net = written(model, tmp_path), tool(tmp_path / 'snn.nir')
+    start_potentials(net, tool, graph, len(x))
+    ours, theirs = spikes_of(model, x), run_tool(net, model, x)
+    for name in model.layer_names:
+        assert torch.equal(ours[name], theirs[name]), name
 
 
 @pytest.fixture
