@@ -109,8 +109,8 @@ def prepare(tensor, dtype):
 def dtypes(weight):
     """(type of the potentials, type of the convolutions): autocast lowers the latter, of a float32 network."""
     kind = weight.device.type
-    lowered = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
-    return weight.dtype, torch.get_autocast_dtype(kind) if lowered else weight.dtype
+    autocast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return weight.dtype, torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
 
 def window(inputs, parameters):

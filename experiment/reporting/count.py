@@ -169,7 +169,7 @@ def measure(model, data, device, args):
     layers, connections = {}, {}  # by name
     engine.seed_all(engine.seed_for(args.seed, 0))
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
-    with engine.lowered(device, args.amp):
+    with engine.autocast(device, args.amp):
         for images, _ in tqdm(loader, desc='report', leave=False, disable=None):
             for index, record in enumerate(model.record(images.to(device, non_blocking=True))):
                 name, train = record.name, record.spikes
