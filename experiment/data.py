@@ -38,13 +38,13 @@ IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger 
 class Data(NamedTuple):
     train: Dataset
     test: Dataset
-    classes: list       # names
-    input_shape: tuple  # (C, H, W)
-    validation: Dataset = None  # held out of the training set, to choose the best epoch on
+    classes: list[str]
+    input_shape: tuple[int, int, int]  # (C, H, W)
+    validation: Dataset | None = None  # held out of the training set, to choose the best epoch on
     whole: int = 0  # images in the training set before any were left out
 
     @property
-    def selection(self):
+    def selection(self) -> str:
         """The name of the set that epochs are compared on."""
         return 'test' if self.validation is None else 'validation'
 

@@ -84,9 +84,9 @@ def cross_entropy(logits, labels, scale=1.0):
 class Along(NamedTuple):
     """What train_epoch does beside training: every so many batches it says how that goes, with a function that prints a
     line; and it sets the learning rate to rate(part of the epoch that is done) before each step."""
-    say: Callable = None
-    every: int = None
-    rate: Callable = None
+    say: Callable | None = None
+    every: int | None = None
+    rate: Callable | None = None
 
 
 def check_finite(loss, where, model, images=None):

@@ -1,15 +1,17 @@
 """Threshold balancing, layer by layer (Rathi et al. 2020, algorithm 1; Diehl et al. 2016)."""
 import math
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from self_models.lif import lif_forward
+from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
 from self_models.spike_train import DirectInput, SpikeTrain, flatten
 from self_models.spiking_network import SpikingNetwork
@@ -36,7 +38,7 @@ class SpikeStore:
     first ones, are empty; what is written as of step 0 stands after them.
     """
 
-    def __init__(self, steps, size, shift=0):
+    def __init__(self, steps: int, size: int, shift: int = 0):
         self.file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
         self.steps, self.size, self.row, self.shift = steps, size, -(-size // 8), shift
         self.spiked = False
@@ -44,7 +46,7 @@ class SpikeStore:
     def _seek(self, group, first):
         self.file.seek((group.start * self.steps + (group.stop - group.start) * first) * self.row)
 
-    def write(self, group, first, spikes):
+    def write(self, group: slice, first: int, spikes: torch.Tensor) -> None:
         """spikes: (m, b, size) bool, of steps first ... first + m - 1; those beyond the last step are left out."""
         spikes = spikes[:self.steps - self.shift - first]
         self.spiked = self.spiked or bool(spikes.any())
@@ -59,7 +61,7 @@ class SpikeStore:
             bits = np.packbits(spikes.numpy(), axis=-1)
         self.file.write(bits.data)
 
-    def read(self, group, first, stop, device):
+    def read(self, group: slice, first: int, stop: int, device: torch.device) -> torch.Tensor:
         """(m, b, size) bool on `device`."""
         self._seek(group, first)
         shape = (stop - first, group.stop - group.start, self.row)
@@ -159,7 +161,8 @@ def _balance_all(model, images, timesteps, percentile, progress):
     return thresholds
 
 
-def current_source(store: SpikeStore | None, train, images, synapse, channels=slice(None)):
+def current_source(store: SpikeStore | None, train: SpikeTrain | DirectInput, images: torch.Tensor | None,
+                   synapse: nn.Module, channels: slice | torch.Tensor = slice(None)) -> Callable:
     """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`, or from direct input.
 
     images: (B, C, H, W) that are the direct input or whose signs these spikes have, or None. channels: indices of the
@@ -182,7 +185,8 @@ def current_source(store: SpikeStore | None, train, images, synapse, channels=sl
     return current
 
 
-def balance(source, pieces, channels, neuron, percentile, output, bar):
+def balance(source: Callable, pieces: Pieces, channels: int, neuron: LIFParameters, percentile: float,
+            output: SpikeStore | None, bar: tqdm) -> float:
     """The largest of the currents over all pieces, or a percentile of them; `output` is given the spikes at that.
 
     source: current_source, but for its argument `channels`, of which the layer has so many.
@@ -232,7 +236,7 @@ def balance(source, pieces, channels, neuron, percentile, output, bar):
     return threshold
 
 
-def current_percentile(current, pieces, percentile, bar):
+def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
     """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 where it is not above 0."""
     counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
     for group in pieces.groups:
@@ -256,7 +260,7 @@ def current_percentile(current, pieces, percentile, bar):
     return (index + 1) / BINS * top if index > 0 else 0.0
 
 
-def likely_threshold(source, current, pieces, channels):
+def likely_threshold(source: Callable, current: Callable, pieces: Pieces, channels: int) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
     It is where the eighth of the channels that is the largest in the last few steps has its own largest current.

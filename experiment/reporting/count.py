@@ -25,8 +25,8 @@ class Layer:
     neurons: int
     threshold: float | None  # None: the input
     first_step: int
-    spikes: torch.Tensor = 0
-    surrogate: torch.Tensor = 0
+    spikes: torch.Tensor | int = 0
+    surrogate: torch.Tensor | int = 0
     leak: float | None = None
 
 
@@ -47,8 +47,8 @@ class Connection:
     macs: int
     macs_with_padding: int
     additions: int
-    pool: nn.Module = None
-    value_fan_out: torch.Tensor = None
+    pool: nn.Module | None = None
+    value_fan_out: torch.Tensor | None = None
     spikes: float = 0
     operations: float = 0
     nonzero_operations: float = 0

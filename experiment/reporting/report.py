@@ -17,8 +17,8 @@ class Known(NamedTuple):
     conversion: what the conversion measured, {} where nothing was converted. checkpoint: the file that the network is
     from, or None for one that was just converted or not trained.
     """
-    at: list
-    accuracy: list
+    at: list[int]
+    accuracy: list[float]
     ann_accuracy: float | None
     conversion: dict
     checkpoint: Path | str | None
