@@ -49,7 +49,7 @@ def main(args):
         run.say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     progress = start.progress()
-    engine.fit(model, optimizer, data, run, progress, patience=30)
+    engine.fit(model, optimizer, data, run, progress, chance_epochs=30)
     accuracy, epoch = progress.best
     run.say(f'best {data.selection} accuracy {accuracy:.2%}, of epoch {epoch}: {run.paths.best}')
 

@@ -115,7 +115,7 @@ def main(args):
     if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0
         results.test_start(model, optimizer)
     if not args.test_only:
-        engine.fit(model, optimizer, data, run, progress, patience=5)
+        engine.fit(model, optimizer, data, run, progress, chance_epochs=5)
     results.say_table()
 
     if args.report:

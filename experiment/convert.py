@@ -85,7 +85,7 @@ def fitting_scale(model, ann, images, device, args):
     engine.seed_all(engine.seed_for(args.seed, 0))
     both = square = 0.0
     for batch, _ in epoch_loader(images, args.batch_size, args.num_workers):
-        with engine.lowered(device, args.amp):
+        with engine.autocast(device, args.amp):
             outputs = [net(batch.to(device)).double() for net in (ann, model)]
         wanted, got = (logits - logits.mean(1, keepdim=True) for logits in outputs)
         both += (wanted * got).sum().item()

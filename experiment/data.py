@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from experiment import UserError
+from experiment.distributed import ALONE
 from self_models.architectures import INPUT_SHAPES
 
 _IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
@@ -37,13 +38,13 @@ IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger 
 class Data(NamedTuple):
     train: Dataset
     test: Dataset
-    classes: list       # names
-    input_shape: tuple  # (C, H, W)
-    validation: Dataset = None  # held out of the training set, to choose the best epoch on
+    classes: list[str]
+    input_shape: tuple[int, int, int]  # (C, H, W)
+    validation: Dataset | None = None  # held out of the training set, to choose the best epoch on
     whole: int = 0  # images in the training set before any were left out
 
     @property
-    def selection(self):
+    def selection(self) -> str:
         """The name of the set that epochs are compared on."""
         return 'test' if self.validation is None else 'validation'
 
@@ -95,17 +96,30 @@ def crop_and_flip(images, padding=4):
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
 
 
-def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, seed=0, validation_fraction=0.0,
-         num_workers=0, split_seed=None):
+class Sampling(NamedTuple):
+    """Which images of a data set are taken: the same ones for the same seeds.
+
+    train_samples, test_samples: so many at random; None for all. validation_fraction: this part of the training set is
+    held out. split_seed shuffles that set (None: seed does, as it does the test set); training images are taken from
+    its beginning, those held out are its end, so they are the same ones whatever train_samples.
+    """
+    train_samples: int | None = None
+    test_samples: int | None = None
+    seed: int = 0
+    validation_fraction: float = 0.0
+    split_seed: int | None = None
+
+
+ALL = Sampling()
+
+
+def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
-    train_samples, test_samples: take so many images at random, the same ones for the same seed.
-    validation_fraction: hold out this part of the training set. The seed shuffles that set; training images are taken
-    from its beginning, those held out are its end, so they are the same ones whatever train_samples.
     num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none.
-    split_seed: shuffles the training set in place of seed.
     """
+    train_samples, test_samples, seed, validation_fraction, split_seed = sampling
     split_seed = seed if split_seed is None else split_seed
     root = Path(os.path.expanduser(data_dir))
     if name in _TORCHVISION:
@@ -153,12 +167,12 @@ def load(name, data_dir, image_size=32, train_samples=None, test_samples=None, s
                 Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole)
 
 
-def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, share=(0, 1)):
+def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, process=ALONE):
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
-    share: (number of this process, how many there are). Together they go through batches of so many times batch_size,
-    of which each gets an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an
-    attribute of the loader, lists how many images each batch has, over all processes.
+    process: a distributed.Process. Together they go through batches of world_size times batch_size, of which each gets
+    an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
+    lists how many images each batch has, over all processes.
     Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
     left as it was. Iterating raises UserError where a picture cannot be read.
     """
@@ -167,9 +181,9 @@ def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_
     seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
     # Workers take longer to hand over a batch than it takes to cut one out of memory.
     workers = 0 if getattr(dataset, 'in_memory', False) else num_workers
-    number, processes = share
-    batches = [order[i:i + batch_size * processes] for i in range(0, len(order), batch_size * processes)]
-    return _Loader([list(batch[number::processes]) for batch in batches], partial(_batch, dataset, seeds),
+    rank, world_size = process
+    batches = [order[i:i + batch_size * world_size] for i in range(0, len(order), batch_size * world_size)]
+    return _Loader([list(batch[rank::world_size]) for batch in batches], partial(_batch, dataset, seeds),
                    [len(batch) for batch in batches], num_workers=workers, pin_memory=pin_memory, generator=generator)
 
 

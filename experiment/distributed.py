@@ -8,6 +8,7 @@ import datetime
 import os
 import signal
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,14 +60,23 @@ def is_of_an_ended_process(error):
         words in str(error) for words in ('closed by peer', 'reset by peer', 'Broken pipe', 'gloo/transport'))
 
 
-def share():
-    """(number of this process, how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if _started() else (0, 1)
+class Process(NamedTuple):
+    """rank: the number of a process among all that train together, from 0. world_size: how many these are."""
+    rank: int = 0
+    world_size: int = 1
+
+
+ALONE = Process()
+
+
+def process() -> Process:
+    """Which one this is."""
+    return Process(dist.get_rank(), dist.get_world_size()) if _started() else ALONE
 
 
 def is_main():
     """Whether this is the process that writes logs and files."""
-    return share()[0] == 0
+    return process().rank == 0
 
 
 def total(values, device):

@@ -22,12 +22,12 @@ class Metrics(NamedTuple):
     accuracy: float  # a fraction
 
 
-def seed_for(seed, epoch, process=0):
+def seed_for(seed, epoch, rank=0):
     """A seed of its own for each epoch (0: evaluation), so that a resumed run draws what an unbroken one would.
 
-    process: the number of one of several processes, whose draws should differ.
+    rank: of one of several processes, whose draws should differ.
     """
-    return int(np.random.SeedSequence((seed, epoch, *([process] if process else []))).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, epoch, *([rank] if rank else []))).generate_state(1)[0])
 
 
 def seed_all(seed):
@@ -70,7 +70,7 @@ def make_optimizer(model, args):
     return torch.optim.Adam(groups, amsgrad=args.amsgrad, **common)
 
 
-def lowered(device, amp):
+def autocast(device, amp):
     """The context of a forward pass: where `amp`, convolutions and matrix products run in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
@@ -84,9 +84,9 @@ def cross_entropy(logits, labels, scale=1.0):
 class Along(NamedTuple):
     """What train_epoch does beside training: every so many batches it says how that goes, with a function that prints a
     line; and it sets the learning rate to rate(part of the epoch that is done) before each step."""
-    say: Callable = None
-    every: int = None
-    rate: Callable = None
+    say: Callable | None = None
+    every: int | None = None
+    rate: Callable | None = None
 
 
 def check_finite(loss, where, model, images=None):
@@ -167,7 +167,7 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, alon
     """
     model.train()
     total_loss, correct, seen = 0.0, 0, 0
-    processes, along = distributed.share()[1], along or Along()
+    world_size, along = distributed.process().world_size, along or Along()
     constrained = [module for module in model.modules() if hasattr(module, 'constrain')]
 
     def account(number, images, size, measured):
@@ -191,11 +191,11 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, alon
         if along.rate:
             for group in optimizer.param_groups:
                 group['lr'] = along.rate((number - 1) / len(loader))
-        with lowered(device, amp):
+        with autocast(device, amp):
             logits = model(images)
             loss = loss_function(logits, labels)
         # the mean over the whole batch; gradients are averaged over the processes, so times their number
-        (loss * (processes / loader.sizes[number - 1])).backward()
+        (loss * (world_size / loader.sizes[number - 1])).backward()
         loss = loss.detach()
         if optimizer.defaults.get('fused'):
             # Such a step heeds this without a wait for the GPU: the weights stay as they were when it went wrong.
@@ -225,7 +225,7 @@ def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None)
     for number, (images, labels) in enumerate(bar, 1):
         seen += (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with lowered(device, amp):
+        with autocast(device, amp):
             outputs = model.curve(images, at) if at else model(images)[None]  # (len(at), B, labels)
             total_loss += loss_function(outputs[-1], labels).item()
         correct += (outputs.argmax(2) == labels).sum(1).cpu()
@@ -245,9 +245,9 @@ def test(model, dataset, loss_function, device, args, say=None):
 
 def test_over_time(model, dataset, loss_function, device, args, say=None, at=None):
     """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
-    share = distributed.share()
-    seed_all(seed_for(args.seed, 0, share[0]))
-    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', share=share)
+    process = distributed.process()
+    seed_all(seed_for(args.seed, 0, process.rank))
+    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', process=process)
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
@@ -256,12 +256,12 @@ def least_progress(classes):
     return min(0.15, 1.5 / classes)
 
 
-def fit(model, optimizer, data, run, progress, patience):
+def fit(model, optimizer, data, run, progress, chance_epochs):
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
-    run: run.Run. progress: start.Progress, which goes on. patience: epochs after which a network no better than chance
-    stops the run with a UserError.
+    run: run.Run. progress: start.Progress, which goes on. chance_epochs: so many may a network be no better than
+    chance; one more stops the run with a UserError.
     """
     args, say, chosen_on, arguments = run.args, run.say, data.selection, None
     if progress.done >= args.epochs:
@@ -270,7 +270,7 @@ def fit(model, optimizer, data, run, progress, patience):
             raise UserError(enough)
         say(enough)
         arguments = progress.trained_as and {**progress.trained_as, 'epochs': args.epochs}
-    share, learner = distributed.share(), distributed.learner(model, run.device)
+    process, learner = distributed.process(), distributed.learner(model, run.device)
     say(f'the best epoch is chosen on the {chosen_on} set'
         + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
     say(log.heading(chosen_on))
@@ -279,9 +279,9 @@ def fit(model, optimizer, data, run, progress, patience):
         for group in optimizer.param_groups:
             group['lr'] = rate()
         along = Along(say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
-        seed_all(seed_for(args.seed, epoch, share[0]))
+        seed_all(seed_for(args.seed, epoch, process.rank))
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
-                              pin_memory=run.device.type == 'cuda', share=share)
+                              pin_memory=run.device.type == 'cuda', process=process)
         trained = train_epoch(learner, loader, optimizer, run.loss_function, run.device, args.amp, along)
         distributed.share_buffers(model)
         tested = run.test(model, getattr(data, chosen_on))
@@ -298,7 +298,7 @@ def fit(model, optimizer, data, run, progress, patience):
         say(log.epoch_line(progress.history[-1]))
         if run.board:
             metrics.to_board(run.board, progress.history[-1])
-        if epoch > patience and progress.best[0] < least_progress(len(data.classes)):
+        if epoch > chance_epochs and progress.best[0] < least_progress(len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is '
                             f'{progress.best[0]:.2%}; change --learning_rate, and for an SNN --scaling_factor, --alpha '
                             'or --activation')

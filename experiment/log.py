@@ -34,13 +34,13 @@ def open_log(kind, identifier, to_file):
 
 def header(args, model, device):
     """The lines that open a log: the command, every argument, the network, the machine."""
-    count, processes = sum(p.numel() for p in model.parameters()), distributed.share()[1]
+    count, world_size = sum(p.numel() for p in model.parameters()), distributed.process().world_size
     return '\n'.join([
         f'command: {command()}',
         *(f'  {key}: {value}' for key, value in arguments(args).items()),
         str(model),
         f'{count:,} weights; {device}, torch {torch.__version__}, {torch.get_num_threads()} threads'
-        + (f', {processes} processes, each with batches of {args.batch_size}' if processes > 1 else ''), ''])
+        + (f', {world_size} processes, each with batches of {args.batch_size}' if world_size > 1 else ''), ''])
 
 
 def command():

@@ -26,7 +26,7 @@ from torch import nn
 
 from experiment import UserError
 from experiment.files import write_atomically
-from self_models.layers import Scale
+from self_models import Scale
 
 NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current I, spikes o
     1: 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t)',

@@ -31,7 +31,7 @@ def lines(args, device):
         said.append(silent)
     images = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict])
     engine.seed_all(args.seed)
-    with torch.no_grad(), engine.lowered(device, args.amp):
+    with torch.no_grad(), engine.autocast(device, args.amp):
         logits = torch.cat([model(batch.to(device)).float() for batch in images.split(args.batch_size)])
     confidences = (logits if args.output == 'sum' else logits / args.timesteps).softmax(1)
     for file, values, order in zip(args.predict, *confidences.topk(min(3, len(state['classes'])))):

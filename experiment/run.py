@@ -1,4 +1,5 @@
 """What a run is given: its arguments, device and files, and where it says what it does."""
+import argparse
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ class Run(NamedTuple):
     """args: settled, see start.py. say: prints a line to the log. board: a SummaryWriter for TensorBoard, or None.
     loss_function: as for engine.train_epoch. extra: what goes into checkpoints beside weights and numbers.
     """
-    args: Any
+    args: argparse.Namespace
     device: torch.device
     paths: Paths
     say: Callable
@@ -22,11 +23,11 @@ class Run(NamedTuple):
     extra: dict
 
     @property
-    def test_say(self):
+    def test_say(self) -> Callable | None:
         """What says the accuracy after every test batch, where that is wanted."""
         return self.say if getattr(self.args, 'test_acc_every_batch', False) else None
 
-    def test(self, model, dataset):
+    def test(self, model, dataset) -> engine.Metrics:
         """engine.test of a model on a whole set."""
         return engine.test(model, dataset, self.loss_function, self.device, self.args, self.test_say)
 

@@ -79,8 +79,9 @@ def notes(args, device):
 def load_data(args):
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
     with distributed.main_first():
-        return data.load(args.dataset, args.data_dir, args.image_size, args.train_samples, args.test_samples,
-                         args.seed, args.validation_fraction, args.num_workers, getattr(args, 'split_seed', None))
+        sampling = data.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
+                                 getattr(args, 'split_seed', None))
+        return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers)
 
 
 def build_ann(args, data, activation, levels, batch_norm):

@@ -2,9 +2,10 @@
 
 From here on arguments are only read.
 """
+import dataclasses
 import importlib.util
 import os
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from experiment import UserError, checkpoint, distributed, files, options, split
 from self_models.conversion import QUANTIZED
@@ -21,8 +22,8 @@ class Start(NamedTuple):
     state: dict | None
     name: str
     paths: files.Paths
-    lock: list
-    said: list
+    lock: list[IO | None]
+    said: list[str]
 
     @property
     def resumed(self) -> bool:
@@ -37,16 +38,19 @@ class Start(NamedTuple):
                         self.state['args'])
 
 
+@dataclasses.dataclass
 class Progress:
     """How far a run's training is.
 
-    history: the metrics of the epochs so far, a list of dicts. done: the last epoch. best: (accuracy, epoch) so far, or
-    None. fresh: whether files of this name are an earlier run's, to be set aside before the first is written.
-    trained_as: the arguments of the epochs so far, which are the run's where none is left to train; or None.
+    history: the metrics of the epochs so far. done: the last epoch. best: (accuracy, epoch) so far, or None. fresh:
+    whether files of this name are an earlier run's, to be set aside before the first is written. trained_as: the
+    arguments of the epochs so far, which are the run's where none is left to train; or None.
     """
-
-    def __init__(self, history, done=0, best=None, fresh=True, trained_as=None):
-        self.history, self.done, self.best, self.fresh, self.trained_as = history, done, best, fresh, trained_as
+    history: list[dict]
+    done: int = 0
+    best: tuple[float, int] | None = None
+    fresh: bool = True
+    trained_as: dict | None = None
 
 
 def find_ann(args):

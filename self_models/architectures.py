@@ -21,7 +21,7 @@ RESNET_STAGES = [(64, 1), (128, 2), (256, 2), (512, 2)]  # output channels, stri
 ARCHITECTURES = (*VGG_LAYOUTS, *RESNET_BLOCKS)
 
 
-def input_shape_of(dataset, input_shape=None):
+def input_shape_of(dataset: str, input_shape: tuple | None = None) -> tuple:
     """(C, H, W) of `dataset`, unless `input_shape` says otherwise. Raises ValueError for an unknown data set."""
     if input_shape is not None:
         return tuple(input_shape)

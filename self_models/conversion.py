@@ -108,7 +108,7 @@ def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
         snn.threshold_update(1.0, thresholds)
 
 
-def check_norm(norm):
+def check_norm(norm: nn.Module) -> None:
     if not (norm.track_running_stats and norm.running_var is not None):
         raise ValueError('a batch norm has no running statistics to fold')
     for what in ('weight', 'bias', 'running_mean', 'running_var'):

@@ -30,7 +30,7 @@ class Scale(nn.Module):
         super().__init__()
         self.register_buffer('factor', torch.ones(()))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> the same shape and type."""
         return x * self.factor.to(x.dtype)
 
@@ -62,31 +62,32 @@ class Parts:
     convolution and linear layer but the last. Raises ValueError for another activation.
     """
 
-    def __init__(self, bias=False, activation='ReLU', levels=8, batch_norm=False):
+    def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False):
         if activation not in ACTIVATIONS:
             raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
         self.bias, self.levels, self.batch_norm = bias, levels, batch_norm
         self.quantized = activation == 'QCFS'
 
-    def activation(self):
+    def activation(self) -> nn.Module:
         return QCFS(self.levels) if self.quantized else nn.ReLU()
 
-    def conv(self, inputs, outputs, kernel_size, stride=1):
+    def conv(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
         """[a convolution that, at stride 1 and an odd kernel, keeps height and width, and its batch norm if any]"""
         layer = conv(inputs, outputs, kernel_size, stride, self.bias)
         return [layer, BatchNorm2d(outputs)] if self.batch_norm else [layer]
 
-    def linear(self, inputs, outputs):
+    def linear(self, inputs: int, outputs: int) -> list[nn.Module]:
         layer = nn.Linear(inputs, outputs, bias=self.bias)
         return [layer, BatchNorm1d(outputs)] if self.batch_norm else [layer]
 
 
-def conv(inputs, outputs, kernel_size, stride=1, bias=False):
+def conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     """A convolution that, at stride 1 and an odd kernel, keeps height and width."""
     return nn.Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=bias)
 
 
-def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None, **parts):
+def vgg_layers(vgg_name: str, labels: int, dataset: str, kernel_size: int, dropout: float,
+               input_shape: tuple | None = None, **parts) -> tuple[nn.Sequential, nn.Sequential]:
     """(features, classifier): the two nn.Sequential of a VGG. parts: of Parts.
 
     A dropout that would stand directly before a pool is left out (Rathi et al., published code).
@@ -126,7 +127,7 @@ def vgg_layers(vgg_name, labels, dataset, kernel_size, dropout, input_shape=None
 class BasicBlock(nn.Module):
     """conv-ReLU-dropout-conv plus identity, then ReLU. In an SNN the two ReLUs are LIF layers. parts: Parts."""
 
-    def __init__(self, inputs, outputs, stride, dropout, parts):
+    def __init__(self, inputs: int, outputs: int, stride: int, dropout: float, parts: Parts):
         super().__init__()
         self.residual = nn.Sequential(
             *parts.conv(inputs, outputs, 3, stride), parts.activation(), nn.Dropout(dropout),
@@ -137,11 +138,12 @@ class BasicBlock(nn.Module):
             identity = [Scale()] if parts.bias else []
         self.identity, self.activation = nn.Sequential(*identity), parts.activation()
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activation(self.residual(x) + self.identity(x))
 
 
-def resnet_layers(resnet_name, labels, dataset, dropout, input_shape=None, **parts):
+def resnet_layers(resnet_name: str, labels: int, dataset: str, dropout: float, input_shape: tuple | None = None,
+                  **parts) -> list[nn.Module]:
     """[pre_process, layer1, layer2, layer3, layer4, final_pool, classifier] of a ResNet, each an nn.Module. parts: of
     Parts.
 
@@ -176,7 +178,7 @@ def resnet_layers(resnet_name, labels, dataset, dropout, input_shape=None, **par
     return [pre_process, *stages, final_pool, classifier]
 
 
-def initialize(model):
+def initialize(model: nn.Module) -> None:
     """Conv2d N(0, sqrt(2 / (k^2 C_out))), Linear N(0, 0.01), as in the published code; biases 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

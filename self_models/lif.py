@@ -42,12 +42,12 @@ class LIFParameters(NamedTuple):
         return any(isinstance(value, torch.Tensor) and value.requires_grad for value in (self.threshold, self.leak))
 
     @property
-    def height(self):
+    def height(self) -> float | torch.Tensor:
         """Of the surrogate, with respect to the potential: z = u / theta - 1, so dz/du = 1 / theta."""
         return (self.alpha if self.activation == 'STDB' else self.gamma) / self.threshold
 
     @property
-    def reset(self):
+    def reset(self) -> float | torch.Tensor:
         """What a spike takes off the next row's potential."""
         return self.threshold if self.delay else self.leak * self.threshold
 
@@ -59,7 +59,7 @@ class LIFParameters(NamedTuple):
             return value.detach() if self.backend == 'triton' else value.item()
         return self._replace(threshold=plain(self.threshold), leak=plain(self.leak))
 
-    def initial_state(self, like: torch.Tensor):
+    def initial_state(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(potential, spikes) before the first row, each like a row (M,)."""
         u = torch.zeros_like(like)
         if self.initial_potential:
@@ -67,8 +67,9 @@ class LIFParameters(NamedTuple):
         return u, torch.zeros_like(like)
 
 
-def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFParameters, state=None,
-                potentials: torch.Tensor | None = None):
+def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFParameters,
+                state: tuple[torch.Tensor, torch.Tensor] | None = None,
+                potentials: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Run LIF neurons over time: fill `spikes` and, where given, `potentials`; returns the state after the last row.
 
     current: (n, M) floats, the input at n successive steps; or (M,), an input that is the same at all of them.
@@ -125,7 +126,8 @@ def surrogate_state(potentials: torch.Tensor, parameters: LIFParameters) -> torc
     return potentials > threshold if parameters.activation == 'STDB' else linear_factor(potentials, threshold)
 
 
-def parameter_gradients(grad: torch.Tensor, potentials: torch.Tensor, parameters: LIFParameters):
+def parameter_gradients(grad: torch.Tensor, potentials: torch.Tensor,
+                        parameters: LIFParameters) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of the threshold, gradient of the leak), each (), from those of the currents.
 
     grad: g (n, M), as lif_backward leaves it; potentials: p (n, M). With f[k] grad[k] = g[k] - lambda g[k+1] and

@@ -36,11 +36,11 @@ class SynapticInput:
     synapse: nn.Module | None = None
 
     @property
-    def weight(self):
+    def weight(self) -> torch.Tensor | None:
         return getattr(self.synapse, 'weight', None)
 
     @property
-    def bias(self):
+    def bias(self) -> torch.Tensor | None:
         return getattr(self.synapse, 'bias', None)
 
     def output_shape(self) -> tuple:
@@ -53,7 +53,7 @@ class SynapticInput:
         sizes = zip(shape[1:], self.synapse.padding, self.synapse.kernel_size, self.synapse.stride, strict=True)
         return (self.synapse.out_channels, *((size + 2 * p - k) // s + 1 for size, p, k, s in sizes))
 
-    def output(self, x, weight, bias=None):
+    def output(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> torch.Tensor:
         """W s + b of spikes (m * b, ...)."""
         if self.synapse is None:
             return x
@@ -63,7 +63,7 @@ class SynapticInput:
             return F.linear(x.flatten(1), weight, bias)
         return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
-    def input_gradient(self, grad, weight):
+    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """The gradient of x (m * b, C, H, W) or (m * b, features) from that of output(x, weight)."""
         if self.synapse is None:
             return grad
@@ -74,7 +74,7 @@ class SynapticInput:
         shape = (len(grad), *self.train.pooled_shape)
         return nn.grad.conv2d_input(shape, weight, grad, stride=self.synapse.stride, padding=self.synapse.padding)
 
-    def weight_gradient(self, x, grad, total):
+    def weight_gradient(self, x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         """The gradient of the weight from x and that of output(x, weight), added to `total` unless that is None."""
         dtype = self.weight.dtype
         if isinstance(self.synapse, nn.Linear):
@@ -88,7 +88,7 @@ class SynapticInput:
         return part.to(dtype) if total is None else total.add_(part)
 
 
-def chunks(batch, sample_bytes, weights, dtype):
+def chunks(batch: int, sample_bytes: int, weights: list[torch.Tensor], dtype: torch.dtype) -> list[slice]:
     """Slices over `batch` samples, each of as many as fit into the working memory, at least one.
 
     weights: of the layer. Its memory is at least twice what they take in dtype, or the time would go into adding up
@@ -99,7 +99,7 @@ def chunks(batch, sample_bytes, weights, dtype):
     return [slice(i, min(i + size, batch)) for i in range(0, batch, size)]
 
 
-def prepare(tensor, dtype):
+def prepare(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A weight or bias as convolutions like it best: of `dtype`, channels-last. None stays None."""
     if tensor is None:
         return None
@@ -107,14 +107,14 @@ def prepare(tensor, dtype):
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def dtypes(weight):
+def dtypes(weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """(type of the potentials, type of the convolutions): autocast lowers the latter, of a float32 network."""
     kind = weight.device.type
-    lowered = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
-    return weight.dtype, torch.get_autocast_dtype(kind) if lowered else weight.dtype
+    autocast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return weight.dtype, torch.get_autocast_dtype(kind) if autocast else weight.dtype
 
 
-def window(inputs, parameters):
+def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int, int]:
     """(start, steps): the steps at which a layer has all its input; before `start` nothing happens in it.
 
     A bias is an input at every step, and an initial potential leaks from the first one on.
@@ -124,13 +124,15 @@ def window(inputs, parameters):
     return start, min(each.train.start + each.train.steps for each in inputs) - start
 
 
-def working_bytes(inputs, steps, dtype):
+def working_bytes(inputs: list[SynapticInput], steps: int, dtype: torch.dtype) -> int:
     """Float memory of one sample on its way through a layer: its spikes and its currents at all steps."""
     values = math.prod(inputs[0].output_shape()) + max(math.prod(each.train.shape) for each in inputs)
     return steps * values * dtype.itemsize
 
 
-def input_current(inputs, window, weights, biases, samples, dtype, compute_dtype):
+def input_current(inputs: list[SynapticInput], window: tuple[int, int], weights: list[torch.Tensor | None],
+                  biases: list[torch.Tensor | None], samples: slice, dtype: torch.dtype,
+                  compute_dtype: torch.dtype) -> torch.Tensor:
     """The input current W s + b of an LIF layer over its window, for a slice of samples: (n, b, N) of `dtype`.
 
     Of direct input (1, b, N), the same at all steps. compute_dtype: of the convolutions, as autocast wants it.

@@ -80,7 +80,8 @@ def _scalars(tensor, *values):
                         else torch.full((), value, dtype=tensor.dtype, device=tensor.device) for value in values])
 
 
-def forward(current, potentials, spikes, u, fired, parameters) -> None:
+def forward(current: torch.Tensor, potentials: torch.Tensor | None, spikes: torch.Tensor, u: torch.Tensor,
+            fired: torch.Tensor, parameters) -> None:
     """lif_forward of lif.py, from the state (u, fired), which it overwrites with the last one."""
     keep, steps, neurons = potentials is not None, len(spikes), u.numel()
     target = potentials if keep else u  # a pointer that nothing is written to
@@ -92,7 +93,7 @@ def forward(current, potentials, spikes, u, fired, parameters) -> None:
             KEEP=keep, BLOCK=BLOCK)
 
 
-def backward(grad, state, start, parameters) -> None:
+def backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters) -> None:
     """lif_backward of lif.py: turns the gradient of the spikes, grad (n, M), into that of the currents in place."""
     steps, neurons = grad.shape
     stdb = parameters.activation == 'STDB'

@@ -1,7 +1,10 @@
 """ResNet as a spiking network."""
+import torch
+
 from self_models.layers import resnet_layers
 from self_models.lif_layer import SynapticInput, lif_layer
-from self_models.spiking_network import SpikingNetwork, stages_of
+from self_models.spike_train import DirectInput, SpikeTrain
+from self_models.spiking_network import Layers, SpikingNetwork, stages_of
 
 
 class RESNET_SNN_STDB(SpikingNetwork):
@@ -31,10 +34,10 @@ class RESNET_SNN_STDB(SpikingNetwork):
         # the shortest way goes through the identities
         self.set_layers(names, depth=len(pre_process) + len(blocks), balanced=len(pre_process))
 
-    def balanced_stages(self):
+    def balanced_stages(self) -> list[tuple]:
         return stages_of(self.pre_process)
 
-    def convolutional(self, train):
+    def convolutional(self, train: SpikeTrain | DirectInput) -> Layers:
         train = yield from self.chain(train, self.balanced_stages())
         index = self.balanced
         for block in (*self.layer1, *self.layer2, *self.layer3, *self.layer4):
@@ -48,5 +51,5 @@ class RESNET_SNN_STDB(SpikingNetwork):
             index += 2
         return train
 
-    def readout(self, counts, steps):
+    def readout(self, counts: torch.Tensor, steps: int) -> torch.Tensor:
         return super().readout(self.final_pool(counts), steps)

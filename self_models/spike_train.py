@@ -48,7 +48,7 @@ class SpikeTrain:
     def without(self) -> 'SpikeTrain':
         return dataclasses.replace(self, spikes=None, mask=None, proxy=None)
 
-    def with_tensors(self, spikes, mask) -> 'SpikeTrain':
+    def with_tensors(self, spikes: torch.Tensor | None, mask: torch.Tensor | None) -> 'SpikeTrain':
         return dataclasses.replace(self, spikes=spikes, mask=mask)
 
     def floats(self, samples: slice, rows: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -74,7 +74,17 @@ class SpikeTrain:
             counts *= self.mask
         return flatten(self.pool(unflatten(counts[None], self.shape)), 1)[0]
 
-    def pull_back(self, grad: torch.Tensor, samples: slice, dtype: torch.dtype, scale=1.0) -> torch.Tensor:
+    def spikes_per_input(self, steps: int) -> torch.Tensor:
+        """How many spikes of the first `steps` steps, over all samples, come to each input of the next layer.
+
+        (C, H', W') or (features,) of float64. A spike counts whatever its sign, which is the mask's, and whole, though
+        a pool gives a quarter of it on.
+        """
+        counts = dataclasses.replace(self, mask=None).total(slice(0, steps), torch.float64).sum(0)
+        return unflatten(counts[None, None], self.pooled_shape)[0] * 4 ** self.pools
+
+    def pull_back(self, grad: torch.Tensor, samples: slice, dtype: torch.dtype,
+                  scale: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The gradient of floats(), (n, b, N'), times scale, back through pools and mask: (n, b, N) of `dtype`."""
         steps, batch, _ = grad.shape
         # each pixel of a 2x2 window gets a quarter
@@ -121,7 +131,7 @@ class DirectInput:
     def without(self) -> 'DirectInput':
         return dataclasses.replace(self, images=None)
 
-    def with_tensors(self, images, _) -> 'DirectInput':
+    def with_tensors(self, images: torch.Tensor, _: None) -> 'DirectInput':
         return dataclasses.replace(self, images=images)
 
     def floats(self, samples: slice, rows: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -132,7 +142,7 @@ class DirectInput:
         return dataclasses.replace(self, images=self.images[samples])
 
 
-def join(trains: list) -> SpikeTrain:
+def join(trains: list[SpikeTrain]) -> SpikeTrain:
     """One train of the samples of several, which are of the same layer."""
     if len(trains) == 1:
         return trains[0]
@@ -161,13 +171,13 @@ class SpikeCounts(torch.autograd.Function):
     """Sum over time of what a train gives, (B, N'), as a function of its proxy."""
 
     @staticmethod
-    def forward(ctx, proxy, train, dtype):
+    def forward(ctx, proxy: torch.Tensor, train: SpikeTrain, dtype: torch.dtype) -> torch.Tensor:
         ctx.steps = train.steps
         return train.total(slice(0, train.steps), dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return grad.expand(ctx.steps, *grad.shape), None, None
 
 

@@ -5,7 +5,7 @@ to the next.
 """
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,8 @@ from self_models.surrogate import SURROGATES
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
 SMALLEST = 1e-4  # that a learned threshold or leak becomes
+# yields inputs and spikes of one LIF layer after another, returns the last spikes
+Layers = Generator[tuple[list[SynapticInput], SpikeTrain], None, SpikeTrain]
 
 
 @dataclasses.dataclass
@@ -66,7 +68,7 @@ class LayerRecord:
                 yield samples, current, potentials
 
 
-def stages_of(modules) -> list[tuple]:
+def stages_of(modules: Iterable[nn.Module]) -> list[tuple]:
     """[(synapse, nn.Dropout or None, number of pools), ...]: one for each LIF layer of a plain chain of modules."""
     stages = []
     for module in modules:
@@ -91,12 +93,13 @@ class SpikingNetwork(nn.Module):
     thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks` parameters.
 
     thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`. initial_leak: of all
-    layers, until leak_update or learning. latency: the first step,
-    from 0, at which a spike can be at the output; no fewer time steps than latency + 1 give more than nothing.
+    layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be at the output; no
+    fewer time steps than latency + 1 give more than nothing.
     """
 
-    def __init__(self, activation, timesteps, leak, default_threshold, alpha, beta, gamma, backend, rate,
-                 encoding='poisson', delay=1, initial_potential=0.0, learn_threshold=False, learn_leak=False):
+    def __init__(self, activation: str, timesteps: int, leak: float, default_threshold: float, alpha: float,
+                 beta: float, gamma: float, backend: str, rate: float, encoding: str = 'poisson', delay: int = 1,
+                 initial_potential: float = 0.0, learn_threshold: bool = False, learn_leak: bool = False):
         super().__init__()
         for what, value, known in (('backend', backend, ('torch', 'triton')), ('activation', activation, SURROGATES),
                                    ('encoding', encoding, ENCODINGS), ('delay', delay, (0, 1))):
@@ -142,7 +145,7 @@ class SpikingNetwork(nn.Module):
         self.leak_update([leak] * len(self.leaks))
 
     @torch.no_grad()
-    def leak_update(self, leaks) -> None:
+    def leak_update(self, leaks: Sequence[float]) -> None:
         """Set the leaks of all LIF layers, each in (0, 1]. Raises ValueError for others or another number of them."""
         leaks = [check_leak(float(leak)) for leak in leaks]
         if len(leaks) != len(self.leaks):
@@ -150,7 +153,7 @@ class SpikingNetwork(nn.Module):
         self.leaks.copy_(torch.tensor(leaks, dtype=torch.float64))
 
     @torch.no_grad()
-    def threshold_update(self, scaling_factor: float = 1.0, thresholds=()) -> None:
+    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
         """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
 
         Raises ValueError for another number of them, or where one is not above 0. Without thresholds, nothing happens.
@@ -227,7 +230,7 @@ class SpikingNetwork(nn.Module):
             row = stop
         return torch.stack(outputs) + train.fault
 
-    def silent_output(self, x, steps):
+    def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it."""
         weight = self.classifier[-1].weight
         return SpikingNetwork.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
@@ -258,7 +261,7 @@ class SpikingNetwork(nn.Module):
         """What the first layer is given that can reach the output: of T steps the last `latency` cannot."""
         return self.encode(x, self.timesteps - self.latency)
 
-    def dense(self, train):
+    def dense(self, train: SpikeTrain) -> Layers:
         """The LIF layers after the convolutional ones: none."""
         yield from ()
         return train
@@ -277,7 +280,7 @@ class SpikingNetwork(nn.Module):
             train = SpikeTrain(None, shape, 0, pools=pools)
         return max(sizes)
 
-    def chain(self, train, stages, first=0):
+    def chain(self, train: SpikeTrain | DirectInput, stages: list[tuple], first: int = 0) -> Layers:
         """LIF layers one after the other, from number `first` on: yields what `convolutional` does, returns the last
         train."""
         for index, (synapse, dropout, pools) in enumerate(stages, first):
@@ -293,7 +296,7 @@ class SpikingNetwork(nn.Module):
             return F.linear(counts.flatten(1), layer.weight, None if layer.bias is None else steps * layer.bias)
 
 
-def last(layers):
+def last(layers: Layers) -> SpikeTrain:
     """Run through a generator like SpikingNetwork.chain; returns the last train."""
     while True:
         try:

@@ -21,13 +21,13 @@ class STDB(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, dt, alpha=0.3, beta=0.01):
+    def forward(ctx, z: torch.Tensor, dt: torch.Tensor, alpha: float = 0.3, beta: float = 0.01) -> torch.Tensor:
         ctx.save_for_backward(dt)
         ctx.alpha, ctx.beta = alpha, beta
         return (z > 0).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dt, = ctx.saved_tensors
         return grad * ctx.alpha * torch.exp(-ctx.beta * dt), None, None, None
 
@@ -39,13 +39,13 @@ class LinearSpike(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z, gamma=0.3):
+    def forward(ctx, z: torch.Tensor, gamma: float = 0.3) -> torch.Tensor:
         ctx.save_for_backward(z)
         ctx.gamma = gamma
         return (z > 0).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, = ctx.saved_tensors
         return grad * ctx.gamma * (1 - z.abs()).clamp(min=0), None
 

@@ -1,14 +1,17 @@
 """Threshold balancing, layer by layer (Rathi et al. 2020, algorithm 1; Diehl et al. 2016)."""
 import math
 import tempfile
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from self_models.lif import lif_forward
+from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
 from self_models.spike_train import DirectInput, SpikeTrain, flatten
 from self_models.spiking_network import SpikingNetwork
@@ -22,6 +25,12 @@ class DeadLayerError(ValueError):
     """A layer whose input does not exceed 0, so that no threshold can be found for it."""
 
 
+class Pieces(NamedTuple):
+    """What the work on a layer is cut into: slices of samples, each run through in blocks of steps (first, stop)."""
+    groups: list[slice]
+    blocks: list[tuple[int, int]]
+
+
 class SpikeStore:
     """The spikes of a layer at `steps` steps, `size` neurons, as bits: in memory while few, else in a temporary file.
 
@@ -29,7 +38,7 @@ class SpikeStore:
     first ones, are empty; what is written as of step 0 stands after them.
     """
 
-    def __init__(self, steps, size, shift=0):
+    def __init__(self, steps: int, size: int, shift: int = 0):
         self.file = tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES)
         self.steps, self.size, self.row, self.shift = steps, size, -(-size // 8), shift
         self.spiked = False
@@ -37,7 +46,7 @@ class SpikeStore:
     def _seek(self, group, first):
         self.file.seek((group.start * self.steps + (group.stop - group.start) * first) * self.row)
 
-    def write(self, group, first, spikes):
+    def write(self, group: slice, first: int, spikes: torch.Tensor) -> None:
         """spikes: (m, b, size) bool, of steps first ... first + m - 1; those beyond the last step are left out."""
         spikes = spikes[:self.steps - self.shift - first]
         self.spiked = self.spiked or bool(spikes.any())
@@ -52,7 +61,7 @@ class SpikeStore:
             bits = np.packbits(spikes.numpy(), axis=-1)
         self.file.write(bits.data)
 
-    def read(self, group, first, stop, device):
+    def read(self, group: slice, first: int, stop: int, device: torch.device) -> torch.Tensor:
         """(m, b, size) bool on `device`."""
         self._seek(group, first)
         shape = (stop - first, group.stop - group.start, self.row)
@@ -134,9 +143,9 @@ def _balance_all(model, images, timesteps, percentile, progress):
             output = SpikeStore(kept_steps, math.prod(shape), shift) if later else None
             memory = max(CHUNK_BYTES[device.type], min(synapse.weight.nbytes, BLOCK_BYTES))
             block = max(1, memory // (size * dtype.itemsize * (math.prod(train.shape) + math.prod(shape))))
-            blocks = [(i, min(i + block, steps)) for i in range(0, steps, block)]
+            pieces = Pieces(groups, [(i, min(i + block, steps)) for i in range(0, steps, block)])
             neuron = model.lif_parameters(index).detached()
-            threshold = balance(source, groups, blocks, shape[0], neuron, percentile, output, bar)
+            threshold = balance(source, pieces, shape[0], neuron, percentile, output, bar)
             if not 0 < threshold < math.inf:
                 if store is not None and not store.spiked and synapse.bias is None:
                     why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, '
@@ -152,7 +161,8 @@ def _balance_all(model, images, timesteps, percentile, progress):
     return thresholds
 
 
-def current_source(store: SpikeStore | None, train, images, synapse, channels=slice(None)):
+def current_source(store: SpikeStore | None, train: SpikeTrain | DirectInput, images: torch.Tensor | None,
+                   synapse: nn.Module, channels: slice | torch.Tensor = slice(None)) -> Callable:
     """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`, or from direct input.
 
     images: (B, C, H, W) that are the direct input or whose signs these spikes have, or None. channels: indices of the
@@ -175,9 +185,9 @@ def current_source(store: SpikeStore | None, train, images, synapse, channels=sl
     return current
 
 
-def balance(source, groups, blocks, channels, neuron, percentile, output, bar):
-    """The largest of the currents over all groups and blocks of steps, or a percentile of them; `output` is given the
-    spikes at that threshold.
+def balance(source: Callable, pieces: Pieces, channels: int, neuron: LIFParameters, percentile: float,
+            output: SpikeStore | None, bar: tqdm) -> float:
+    """The largest of the currents over all pieces, or a percentile of them; `output` is given the spikes at that.
 
     source: current_source, but for its argument `channels`, of which the layer has so many.
 
@@ -185,13 +195,13 @@ def balance(source, groups, blocks, channels, neuron, percentile, output, bar):
     are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. It seldom
     grows, as it starts from that of the few channels that look largest, which cost little to run through first.
     """
-    if not blocks:  # the delays of the layers before have used up every step
+    if not pieces.blocks:  # the delays of the layers before have used up every step
         return 0.0
     current = source()
 
     def run(group, threshold):
         at_start, state = threshold, None
-        for first, stop in blocks:
+        for first, stop in pieces.blocks:
             step_currents = current(group, first, stop)
             if percentile == 100:
                 largest = step_currents.max().item()
@@ -207,30 +217,30 @@ def balance(source, groups, blocks, channels, neuron, percentile, output, bar):
         return threshold
 
     if percentile < 100:
-        threshold = current_percentile(current, groups, blocks, percentile, bar)
+        threshold = current_percentile(current, pieces, percentile, bar)
         if output is not None and 0 < threshold < math.inf:
-            for group in groups:
+            for group in pieces.groups:
                 run(group, threshold)
         return threshold
     threshold, last_growth = 0.0, 0
     if output is not None:
-        threshold = likely_threshold(source, current, groups, blocks, channels)
-    for number, group in enumerate(groups):
+        threshold = likely_threshold(source, current, pieces, channels)
+    for number, group in enumerate(pieces.groups):
         before, threshold = threshold, run(group, threshold)
         if threshold > before:
             last_growth = number + 1
         bar.update()
     if output is not None and 0 < threshold < math.inf:
-        for group in groups[:last_growth]:
+        for group in pieces.groups[:last_growth]:
             run(group, threshold)
     return threshold
 
 
-def current_percentile(current, groups, blocks, percentile, bar):
+def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
     """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 where it is not above 0."""
     counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
-    for group in groups:
-        for block in blocks:
+    for group in pieces.groups:
+        for block in pieces.blocks:
             values = current(group, *block).flatten()
             largest = values.max().item()
             if not math.isfinite(largest):
@@ -250,11 +260,12 @@ def current_percentile(current, groups, blocks, percentile, bar):
     return (index + 1) / BINS * top if index > 0 else 0.0
 
 
-def likely_threshold(source, current, groups, blocks, channels):
+def likely_threshold(source: Callable, current: Callable, pieces: Pieces, channels: int) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
     It is where the eighth of the channels that is the largest in the last few steps has its own largest current.
     """
+    groups, blocks = pieces
     steps = blocks[-1][1]
     few = max(1, steps // 16)
     late = [(max(i, steps - few), stop) for i, stop in blocks if stop > steps - few]

@@ -1,6 +1,7 @@
 """VGG as a spiking network."""
 from self_models.layers import vgg_layers
-from self_models.spiking_network import SpikingNetwork, stages_of
+from self_models.spike_train import DirectInput, SpikeTrain
+from self_models.spiking_network import Layers, SpikingNetwork, stages_of
 
 
 class VGG_SNN_STDB(SpikingNetwork):
@@ -26,11 +27,11 @@ class VGG_SNN_STDB(SpikingNetwork):
                  for i, module in enumerate(getattr(self, part)) if hasattr(module, 'weight')]
         self.set_layers(names[:-1], depth=len(names) - 1, balanced=len(names) - 1)
 
-    def balanced_stages(self):
+    def balanced_stages(self) -> list[tuple]:
         return stages_of([*self.features, *self.classifier[:-1]])
 
-    def convolutional(self, train):
+    def convolutional(self, train: SpikeTrain | DirectInput) -> Layers:
         return self.chain(train, stages_of(self.features))
 
-    def dense(self, train):
+    def dense(self, train: SpikeTrain) -> Layers:
         return self.chain(train, stages_of(self.classifier[:-1]), first=len(stages_of(self.features)))

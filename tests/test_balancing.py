@@ -41,14 +41,14 @@ def test_a_percentile_by_hand():
     def current(group, first, stop):
         return values[group, first:stop]
 
-    groups, blocks, bar = [slice(0, 1), slice(1, 2)], [(0, 2), (2, 5)], mock.Mock()
-    found = {p: balancing.current_percentile(current, groups, blocks, p, bar) for p in (75, 99.9, 1)}
+    pieces, bar = balancing.Pieces([slice(0, 1), slice(1, 2)], [(0, 2), (2, 5)]), mock.Mock()
+    found = {p: balancing.current_percentile(current, pieces, p, bar) for p in (75, 99.9, 1)}
     for p, want in ((75, 0.8), (99.9, 1.0), (1, 0.1)):
         assert want - 1e-6 <= found[p] <= want + 2 / balancing.BINS
     values -= 0.85  # two are above 0
-    assert balancing.current_percentile(current, groups, blocks, 75, bar) == 0
+    assert balancing.current_percentile(current, pieces, 75, bar) == 0
     values[1, 4] = torch.nan
-    assert balancing.current_percentile(current, groups, blocks, 75, bar) == float('inf')
+    assert balancing.current_percentile(current, pieces, 75, bar) == float('inf')
 
 
 @pytest.mark.slow

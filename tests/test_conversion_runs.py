@@ -83,7 +83,7 @@ def test_a_scaling_factor_is_chosen_on_images_that_are_not_tested(fraction, imag
     run(snn, *flags, '--scaling_factor', 'auto', '--name', 'a')
     # of 96 images trained on, or 144 held out, the 20 asked for
     assert [name for name, _ in seen[:4]] == ['ResNet', *['RESNET_SNN_STDB'] * 3]
-    digits = data.load('DIGITS', '', train_samples=96, test_samples=50, validation_fraction=fraction)
+    digits = data.load('DIGITS', '', sampling=data.Sampling(96, 50, validation_fraction=fraction))
     source = {image.numpy().tobytes() for image in getattr(digits, images).images}
     for _, dataset in seen[1:4]:
         assert len(dataset) == 20 and {image.numpy().tobytes() for image in dataset.images} <= source
@@ -119,7 +119,7 @@ def test_fitting_scale_by_hand():
         def forward(self, images):
             return self.logits.expand(len(images), -1)
 
-    images = data.load('DIGITS', '', 32, None, 8, 0).test
+    images = data.load('DIGITS', '', sampling=data.Sampling(test_samples=8)).test
     args = snn.get_args_parser().parse_args(['--timesteps', '4', '--num_workers', '0'])
     scale = partial(convert.fitting_scale, images=images, device=torch.device('cpu'), args=args)
     # less their means, the sums are 2 and -2, so 0.5 and -0.5 a step; the ANN has 1 and -1, whatever is added to both

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from experiment import UserError, data
-from experiment.data import crop_and_flip, epoch_loader, load
+from experiment.data import Sampling, crop_and_flip, epoch_loader, load
 from self_models import INPUT_SHAPES
 
 
@@ -175,7 +175,7 @@ def test_damaged_cifar(tmp_path):
 
 def test_digits():
     from sklearn.datasets import load_digits
-    one, two = load('DIGITS', 'nowhere', seed=0), load('DIGITS', 'nowhere', seed=1)
+    one, two = (load('DIGITS', 'nowhere', sampling=Sampling(seed=seed)) for seed in (0, 1))
     assert (len(one.train), len(one.test), one.input_shape, len(one.classes)) == (1437, 360, (1, 8, 8), 10)
     images, labels = (torch.cat(parts) for parts in zip(*(all_of(epoch_loader(part, 500)) for part in one[:2])))
     assert (images.min(), images.max()) == (0, 1)
@@ -753,7 +753,7 @@ def test_loader_takes_other_data_sets():
 
 def test_subsets(tmp_path):
     def chosen(seed, **samples):
-        train, test = load('DIGITS', '', seed=seed, **samples)[:2]
+        train, test = load('DIGITS', '', sampling=Sampling(seed=seed, **samples))[:2]
         return len(train), len(test), train.images
 
     assert chosen(0, train_samples=20)[:2] == (20, 360)
@@ -761,26 +761,29 @@ def test_subsets(tmp_path):
     assert torch.equal(chosen(0, train_samples=20)[2], chosen(0, train_samples=20)[2])
     assert not torch.equal(chosen(0, train_samples=20)[2], chosen(1, train_samples=20)[2])
     assert torch.equal(chosen(0, train_samples=1437)[2], chosen(0)[2])
-    assert '--train_samples 1438: there are 1437 train images' in message('DIGITS', '', train_samples=1438)
-    assert '--test_samples 361: there are 360 test images' in message('DIGITS', '', test_samples=361)
+    for samples, words in (({'train_samples': 1438}, '--train_samples 1438: there are 1437 train images'),
+                           ({'test_samples': 361}, '--test_samples 361: there are 360 test images')):
+        assert words in message('DIGITS', '', sampling=Sampling(**samples))
 
 
 def test_images_held_out_for_validation():
     def contents(dataset):
         return {bytes(image.numpy()) for image in dataset.images}
 
-    whole = load('DIGITS', '')
-    part = load('DIGITS', '', validation_fraction=0.2)
+    def digits(**sampling):
+        return load('DIGITS', '', sampling=Sampling(**sampling))
+
+    whole, part = digits(), digits(validation_fraction=0.2)
     assert (len(part.train), len(part.validation), len(part.test)) == (1150, 287, 360)
     assert whole.selection == 'test' and part.selection == 'validation'
     assert contents(part.train) | contents(part.validation) == contents(whole.train)
     for name in ('train', 'test'):
         assert not contents(part.validation) & contents(getattr(part, name))
     # fewer training images do not change which ones are held out, nor does holding out change which are taken
-    few = load('DIGITS', '', train_samples=100, validation_fraction=0.2)
+    few = digits(train_samples=100, validation_fraction=0.2)
     assert torch.equal(few.validation.images, part.validation.images)
-    assert torch.equal(few.train.images, load('DIGITS', '', train_samples=100).train.images)
-    other = load('DIGITS', '', seed=1, validation_fraction=0.2)
+    assert torch.equal(few.train.images, digits(train_samples=100).train.images)
+    other = digits(seed=1, validation_fraction=0.2)
     assert not torch.equal(other.validation.images, part.validation.images)
 
 
@@ -788,10 +791,11 @@ def test_subset_keeps_labels_and_reads_no_more(tmp_path):
     for n in range(30):
         picture(tmp_path / 'train' / 'ab'[n // 15] / f'{n:02}.png', (n, n, n), (4, 4))
     picture(tmp_path / 'test/a/1.png')
-    train = load('FOLDER', tmp_path, image_size=4, train_samples=10).train
+    ten = {'image_size': 4, 'sampling': Sampling(train_samples=10)}
+    train = load('FOLDER', tmp_path, **ten).train
     numbers = train.images[:, 0, 0, 0].tolist()
     assert len(set(numbers)) == 10 and train.labels.tolist() == [n // 15 for n in numbers]
     left_out = min(set(range(30)) - set(numbers))
     (tmp_path / 'train' / 'ab'[left_out // 15] / f'{left_out:02}.png').write_text('no picture')
-    assert len(load('FOLDER', tmp_path, image_size=4, train_samples=10).train) == 10
+    assert len(load('FOLDER', tmp_path, **ten).train) == 10
     assert f'{left_out:02}.png' in message('FOLDER', tmp_path, image_size=4)

@@ -174,10 +174,10 @@ def test_float32_and_autocast(options):
     single = filled('RESNET6', timesteps=4, default_threshold=1.5, **DIRECT, **options).float()
     assert torch.allclose(single(x).double(), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
     with torch.autocast('cpu', torch.bfloat16):
-        lowered = single(x)
-    lowered.sum().backward()
-    assert all(p.grad.isfinite().all() for p in single.parameters()) and lowered.dtype == torch.float32
-    assert 0 < (lowered - want).norm() < 0.3 * want.norm()
+        autocast = single(x)
+    autocast.sum().backward()
+    assert all(p.grad.isfinite().all() for p in single.parameters()) and autocast.dtype == torch.float32
+    assert 0 < (autocast - want).norm() < 0.3 * want.norm()
 
 
 def test_images_and_currents_are_left_as_they_are():

@@ -1,4 +1,4 @@
-"""experiment/report.py: its counts against those made by hand, by brute force and by NeuroBench (PyPI: neurobench)."""
+"""The report: its counts against those made by hand, by brute force and by NeuroBench (PyPI: neurobench)."""
 import io
 import json
 import math
@@ -14,17 +14,17 @@ from torch.utils.data import TensorDataset
 
 import snn
 import step_by_step
-from conftest import fill, ternary
-from experiment import UserError, engine, setup
+from conftest import digits, fails, fill, network, run, ternary
+from experiment import engine, setup
 from experiment.data import Data
-from experiment.reporting import report
-from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, LayerRecord, LIFParameters, ResNet
+from experiment.reporting import count, numbers, plots
+from self_models import LayerRecord, LIFParameters, ResNet
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
 from self_models.spike_train import SpikeTrain
 
-SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '40', '--test_samples', '30', '--no-gpu',
-         '--timesteps', '9', '--default_threshold', '0.2']
+SMALL = digits(40, 30)
+FLAGS = [*SMALL, '--timesteps', '9', '--default_threshold', '0.2']
 
 
 def train_of(spikes, pools=0, mask=None):
@@ -38,8 +38,8 @@ def one_spike_each(shape, synapse, pools=0):
     operations = torch.zeros(shape)
     for place in range(math.prod(shape)):
         train = train_of(torch.eye(math.prod(shape))[place].view(1, 1, *shape), pools)
-        outputs = report.fan_out(SynapticInput(train, synapse))
-        operations.view(-1)[place] = report.synaptic_operations(train, 1, outputs)
+        outputs = count.fan_out(SynapticInput(train, synapse))
+        operations.view(-1)[place] = count.synaptic_operations(train, 1, outputs)
     return operations
 
 
@@ -74,10 +74,10 @@ def test_spikes_add_up_over_steps_samples_and_whatever_their_sign():
     spikes = torch.zeros(3, 2, 1, 3, 3)
     spikes[0, 0, 0, 0, 0] = spikes[1, 0, 0, 1, 1] = spikes[1, 1, 0, 0, 1] = spikes[2, 1, 0, 1, 1] = 1
     train = train_of(spikes, mask=-torch.ones(2, 9))
-    outputs = report.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
-    assert report.synaptic_operations(train, 3, outputs) == 4 + 9 + 6 + 9
-    assert report.synaptic_operations(train, 2, outputs) == 4 + 9 + 6
-    assert report.nonzero_operations(train, 2, outputs) == 4 + 9 + 6
+    outputs = count.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    assert count.synaptic_operations(train, 3, outputs) == 4 + 9 + 6 + 9
+    assert count.synaptic_operations(train, 2, outputs) == 4 + 9 + 6
+    assert count.nonzero_operations(train, 2, outputs) == 4 + 9 + 6
 
 
 def test_spikes_of_one_window_are_one_input_that_is_not_zero():
@@ -85,13 +85,13 @@ def test_spikes_of_one_window_are_one_input_that_is_not_zero():
     spikes[0, 0, 0, :2, :2] = 1  # 4 in one window
     spikes[1, 0, 0, 0, 0] = spikes[1, 0, 0, 3, 3] = 1  # in two
     train = train_of(spikes, pools=1)
-    outputs = report.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
-    assert report.synaptic_operations(train, 2, outputs) == 6 * 4
-    assert report.nonzero_operations(train, 2, outputs) == 3 * 4
+    outputs = count.fan_out(SynapticInput(train, nn.Conv2d(1, 1, 3, padding=1, bias=False)))
+    assert count.synaptic_operations(train, 2, outputs) == 6 * 4
+    assert count.nonzero_operations(train, 2, outputs) == 3 * 4
 
 
 def test_overlapping_windows_of_the_last_pool():
-    windows = report.pool_fan_out(nn.AdaptiveAvgPool2d(2), (2, 3, 3))  # of rows 0 - 1 and 1 - 2
+    windows = count.pool_fan_out(nn.AdaptiveAvgPool2d(2), (2, 3, 3))  # of rows 0 - 1 and 1 - 2
     assert windows.tolist() == [[[1, 2, 1], [2, 4, 2], [1, 2, 1]]] * 2
 
 
@@ -114,12 +114,12 @@ def test_delta_t_by_hand():
     spikes = torch.zeros(6, 1, 2)
     spikes[1, 0, 0] = spikes[4, 0, 0] = 1
     # the first neuron sees, step after step: never, never, 1, 2, 3 (as it fires again), 1; the other one never
-    assert report.delta_t(train_of(spikes)).tolist() == [2 + 6, 2, 1, 1, 0, 0]
+    assert count.delta_t(train_of(spikes)).tolist() == [2 + 6, 2, 1, 1, 0, 0]
 
 
 def test_delta_t_is_that_of_the_gradient():
     train = train_of(torch.rand(15, 2, 30, generator=torch.Generator().manual_seed(0)) < 0.2)
-    counts = report.delta_t(train)
+    counts = count.delta_t(train)
     assert counts.sum() == 15 * 60 and (counts[:6] > 0).all()
     # at leak 0 lif_backward leaves the factors exp(-beta dt) alone; of a neuron that never fired it is exp(-300)
     neuron = LIFParameters(1.0, 0.0, 'STDB', 1.0, 0.3, 0.0)
@@ -135,9 +135,9 @@ def test_z_by_hand():
     # u = 0, 1.2, 2.4, 2.4 + 1.2 - 2 after inputs 0, 1, 1, 1
     branches = [SynapticInput(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
     with torch.no_grad():
-        counts = report.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3), branches,
+        counts = count.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3), branches,
                                               branches[0].train))
-    between = {round(report.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
+    between = {round(count.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
     # z = -1 (a bin holds its upper edge), -0.4 and 0.2 (which rounding may put on either side), -0.2
     assert counts.sum() == 4 and between[-1.1] == 1 and sum(between.values()) == 4
     assert all(any(abs(low + 0.05 - z) < 0.051 for low in between) for z in (-0.4, 0.2, -0.2))
@@ -146,10 +146,10 @@ def test_z_by_hand():
 # -- whole networks ---------------------------------------------------------------------------------------------------
 
 def counted(model, images):
-    """{name: (Connection)} of report.measure on images, in batches of 2."""
+    """{name: (Connection)} of count.measure on images, in batches of 2."""
     args = SimpleNamespace(seed=0, batch_size=2, num_workers=0, amp=False)
     data = Data(None, TensorDataset(images, torch.zeros(len(images), dtype=torch.int64)), list(range(10)), None)
-    layers, connections = report.measure(model, data, torch.device('cpu'), args)
+    layers, connections = count.measure(model, data, torch.device('cpu'), args)
     return layers, {connection.name: connection for connection in connections}
 
 
@@ -165,10 +165,13 @@ VGG5_WINDOWS = {  # first step, the step after the last, pools before it
 NETWORKS = [('VGG5', 14, VGG5_WINDOWS), ('RESNET6', 12, RESNET6_WINDOWS)]
 
 
-def network(architecture, timesteps):
+def filled(architecture, **options):
+    return fill(network(architecture, dataset='DIGITS', **options), 3).eval()
+
+
+def spiking(architecture, timesteps):
     """(model, images): a network that spikes in every layer, and images that are encoded without chance."""
-    kind = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
-    model = fill(kind(architecture, dataset='DIGITS', timesteps=timesteps).double(), 3).eval()
+    model = filled(architecture, timesteps=timesteps).double()
     model.threshold_update(0.2, [1.0] * len(model.thresholds))
     return model, ternary((3, 1, 8, 8), 5, 1.25, low=-1)
 
@@ -187,7 +190,7 @@ def inputs_of(model, images, windows):
 
 @pytest.mark.parametrize('architecture, timesteps, windows', NETWORKS)
 def test_networks_against_the_step_by_step_reference(architecture, timesteps, windows):
-    model, images = network(architecture, timesteps)
+    model, images = spiking(architecture, timesteps)
     _, connections = counted(model, images)
     assert connections.keys() == windows.keys()
     for name, x in inputs_of(model, images, windows).items():
@@ -209,7 +212,7 @@ def test_networks_against_the_step_by_step_reference(architecture, timesteps, wi
 def test_networks_against_neurobench(architecture, timesteps, windows):
     workload = pytest.importorskip('neurobench.metrics.workload')
     models = pytest.importorskip('neurobench.models')
-    model, images = network(architecture, timesteps)
+    model, images = spiking(architecture, timesteps)
     _, connections = counted(model, images)
     model.forward = lambda x: step_by_step.run(model, x)[0]
     watched, names = models.TorchModel(model), {module: name for name, module in model.named_modules()}
@@ -228,7 +231,7 @@ def test_networks_against_neurobench(architecture, timesteps, windows):
 
 
 def test_layers_count_spikes_of_every_step():
-    model, images = network('RESNET6', 12)
+    model, images = spiking('RESNET6', 12)
     layers, _ = counted(model, images)
     with torch.no_grad():
         _, history = step_by_step.run(model, images)
@@ -240,7 +243,7 @@ def test_layers_count_spikes_of_every_step():
 
 def test_macs_are_those_of_a_flop_counter():
     from torch.utils.flop_counter import FlopCounterMode
-    model, images = network('RESNET6', 12)
+    model, images = spiking('RESNET6', 12)
     _, connections = counted(model, images)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         ResNet('RESNET6', dataset='DIGITS').double()(images[:1])
@@ -251,11 +254,11 @@ def test_macs_are_those_of_a_flop_counter():
 
 
 def test_summary_by_hand():
-    layer = report.Layer('a', 10, 0.5, 1, torch.tensor([2., 6]), torch.tensor([30., 10]))
-    connection = report.Connection('b', 'linear', 10, 1, 2, None, 1000, 2000, 0, spikes=8, operations=800,
+    layer = count.Layer('a', 10, 0.5, 1, torch.tensor([2., 6]), torch.tensor([30., 10]))
+    connection = count.Connection('b', 'linear', 10, 1, 2, None, 1000, 2000, 0, spikes=8, operations=800,
                                    nonzero_operations=400)
     model = SimpleNamespace(activation='STDB', alpha=0.5, beta=0.25)
-    got = report.summary(model, [layer, layer], [connection], 4)
+    got = numbers.summary(model, [layer, layer], [connection], 4)
     assert got['layers'][1]['firing_rate_by_step'] == pytest.approx([0.05, 0.15])
     assert got['layers'][1]['spikes_per_neuron'] == pytest.approx(0.2)
     assert got['surrogate']['gradient'] == pytest.approx([0.5 * math.exp(-0.25)])
@@ -268,16 +271,115 @@ def test_summary_by_hand():
     assert energy['snn_estimate'] == pytest.approx(400 * 0.9e-6)
 
 
+# -- direct input, neurons without delay, biases -----------------------------------------------------------------------
+
+def low_latency(architecture, timesteps, **options):
+    """(model, images): a network with biases, given the image itself, no pixel 0; leaks and thresholds differ."""
+    options = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'bias': True, **options}
+    model = filled(architecture, timesteps=timesteps, **options).double()
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            if name.endswith('factor'):
+                value.fill_(0.75)
+        for name, value in model.named_parameters():
+            if name.endswith('bias'):
+                value.div_(100)
+            elif name.endswith('weight'):
+                value.sub_(0.9 * value.mean())  # or every neuron would fire
+        model.threshold_update(1.0, [0.3 + 0.05 * i for i in range(len(model.layer_names))])
+        model.leak_update([1 - 0.02 * i for i in range(len(model.layer_names))])
+    x = ternary((3, 1, 8, 8), 5, low=0) + 0.5
+    return model, (-x if options['encoding'] == 'poisson' else x)
+
+
+@pytest.mark.parametrize('architecture, windows', [('VGG5', VGG5_WINDOWS), ('RESNET6', RESNET6_WINDOWS)])
+@pytest.mark.parametrize('timesteps', [1, 4])
+def test_direct_input_without_delay_against_neurobench(architecture, windows, timesteps):
+    workload = pytest.importorskip('neurobench.metrics.workload')
+    models = pytest.importorskip('neurobench.models')
+    model, images = low_latency(architecture, timesteps)
+    _, connections = counted(model, images)
+    first, *others = [c for c in connections.values() if c.kind != 'identity']
+    assert connections.keys() == windows.keys() and first.constant and not first.operations
+    assert {(c.first_step, c.steps) for c in connections.values()} == {(0, timesteps)}
+    model.forward = lambda x: step_by_step.run(model, x)[0]
+    watched = models.TorchModel(model)
+    watched.register_hooks()
+    with torch.no_grad():
+        operations = workload.SynapticOperations()(watched, watched(images), (images, None))
+    binary, pooled = ([c for c in others if bool(windows[c.name][2]) == pools] for pools in (False, True))
+    assert operations['Effective_ACs'] * 3 == sum(c.operations for c in binary) > 0
+    # NeuroBench counts the image anew at each step
+    assert operations['Effective_MACs'] * 3 == pytest.approx(
+        3 * first.macs * timesteps + sum(c.nonzero_operations for c in pooled))
+    row, energy = (numbers.operation_numbers([first], 3)[key] for key in ('connections', 'energy_uj'))
+    assert row[0]['macs'] == first.macs and row[0]['macs_every_step'] == timesteps * first.macs
+    assert row[0]['bias_additions'] == 64 * 64 and row[0]['input_spikes_per_neuron'] is None
+    assert energy['snn_exact'] == pytest.approx((4.6 * first.macs + 0.9 * 64 * 64) / 1e6)
+    assert energy['snn_exact_every_step'] == pytest.approx(timesteps * energy['snn_exact'])
+
+
+def test_a_bias_is_an_addition_a_neuron_and_step():
+    model, images = low_latency('RESNET6', 4)
+    _, connections = counted(model, images)
+    rows = {row['name']: row for row in numbers.operation_numbers(connections.values(), 3)['connections']}
+    assert {name: row['bias_additions'] for name, row in rows.items()} == {
+        'pre_process.0': 64 * 64, 'pre_process.3': 4 * 64 * 64, 'pre_process.6': 4 * 64 * 64,
+        'layer1.0.residual.0': 4 * 64 * 16, 'layer1.0.identity': 0, 'layer1.0.residual.3': 4 * 64 * 16,
+        # the identity's bias and the residual's are one
+        'layer2.0.residual.0': 4 * 128 * 4, 'layer2.0.identity.0': 0, 'layer2.0.residual.3': 4 * 128 * 4,
+        'classifier.0': 4 * 10}
+    assert rows['layer1.0.identity']['synaptic_operations'] * 3 == connections['layer1.0.identity'].spikes > 0
+    assert rows['layer1.0.identity']['ann_additions'] == 64 * 16 and rows['classifier.0']['ann_additions'] == 10
+
+
+def test_layers_without_delay_count_the_spikes_of_all_steps():
+    model, images = low_latency('VGG5', 4, learn_threshold=True, learn_leak=True)
+    layers, _ = counted(model, images)
+    with torch.no_grad():
+        _, history = step_by_step.run(model, images)
+    for layer, spikes, leak in zip(layers[1:], history, model.leaks.tolist(), strict=True):
+        assert layer.spikes.tolist() == [row.sum().item() for row in spikes] and layer.leak == leak
+    found = numbers.layer_numbers(layers[0], 3)
+    assert (found['steps'], found['firing_rate'], found['firing_rate_by_step']) == (4, None, None)
+
+
+def test_z_is_of_the_potential_that_a_neuron_without_delay_fires_on():
+    model, images = low_latency('VGG5', 4, activation='Linear')
+    layers, _ = counted(model, images)
+    for layer in layers[1:]:
+        above = layer.surrogate[count.Z_EDGES.index(0.0) + 1:].sum().item()
+        assert above == layer.spikes.sum().item()
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('architecture, activation, encoding, delay, timesteps', [
+    ('RESNET6', 'STDB', 'poisson', 0, 1), ('VGG5', 'Linear', 'poisson', 0, 1), ('RESNET6', 'Linear', 'direct', 1, 6),
+    ('VGG5', 'STDB', 'direct', 0, 1)])
+def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding, delay, timesteps):
+    model, images = low_latency(architecture, timesteps, activation=activation, encoding=encoding, delay=delay)
+    layers, connections = counted(model, images)
+    found = json.loads(json.dumps(numbers.summary(model, layers, list(connections.values()), 3), allow_nan=False))
+    assert sum(found['surrogate']['count']) + sum(
+        found['surrogate'].get(key, 0) for key in ('never', 'below', 'above')) == found['surrogate']['total']
+    about = {'timesteps': timesteps, 'latency': model.latency, 'test_images': 3, **found,
+             'accuracy': {'time_steps': [timesteps], 'accuracy': [0.5], 'ann': 0.6}}
+    for draw in (plots.draw_accuracy, plots.draw_activity, plots.draw_surrogate, plots.draw_operations):
+        draw(about).savefig(io.BytesIO(), dpi=30)
+    notes = numbers.notes_of(model)
+    assert ('direct' in notes) == (encoding == 'direct') != ('signed' in notes)
+    assert ('T - L' in notes['steps']) == (delay == 1)
+
+
+def test_notes_say_only_what_holds():
+    notes = numbers.notes_of(spiking('VGG5', 9)[0])
+    assert 'biases' not in notes and 'factor' not in notes['identity'] and 'signed' in notes
+    notes = numbers.notes_of(low_latency('RESNET6', 1)[0])
+    assert 'once an image' in notes['direct'] and 'constant current' in notes['biases']
+    assert 'factor' in notes['identity']
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*flags):
-    snn.main(snn.get_args_parser().parse_args([str(flag) for flag in flags]))
-
 
 def read(folder):
     def no_json(text):
@@ -286,10 +388,10 @@ def read(folder):
 
 
 def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys):
-    run(*SMALL, '--epochs', 2, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
+    run(snn, *FLAGS, '--epochs', 2, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
     capsys.readouterr()
     before = Path('trained_models/snn/mine.pth').read_bytes()
-    run(*SMALL[:-4], '--test_only', '--pretrained_snn', 'trained_models/snn/mine.pth', '--report', 'c')
+    run(snn, *SMALL, '--test_only', '--pretrained_snn', 'trained_models/snn/mine.pth', '--report', 'c')
     accuracy = capsys.readouterr().out.split('loaded SNN: test accuracy ')[1].split(' ')[0]
     assert Path('trained_models/snn/mine.pth').read_bytes() == before
     trained, tested = read('a/b'), read('c')
@@ -311,84 +413,79 @@ def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys
 @pytest.mark.parametrize('more, threshold, shade', [
     (1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 0), (5, 3e38, 1), (2, 2e-38, 1)])  # shade 0: not even the input spikes
 def test_every_network_that_runs_is_drawn(architecture, activation, more, threshold, shade):
-    kind = VGG_SNN_STDB if architecture == 'VGG5' else RESNET_SNN_STDB
     depth = 5  # of both
-    model = fill(kind(architecture, activation, dataset='DIGITS', timesteps=depth + more,
-                      default_threshold=threshold), 3).eval()
+    model = filled(architecture, activation=activation, timesteps=depth + more, default_threshold=threshold)
     assert setup.too_few_steps(model) is None
     layers, connections = counted(model, shade * ternary((3, 1, 8, 8), 5, 1.25).float())
-    numbers = report.summary(model, layers, list(connections.values()), 3)
-    spikes = sum(layer['spikes_per_neuron'] for layer in numbers['layers'][1:])
+    found = numbers.summary(model, layers, list(connections.values()), 3)
+    spikes = sum(layer['spikes_per_neuron'] for layer in found['layers'][1:])
     assert (spikes > 0) == (shade == 1 and threshold < 1)
-    about = {'timesteps': model.timesteps, 'latency': model.latency, 'test_images': 3, **numbers,
+    about = {'timesteps': model.timesteps, 'latency': model.latency, 'test_images': 3, **found,
              'accuracy': {'time_steps': [depth + more], 'accuracy': [0.0], 'ann': None}}
     drawn = [draw(about) for draw in (
-        report.draw_accuracy, report.draw_activity, report.draw_surrogate, report.draw_operations)]
+        plots.draw_accuracy, plots.draw_activity, plots.draw_surrogate, plots.draw_operations)]
     for figure in drawn:
         figure.savefig(io.BytesIO(), dpi=30)
     bottom = drawn[2].axes[1]
-    assert bottom.get_yscale() == ('log' if any(numbers['surrogate']['count']) else 'linear')
+    assert bottom.get_yscale() == ('log' if any(found['surrogate']['count']) else 'linear')
     assert [bar.get_height() for bar in bottom.patches] == pytest.approx(
-        [100 * count / numbers['surrogate']['total'] for count in numbers['surrogate']['count']])
+        [100 * count / found['surrogate']['total'] for count in found['surrogate']['count']])
 
 
 @pytest.mark.filterwarnings('error::UserWarning')
 def test_a_run_of_the_fewest_steps_ends_in_its_report(in_an_empty_folder):
-    run(*SMALL, '--timesteps', 6, '--epochs', 1, '--report', 'r')
+    run(snn, *FLAGS, '--timesteps', 6, '--epochs', 1, '--report', 'r')
     got = read('r')
     assert (got['surrogate']['count'], got['surrogate']['never_share']) == ([], 1.0)  # one step has no earlier one
     assert len(got['figures']) == 5 and all(Path('r', name).exists() for name in got['figures'])
 
 
 def test_the_figures_draw_the_numbers_of_the_json(in_an_empty_folder):
-    run(*SMALL, '--test_only', '--activation', 'Linear', '--report', '.')
+    run(snn, *FLAGS, '--test_only', '--activation', 'Linear', '--report', '.')
     got = read('.')
     assert got['training'] is None and 'training.png' not in got['figures']
     numbers = got['surrogate']
     assert sum(numbers['count']) + numbers['below'] + numbers['above'] == numbers['total']
     assert max(numbers['gradient_at_edges']) == 0.3
-    line = report.draw_accuracy(got).axes[0].lines[0]
+    line = plots.draw_accuracy(got).axes[0].lines[0]
     assert line.get_ydata() == pytest.approx([100 * value for value in got['accuracy']['accuracy']])
-    bars = report.draw_operations(got).axes[0].containers[1]
+    bars = plots.draw_operations(got).axes[0].containers[1]
     assert [bar.get_width() for bar in bars] == [row['synaptic_operations'] for row in got['operations']['connections']]
-    energy = report.draw_operations(got).axes[1].containers[0]
+    energy = plots.draw_operations(got).axes[1].containers[0]
     assert [bar.get_height() for bar in energy] == [got['operations']['energy_uj'][key] for key in (
         'ann', 'snn_exact', 'snn_estimate')]
 
 
 def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder, monkeypatch):
-    def fails(words, *flags):
-        with pytest.raises(UserError, match=words) as caught:
-            run(*SMALL, '--test_only', '--report', *flags)
-        assert '\n' not in str(caught.value)
+    flags = [*FLAGS, '--test_only', '--report']
 
     def evaluated(*_):
         raise AssertionError('came to the evaluation')
 
     monkeypatch.setattr(engine, 'test_over_time', evaluated)
     Path('file').write_text('in the way')
-    fails('file: cannot write there', 'file')
-    fails('no spike reaches the output in fewer than 6,', 'folder', '--timesteps', 5)
+    fails(snn, 'file: cannot write there', *flags, 'file')
+    fails(snn, 'no spike reaches the output in fewer than 6,', *flags, 'folder', '--timesteps', 5)
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    fails('pip install matplotlib', 'folder')
+    fails(snn, 'pip install matplotlib', *flags, 'folder')
     assert not Path('folder').exists()
 
 
 def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
-    assert report.training_rows(None)[0] is None
-    rows, line = report.training_rows('x/mine.last.pth')
+    assert numbers.training_rows(None)[0] is None
+    rows, line = numbers.training_rows('x/mine.last.pth')
     assert rows is None and str(Path('logs/snn/mine.jsonl')) in line
     Path('logs/snn').mkdir(parents=True)
     file = Path('logs/snn/mine.jsonl')
     lines = [{'command': ''}, {'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}, {'epoch': 3, 'n': 3}, {'command': ''},
              {'epoch': 2, 'n': 4}]
     file.write_text('\n'.join(map(json.dumps, lines)))
-    assert report.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
+    assert numbers.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
     for odd in ('{"epoch": 1}\n{"epo', '{"epoch": 1, "test_loss": null}', '{"epoch": "1"}',
                 '{"epoch": 1, "test_loss": NaN}', '["epoch"]', '"epoch"', '3',
                 '{"epoch": 1' + '0' * 400 + '}', '[' * 100000):
         file.write_text(odd)
-        rows, line = report.training_rows('mine.pth')
+        rows, line = numbers.training_rows('mine.pth')
         assert rows is None and 'cannot be read' in line and '\n' not in line, odd
 
 
@@ -396,23 +493,22 @@ def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
     ('VGG5', 0, 'STDB', 1), ('VGG5', 0, 'Linear', 4), ('RESNET6', 0, 'STDB', 4), ('RESNET6', 1, 'Linear', 8)])
 @pytest.mark.filterwarnings('error::UserWarning')
 def test_direct_input_costs_macs_once_an_image_and_a_bias_an_addition(architecture, delay, activation, steps):
-    kind = VGG_SNN_STDB if architecture == 'VGG5' else RESNET_SNN_STDB
-    model = fill(kind(architecture, dataset='DIGITS', timesteps=steps, activation=activation, encoding='direct',
-                      delay=delay, initial_potential=0.5, bias=True).double(), 3).eval()
+    model = filled(architecture, timesteps=steps, activation=activation, encoding='direct', delay=delay,
+                   initial_potential=0.5, bias=True).double()
     layers, connections = counted(model, ternary((3, 1, 8, 8), 5, low=0))
-    numbers = report.summary(model, layers, list(connections.values()), 3)
-    first, *others = numbers['operations']['connections']
+    found = numbers.summary(model, layers, list(connections.values()), 3)
+    first, *others = found['operations']['connections']
     assert first['macs'] == first['ann_macs'] == 64 * 22 * 22  # of 3x3 weights, 22 = 3 * 8 - 2 reach each row's pixels
     assert first['macs_every_step'] == first['macs'] * first['steps'] and first['synaptic_operations'] == 0
     assert all(row['macs'] == 0 for row in others)
     assert first['bias_additions'] == 64 * 8 * 8 and first['bias_additions_every_step'] == 64 * 8 * 8 * first['steps']
     assert others[-1]['bias_additions'] == 10 * steps
-    assert numbers['layers'][0]['firing_rate'] is None and numbers['layers'][1]['firing_rate'] is not None
-    energy, total = numbers['operations']['energy_uj'], numbers['operations']['total']
+    assert found['layers'][0]['firing_rate'] is None and found['layers'][1]['firing_rate'] is not None
+    energy, total = found['operations']['energy_uj'], found['operations']['total']
     assert energy['snn_exact'] == pytest.approx((first['macs'] * 4.6 + 0.9 * (
         total['synaptic_operations'] + total['bias_additions'])) / 1e6)
-    about = {'timesteps': steps, 'depth': model.depth, 'latency': model.latency, 'test_images': 3, **numbers,
+    about = {'timesteps': steps, 'depth': model.depth, 'latency': model.latency, 'test_images': 3, **found,
              'accuracy': {'time_steps': [steps], 'accuracy': [0.5], 'ann': None}}
-    for draw in (report.draw_accuracy, report.draw_activity, report.draw_surrogate, report.draw_operations):
+    for draw in (plots.draw_accuracy, plots.draw_activity, plots.draw_surrogate, plots.draw_operations):
         draw(about).canvas.draw()
-    assert 'MACs' in report.notes_of(model)['direct'] and 'bias' in report.notes_of(model)['biases']
+    assert 'MACs' in numbers.notes_of(model)['direct'] and 'bias' in numbers.notes_of(model)['biases']

@@ -442,7 +442,7 @@ def spy(monkeypatch):
 
 
 def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
-    never_seen = contents(data.load('DIGITS', '', seed=0, validation_fraction=0.1).validation)
+    never_seen = contents(data.load('DIGITS', '', sampling=data.Sampling(validation_fraction=0.1)).validation)
     seen = spy(monkeypatch)
     flags = [*SPIKING, *CALIBRATION, '--validation_fraction', 0.1, '--seed', 1, '--epochs', 1]
     run(snn, *flags, '--pretrained_ann', trained, '--name', 's')
@@ -475,7 +475,7 @@ def test_of_several_trainings_the_split_is_taken_that_leaves_most_unseen(trained
 def test_how_many_images_held_out_were_trained_on_is_said(ann_flags, seed, of, monkeypatch, capsys):
     run(ann, *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 1, *ann_flags)
     count = {'validation_fraction': of, 'train_samples': 100 if '--train_samples' in ann_flags else None}
-    trained_on = contents(data.load('DIGITS', '', seed=seed, **count).train)
+    trained_on = contents(data.load('DIGITS', '', sampling=data.Sampling(seed=seed, **count)).train)
     seen = spy(monkeypatch)
     capsys.readouterr()
     run(ann, *SMALL, '--pretrained_ann', 'trained_models/ann/ann_resnet6_digits.pth', '--validation_fraction', 0.1,
@@ -502,7 +502,7 @@ def test_a_former_version_and_a_published_file_say_what_they_can(trained, capsys
 
 
 def test_without_images_held_out_the_seed_alone_decides(trained, monkeypatch):
-    wanted = data.load('DIGITS', '', train_samples=32, seed=1).train.images
+    wanted = data.load('DIGITS', '', sampling=data.Sampling(train_samples=32, seed=1)).train.images
     seen = spy(monkeypatch)
     run(ann, *SMALL, '--pretrained_ann', trained, '--seed', 1, '--epochs', 1)
     assert torch.equal(seen[0].train.images, wanted)

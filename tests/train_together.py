@@ -19,7 +19,7 @@ def main(path, batch_size):
     device = torch.device('cpu')
     if distributed.wanted():
         distributed.start(device)
-    share = distributed.share()
+    process = distributed.process()
     images = ternary((19, 1, 8, 8), 5, low=0).to(torch.uint8)
     dataset = Pictures(images, torch.arange(19) % 10, top=1, signed=False)
     model = fill(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=12, dropout=0.0), 3)
@@ -28,14 +28,14 @@ def main(path, batch_size):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     learner, metrics = distributed.learner(model, device), []
     for epoch in (1, 2):
-        loader = epoch_loader(dataset, batch_size, seed=epoch, shuffle=True, share=share)
+        loader = epoch_loader(dataset, batch_size, seed=epoch, shuffle=True, process=process)
         metrics.append(tuple(engine.train_epoch(learner, loader, optimizer, engine.cross_entropy, device)))
-    tested, curve = engine.evaluate(model, epoch_loader(dataset, batch_size, share=share), engine.cross_entropy, device,
-                                    at=[6, 12])
-    thresholds = distributed.from_main(lambda: [float(share[0]), 5.0])
+    loader = epoch_loader(dataset, batch_size, process=process)
+    tested, curve = engine.evaluate(model, loader, engine.cross_entropy, device, at=[6, 12])
+    thresholds = distributed.from_main(lambda: [float(process.rank), 5.0])
     assert thresholds == [0.0, 5.0]
     torch.save({'state_dict': model.state_dict(), 'metrics': metrics, 'tested': tuple(tested), 'curve': curve},
-               f'{path}.{share[0]}')
+               f'{path}.{process.rank}')
 
 
 if __name__ == '__main__':

@@ -32,19 +32,19 @@ class Run(NamedTuple):
     settings: dict
     seed: int
     chosen_on: str  # the images that the best epoch was chosen on: test or validation
-    folder: str  # of pictures, else None
-    ann: float  # accuracy on those, as the next
-    converted: float
-    epochs: dict  # {epoch: accuracy}, 0: an SNN's before training
-    curve: dict  # {time steps: accuracy} of epoch 0
-    accuracy: float  # of the best epoch, on the test set
+    folder: str | None  # of pictures
+    ann: float | None  # accuracy on those, as the next
+    converted: float | None
+    epochs: dict[int, float]  # {epoch: accuracy}, 0: an SNN's before training
+    curve: dict[str, float]  # {time steps: accuracy} of epoch 0
+    accuracy: float | None  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
-    seconds: list  # of each epoch
+    seconds: list[float]  # of each epoch
     machine: str
-    factor: float  # the scaling factor that --scaling_factor auto chose, and
-    scan: dict  # {factor: accuracy} of those that it tried, on
-    scanned_on: str  # train or validation images
+    factor: float | None  # the scaling factor that --scaling_factor auto chose, and
+    scan: dict[str, float]  # {factor: accuracy} of those that it tried, on
+    scanned_on: str | None  # train or validation images
 
 
 def read(path):

@@ -1,0 +1,167 @@
+"""What was counted of a spiking network as the numbers of its report, with notes on how each was counted."""
+import json
+import math
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from experiment.reporting.count import Z_EDGES
+from self_models import NEVER, Scale
+
+# 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
+MAC_PJ, AC_PJ = 4.6, 0.9
+
+NOTES = {  # of every network; notes_of() adds what else holds for the one at hand
+    'exact': 'Synaptic operations: each spike counts as many ACs as its neuron has outgoing connections, image '
+             'borders and strides considered. They are counted from the spikes themselves.',
+    'estimate': 'rate x FLOPs: the spikes of a mean input neuron times the MACs of the layer, padding included.',
+    'pooled': 'An average pool is linear: each spike comes through it with a fixed part of the weight (of 2x2 pixels '
+              'W/4). So each spike before the pool is a binary event and counts its own ACs, as an AC costs what it '
+              'does only without a multiplication. Were spikes pooled first, fewer values would go out, but multiples '
+              'of 1/4: nonzero_inputs counts each of those that is not 0 once, as NeuroBench does. The estimate takes '
+              'a spike before a 2x2 pool for a quarter of an event.',
+    'identity': 'A 1x1 convolution in the identity of a residual block counts as any other; a plain identity counts '
+                'one AC a spike, in the ANN one addition (AC) a unit.',
+    'output': 'The output layer counts its ACs at every spike, also where this code multiplies once with the sum.',
+    'left_out': 'Not in the energy: memory, membrane potentials, spike generation, and the additions of pools in the '
+                'ANN. Dropout is off in evaluation.',
+    'ann': 'MACs of the same layers on real numbers, once an image; products with the padding are left out, so that '
+           'they compare with the exact count. macs_with_padding is what FLOPs counters say.',
+    'delta_t': f'Steps since the last earlier spike of the neuron, over all LIF neurons, steps and images; before its '
+               f'first spike a neuron counts as having fired at step -{NEVER} (never).',
+}
+
+
+def notes_of(model):
+    """How the numbers of a network were counted: {what: text}."""
+    if model.delay:
+        steps = ('Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
+                 'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer '
+                 'is silent, and its last steps come too late.')
+        if has_biases(model) or model.initial_potential:
+            steps = steps.replace('compute T - L steps, each', 'compute to T - L steps after the delays before them, '
+                                  'and, as biases and initial potentials are there from the start, each')
+    else:
+        steps = 'Counted are all T steps of every layer: without delay a spike is at the output in its own step.'
+    notes = {'steps': f'{steps} All means are of one image.', **NOTES}
+    if model.encoding == 'direct':
+        notes['direct'] = ('The first layer is given the image itself, not spikes: it costs MACs (every pixel counts, '
+                           'whatever its value). Its input is the same at all steps, so its current is computed once '
+                           'an image, which is what macs and the energy count; macs_every_step and '
+                           'snn_exact_every_step are what it would cost to compute it anew at each step. That the '
+                           'current is added to the membrane potential at each step is left out as the rest of the '
+                           'neuron is. The input has no firing rate.')
+    else:
+        notes['signed'] = 'A spike of the input is +1 or -1; both cost one AC for each connection.'
+    if has_biases(model):
+        notes['biases'] = ('A bias costs one addition (AC) for each neuron and step that is counted'
+                           + (', in the first layer one an image, as part of its constant current'
+                              if model.encoding == 'direct' else '')
+                           + '; of the output layer at all T steps. Two biases that meet at a neuron of a residual '
+                             'block are one, counted with the residual. In the ANN: one addition a unit.')
+    if any(isinstance(module, Scale) for module in model.modules()):
+        notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    return notes
+
+
+def has_biases(model):
+    return model.classifier[-1].bias is not None
+
+
+def summary(model, layers, connections, images):
+    """{'layers', 'surrogate', 'operations'}: the numbers of the report, of `images` images, as JSON knows them."""
+    return {'layers': [layer_numbers(layer, images) for layer in layers],
+            'surrogate': surrogate_numbers(model, layers[1:]),
+            'operations': operation_numbers(connections, images)}
+
+
+def layer_numbers(layer, images):
+    rates = layer.spikes / (images * layer.neurons)
+    spikes = {'spikes_per_neuron': rates.sum().item(), 'firing_rate': rates.mean().item(),
+              'firing_rate_by_step': rates.tolist()}
+    if rates.isnan().any():  # direct input; JSON has no NaN
+        spikes = dict.fromkeys(spikes)
+    return {'name': layer.name, 'neurons': layer.neurons, 'threshold': layer.threshold, 'leak': layer.leak,
+            'first_step': layer.first_step, 'steps': len(rates), **spikes}
+
+
+def surrogate_numbers(model, layers):
+    """The surrogate gradient with respect to z, and how often each of its arguments was met in LIF layers."""
+    longest = max(len(layer.surrogate) for layer in layers)  # with biases a layer's steps differ from another's
+    counts = sum(F.pad(layer.surrogate, (0, longest - len(layer.surrogate))) for layer in layers)
+    total = counts.sum().item()
+    by_layer = {layer.name: layer.surrogate.tolist() for layer in layers}
+    if model.activation == 'Linear':
+        # gamma max(0, 1 - |z|)
+        gradient = [model.gamma * max(0, 1 - abs(z)) for z in Z_EDGES]
+        return {'activation': 'Linear', 'formula': 'gamma max(0, 1 - |z|), z = u/theta - 1', 'gamma': model.gamma,
+                'z_edges': Z_EDGES, 'gradient_at_edges': gradient,
+                'count': counts[1:-1].tolist(), 'below': counts[0].item(), 'above': counts[-1].item(), 'total': total,
+                'count_by_layer': by_layer, 'count_by_layer_is': 'below, then the bins, then above'}
+    # alpha exp(-beta dt)
+    gradient = [model.alpha * math.exp(-model.beta * dt) for dt in range(1, len(counts))]
+    first = min(layer.first_step for layer in layers)
+    return {'activation': 'STDB', 'formula': 'alpha exp(-beta delta_t)', 'alpha': model.alpha, 'beta': model.beta,
+            'delta_t': list(range(1, len(counts))), 'gradient': gradient, 'count': counts[1:].tolist(),
+            'never': counts[0].item(), 'never_share': counts[0].item() / total,
+            'never_largest_gradient': model.alpha * math.exp(-model.beta * (first + NEVER)), 'total': total,
+            'count_by_layer': by_layer, 'count_by_layer_is': 'never, then delta_t = 1, 2, ...'}
+
+
+def operation_numbers(connections, images):
+    """Operations and energy of an image, of each connection and in all."""
+    rows = []
+    for c in connections:
+        per_neuron = None if c.constant else c.spikes / images / c.neurons
+        rows.append({
+            'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
+            'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
+            'nonzero_inputs': c.nonzero_operations / images,
+            'estimate': 0.0 if c.constant else per_neuron * (c.macs_with_padding + c.additions),
+            'macs': c.macs if c.constant else 0, 'macs_with_padding': c.macs_with_padding if c.constant else 0,
+            'macs_every_step': c.macs * c.steps if c.constant else 0,
+            'bias_additions': c.biases * (1 if c.constant else c.bias_steps),
+            'bias_additions_every_step': c.biases * c.bias_steps,
+            'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})
+    total = {key: sum(row[key] for row in rows) for key in (
+        'synaptic_operations', 'nonzero_inputs', 'estimate', 'macs', 'macs_with_padding', 'macs_every_step',
+        'bias_additions', 'bias_additions_every_step', 'ann_macs', 'ann_macs_with_padding', 'ann_additions')}
+
+    def energy(macs, *additions):
+        return (total[macs] * MAC_PJ + sum(total[key] for key in additions) * AC_PJ) / 1e6
+
+    return {
+        'connections': rows, 'total': total, 'pj_per_mac': MAC_PJ, 'pj_per_ac': AC_PJ,
+        'energy_source': '45 nm CMOS, 32 bit floating point: M. Horowitz, ISSCC 2014',
+        'energy_uj': {
+            'ann': energy('ann_macs', 'ann_additions'),
+            'ann_with_padding': energy('ann_macs_with_padding', 'ann_additions'),
+            'snn_exact': energy('macs', 'synaptic_operations', 'bias_additions'),
+            'snn_exact_every_step': energy('macs_every_step', 'synaptic_operations', 'bias_additions_every_step'),
+            'snn_nonzero_inputs': energy('macs', 'nonzero_inputs', 'bias_additions'),
+            'snn_estimate': energy('macs_with_padding', 'estimate', 'bias_additions')}}
+
+
+def training_rows(checkpoint):
+    """(what the run that wrote a checkpoint noted of each epoch, or None; a line to say).
+
+    It stands in logs/snn/<the checkpoint's stem>.jsonl, a line of JSON an epoch.
+    """
+    if checkpoint is None:
+        return None, 'training curves: none, as this network was not trained here'
+    path = Path('logs', 'snn', Path(checkpoint).stem.removesuffix('.last') + '.jsonl')
+    rows = []
+    try:
+        for line in path.read_text(encoding='utf-8').splitlines():
+            row = json.loads(line)
+            if 'epoch' in row:
+                if not all(type(value) in (int, float) and math.isfinite(value) for key, value in row.items()
+                           if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
+                    raise ValueError('what should be numbers are none')
+                # an epoch done again, after a resume or by a later run, replaces what was there
+                rows = [*(before for before in rows if before['epoch'] < row['epoch']), row]
+    except FileNotFoundError:
+        return None, f'training curves: left out, as there is no {path}'
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return None, f'training curves: left out, as {path} cannot be read ({error})'
+    return rows or None, f'training curves: {len(rows)} epochs of {path}'
