@@ -320,7 +320,7 @@ def test_some_columns_in_the_order_of_their_settings(written):
         f'| timesteps | activation | last epoch | leak | {ON_TEST} |', '| --- | --- | --- | --- | --- |',
         '| 9 | Linear | 80.00 | 1.0 | 80.00 |', '| 9 | STDB | 65.00 | 1.0 | 65.00 |',
         '| 100 | STDB | 70.00 | 1.0 | 70.00 |']
-    for names, said in ((['timesteps', 'ANN'], 'activation'), (['colour'], 'no such column; there are: data, architecture')):
+    for names, said in ((['timesteps', 'ANN'], 'activation'), (['colour'], 'no such column; there are: data')):
         with pytest.raises(UserError, match=said):
             summary.narrow_table(paths, names)
     other = written('validated', epochs(0.5, 0.5, on='validation'))
@@ -358,7 +358,7 @@ def test_the_figure_over_time_steps(written, capsys):
             snn_script.main(['--summarize', *of, '--over_timesteps', 'made.png'])
 
 
-READ_MES = ['README.md', 'results/README.md']
+READ_MES = ['README.md', 'results/README.md', 'docs/findings.md']
 
 
 @pytest.mark.parametrize('name', READ_MES)
@@ -367,8 +367,15 @@ def test_the_tables_in_the_read_mes_are_those_of_the_results(name, tmp_path):
     (tmp_path / 'made.md').write_text(text)
     tables.main([tmp_path / 'made.md'])
     assert (tmp_path / 'made.md').read_text() == text  # else: python -m experiment.reporting.tables README.md ...
-    for line in text.splitlines():
-        assert not line.startswith('| ') or line.count(' | ') < 7
+    for figure in tables.FIGURE.finditer(text):
+        with Image.open(tmp_path / figure['path']) as made, Image.open((ROOT / name).parent / figure['path']) as there:
+            assert made.text['Description'] == there.text['Description']
+
+
+def test_the_results_are_read_at_a_glance():
+    lines = (ROOT / 'results/README.md').read_text().splitlines()
+    assert len(lines) <= 150
+    assert all(line.count(' | ') < 7 for line in lines if line.startswith('| '))
 
 
 def test_every_run_of_the_results_stands_in_a_table():

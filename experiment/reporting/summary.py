@@ -240,7 +240,7 @@ def _number(text):
 
 
 def narrow(row_list, chosen):
-    """The heading and rows of cells(), or of scan_cells() where factors are among them, of the columns in `chosen` only.
+    """The heading and rows of some columns: of scan_cells() where factors are among them, else of cells().
 
     A column is called by its heading, or by that up to a comma; rows are in the order of their settings. Raises
     UserError for a column that is not there, and for rows that then read the same.
@@ -256,16 +256,20 @@ def narrow(row_list, chosen):
             raise UserError(f'--columns {name}: there is no such column; there are: '
                             + ', '.join(text.split(',')[0] for text in heading))
         places.append(found[0])
-    settings = {place for place in range(heading.index('seeds')) if heading[place] != 'images'}
-    shown = [place for place in places if place in settings]
+
+    def shown(line):  # of a checkpoint its name is enough
+        return [Path(line[place]).stem if heading[place].startswith('pretrained') else line[place] for place in places]
+
+    settings = [place for place in range(heading.index('seeds')) if heading[place] != 'images']
+    telling = [number for number, place in enumerate(places) if place in settings]
     seen = {}
     for line in body:
-        other = seen.setdefault(tuple(line[place] for place in shown), line)
+        other = seen.setdefault(tuple(shown(line)[number] for number in telling), line)
         differ = [heading[place] for place in settings if line[place] != other[place]]
         if differ:
             raise UserError(f'--columns: rows would read the same that differ in {", ".join(differ)}; add that')
-    body = sorted(body, key=lambda line: [_number(line[place]) for place in shown])
-    return [heading[place] for place in places], [[line[place] for place in places] for line in body]
+    return [heading[place] for place in places], sorted(
+        map(shown, body), key=lambda cells: [_number(cells[number]) for number in telling])
 
 
 def narrow_table(paths, chosen, as_markdown=False):
