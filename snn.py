@@ -94,7 +94,7 @@ def main(args):
     start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
-    # the output adds up over T steps; see the read-me on why its mean is what trains
+    # the output adds up over T steps; docs/findings.md says why its mean is what trains
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
     progress, found = start.progress(), {}

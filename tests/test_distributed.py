@@ -172,8 +172,8 @@ def test_an_error_of_another_process_alone_is_one_line(tmp_path, where):
     assert said(errors) == 1 and 'ann.py: error: a thing is wrong; mend it\n' in errors
 
 
-def test_the_read_mes_command_as_it_stands(tmp_path):
-    line, = re.findall('^torchrun -.*$', (ROOT / 'README.md').read_text(), re.M)
+def test_the_documented_command_as_it_stands(tmp_path):
+    line, = re.findall('^torchrun -.*$', (ROOT / 'docs/sweeps.md').read_text(), re.M)
     assert line.endswith(' --log') and ' ann.py ' in line
     line = line.replace('--nproc_per_node 4', '--nproc_per_node 2').replace('ann.py', shlex.quote(str(ROOT / 'ann.py')))
     done = subprocess.run(

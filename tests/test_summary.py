@@ -12,7 +12,7 @@ import ann_script
 import snn_script
 from conftest import ROOT
 from experiment import UserError
-from experiment.reporting import figures, summary
+from experiment.reporting import figures, summary, tables
 
 
 @pytest.fixture
@@ -311,12 +311,88 @@ def test_a_reader_that_has_seen_enough_costs_neither_a_traceback_nor_the_figure(
     Image.open('made.png').verify()
 
 
+def test_some_columns_in_the_order_of_their_settings(written):
+    paths = [written(f'T{timesteps}{activation}', [converted(0.5, 0.9), *epochs(0.6, accuracy)], timesteps=timesteps,
+                     activation=activation)
+             for timesteps, activation, accuracy in ((100, 'STDB', 0.7), (9, 'STDB', 0.65), (9, 'Linear', 0.8))]
+    names = ['timesteps', 'activation', 'last epoch', 'leak', 'test accuracy']
+    assert summary.narrow_table(paths, names, as_markdown=True).splitlines() == [
+        f'| timesteps | activation | last epoch | leak | {ON_TEST} |', '| --- | --- | --- | --- | --- |',
+        '| 9 | Linear | 80.00 | 1.0 | 80.00 |', '| 9 | STDB | 65.00 | 1.0 | 65.00 |',
+        '| 100 | STDB | 70.00 | 1.0 | 70.00 |']
+    for names, said in ((['timesteps', 'ANN'], 'activation'), (['colour'], 'no such column; there are: data')):
+        with pytest.raises(UserError, match=said):
+            summary.narrow_table(paths, names)
+    other = written('validated', epochs(0.5, 0.5, on='validation'))
+    with pytest.raises(UserError, match='validation'):
+        summary.narrow_table([*paths, other], ['timesteps', 'activation'])
+
+
+def test_columns_of_factors_are_of_the_scan(written):
+    scan = {'scan': {'0.5': 0.2, '1.0': 0.6}, 'scanned_on': 'train', 'scaling_factor': 1.0}
+    paths = [written('auto', [{**converted(0.4, 0.9), **scan}, *epochs(0.5, 0.6)], scaling_factor='auto', timesteps=8),
+             written('given', [converted(0.4, 0.9), *epochs(0.5, 0.6)], scaling_factor=0.7, timesteps=8)]
+    assert summary.narrow_table(paths, ['timesteps', '1.0'], as_markdown=True).splitlines()[2:] == ['| 8 | 60.00 |']
+
+
+def test_the_figure_over_time_steps(written, capsys):
+    low = {'encoding': 'direct', 'delay': 0}
+    paths = [written(f'low{timesteps}{seed}', [converted(0.5, 0.9), *epochs(0.6, accuracy)], seed=seed,
+                     timesteps=timesteps, **low)
+             for timesteps, seed, accuracy in ((4, 0, 0.8), (4, 1, 0.9), (1, 0, 0.7))]
+    paths += [written('published', [converted(0.5, 0.9), *epochs(0.6, 0.75)], timesteps=75),
+              written('ann', epochs(0.6, 0.95), activation='QCFS', pretrained_ann=None)]
+    anns, spiking = summary.kinds(summary.rows(map(summary.read, paths)))
+    assert list(anns) == ['ANN, QCFS'] and {name: sorted(at) for name, at in spiking.items()} == {
+        'low latency': [1, 4], 'published': [75]}
+    axes, = figures.draw_over_time_steps(anns, spiking).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines['ANN, QCFS'].get_ydata()[0] == 95
+    assert axes.containers[0].lines[0].get_xydata() == pytest.approx(np.array([(1, 70), (4, 85)]))  # 80 and 90
+    snn_script.main(['--summarize', *paths, '--over_timesteps', 'made.png'])
+    Image.open('made.png').verify()
+    paths.append(written('again', [converted(0.5, 0.9), *epochs(0.6, 0.9)], timesteps=4, learning_rate=1, **low))
+    capsys.readouterr()
+    for of, said in ((paths, 'low40.jsonl and again.jsonl would be one point'), (['ann.jsonl'], 'run of snn.py')):
+        with pytest.raises(SystemExit, match=said):
+            snn_script.main(['--summarize', *of, '--over_timesteps', 'made.png'])
+
+
+READ_MES = ['README.md', 'results/README.md', 'docs/findings.md']
+
+
+@pytest.mark.parametrize('name', READ_MES)
+def test_the_tables_in_the_read_mes_are_those_of_the_results(name, tmp_path):
+    text = (ROOT / name).read_text()
+    (tmp_path / 'made.md').write_text(text)
+    tables.main([tmp_path / 'made.md'])
+    assert (tmp_path / 'made.md').read_text() == text  # else: python -m experiment.reporting.tables README.md ...
+    for figure in tables.FIGURE.finditer(text):
+        with Image.open(tmp_path / figure['path']) as made, Image.open((ROOT / name).parent / figure['path']) as there:
+            assert made.text['Description'] == there.text['Description']
+
+
+def test_the_results_are_read_at_a_glance():
+    lines = (ROOT / 'results/README.md').read_text().splitlines()
+    assert len(lines) <= 150
+    assert all(line.count(' | ') < 7 for line in lines if line.startswith('| '))
+
+
+def test_every_run_of_the_results_stands_in_a_table():
+    text = ''.join((ROOT / name).read_text() for name in READ_MES)
+    shown = {path for match in tables.TABLE.finditer(text) for path in tables.files(match['files'])}
+    assert shown == set(map(str, (ROOT / 'results').rglob('*.jsonl')))
+
+
+def test_a_table_whose_files_are_gone():
+    with pytest.raises(UserError, match='none.jsonl: there is no such file'):
+        tables.rewritten('<!-- table: results/none.jsonl --columns leak -->\n| leak |\n\nmore\n')
+
+
 @pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),
                          ids=lambda folder: folder.name)
-def test_the_tables_in_the_read_mes_and_the_figures_are_those_of_the_results(folder):
+def test_the_figures_are_those_of_the_results(folder):
     table = summary.summarize(sorted(map(str, folder.glob('*.jsonl'))), True)
-    written = (ROOT / 'README.md').read_text() + (ROOT / 'results/README.md').read_text()
-    assert written.count(table.strip()) == 1
     with Image.open(folder / 'figure.png') as figure:
         assert figure.text['Description'] == table
 

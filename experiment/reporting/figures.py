@@ -1,4 +1,4 @@
-"""Drawing with matplotlib, without a screen, and the figure of a sweep's metrics files. It needs no torch."""
+"""Drawing with matplotlib, without a screen, and the figures of metrics files. It needs no torch."""
 import statistics
 import textwrap
 from itertools import cycle, product
@@ -74,4 +74,32 @@ def draw_runs(row_list, names):
                            fontsize='small')
     for text in legend.get_texts():
         text.set_parse_math(False)  # a name may hold a $
+    return figure
+
+
+def draw_over_time_steps(anns, spiking):
+    """Test accuracy over T: a line for each kind of spiking network, with its spread over seeds, the ANNs as levels.
+
+    anns, spiking: as of summary.kinds().
+    """
+    def accuracy(row):
+        values = [100 * run.accuracy for run in row]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+
+    figure = new_figure(6.4, 4)
+    axes = figure.subplots()
+    for (name, at), color in zip(sorted(spiking.items()), cycle(COLORS)):
+        steps = sorted(at)
+        means, spreads = zip(*(accuracy(at[step]) for step in steps))
+        axes.errorbar(steps, means, spreads, color=color, marker='o', markersize=4, capsize=3, label=drawable(name))
+    for (name, row), line in zip(sorted(anns.items()), cycle(LINES[1:])):
+        axes.axhline(accuracy(row)[0], color='0.4', linestyle=line, label=drawable(name))
+    steps = sorted({step for at in spiking.values() for step in at})
+    axes.set_xscale('log', base=2)
+    axes.set_xticks(steps, list(map(str, steps)))
+    axes.minorticks_off()
+    axes.set(xlabel='time steps T', ylabel='test accuracy (%)')
+    axes.grid(alpha=0.3)
+    for text in axes.legend(frameon=False, fontsize='small').get_texts():
+        text.set_parse_math(False)
     return figure

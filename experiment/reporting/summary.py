@@ -152,8 +152,11 @@ def epochs_done(row):
     return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
 
 
-def columns(row_list):
-    """The settings that tell rows apart, headings to a list of texts, a text a row; those of ALWAYS in any case."""
+def columns(row_list, every=False):
+    """The settings that tell rows apart, headings to a list of texts, a text a row; those of ALWAYS in any case.
+
+    every: all settings, whether they tell rows apart or not.
+    """
     keys = dict.fromkeys(key for row in row_list for key in (*ALWAYS, *row[0].settings))
     values = {key: [row[0].settings.get(key) for row in row_list] for key in keys}
     for number, row in enumerate(row_list):
@@ -162,7 +165,8 @@ def columns(row_list):
             values['scaling_factor'][number] = f'auto: {", ".join(map(str, chosen))}'
     shown = ALWAYS if all(run.factor is None for row in row_list for run in row) else (*ALWAYS, 'scaling_factor')
     return {key: ['-' if value is None else str(value) for value in column] for key, column in values.items()
-            if len(set(map(json.dumps, column))) > 1 or key in shown and any(value is not None for value in column)}
+            if every or len(set(map(json.dumps, column))) > 1
+            or key in shown and any(value is not None for value in column)}
 
 
 def names(row_list):
@@ -174,10 +178,10 @@ def names(row_list):
                       for key, column in telling.items() if column[number] != '-') for number in range(len(row_list))]
 
 
-def cells(row_list):
-    """The heading of a table and its rows, all as texts."""
+def cells(row_list, every=False):
+    """The heading of a table and its rows, all as texts. every: as of columns()."""
     chosen_on = row_list[0][0].chosen_on
-    settings = columns(row_list)
+    settings = columns(row_list, every)
     # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
     on = '' if chosen_on == 'test' else ', on validation images'
     with_ann = any(run.ann is not None for row in row_list for run in row)
@@ -198,10 +202,13 @@ def cells(row_list):
     return heading, body
 
 
-def scan_cells(row_list):
-    """The table of what --scaling_factor auto found, a column for each factor: its heading and rows, as texts."""
+def scan_cells(row_list, every=False):
+    """The table of what --scaling_factor auto found, a column for each factor: its heading and rows, as texts.
+
+    every: as of columns().
+    """
     factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
-    settings = {key: column for key, column in columns(row_list).items() if key not in TRAINING}
+    settings = {key: column for key, column in columns(row_list, every).items() if key not in TRAINING}
     body = []
     for number, row in enumerate(row_list):
         body.append([*(column[number] for column in settings.values()),
@@ -222,6 +229,56 @@ def markdown(heading, body):
     escaped = [[text.replace('|', '\\|') for text in line] for line in [heading, *body]]
     lines = [escaped[0], ['---'] * len(heading), *escaped[1:]]
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def _number(text):
+    """A cell as it sorts: numbers by their value, after what is none."""
+    try:
+        return 1, float(text), ''
+    except ValueError:
+        return 0, 0, text
+
+
+def narrow(row_list, chosen):
+    """The heading and rows of some columns: of scan_cells() where factors are among them, else of cells().
+
+    A column is called by its heading, or by that up to a comma; rows are in the order of their settings. Raises
+    UserError for a column that is not there, and for rows that then read the same.
+    """
+    scanned = any(_number(name)[0] for name in chosen)
+    if scanned:
+        row_list = [row for row in row_list if any(run.scan for run in row)]
+    heading, body = (scan_cells if scanned else cells)(row_list, every=True) if row_list else ([], [])
+    places = []
+    for name in chosen:
+        found = [place for place, text in enumerate(heading) if name in (text, text.split(',')[0])]
+        if not found:
+            raise UserError(f'--columns {name}: there is no such column; there are: '
+                            + ', '.join(text.split(',')[0] for text in heading))
+        places.append(found[0])
+
+    def shown(line):  # of a checkpoint its name is enough
+        return [Path(line[place]).stem if heading[place].startswith('pretrained') else line[place] for place in places]
+
+    settings = [place for place in range(heading.index('seeds')) if heading[place] != 'images']
+    telling = [number for number, place in enumerate(places) if place in settings]
+    seen = {}
+    for line in body:
+        other = seen.setdefault(tuple(shown(line)[number] for number in telling), line)
+        differ = [heading[place] for place in settings if line[place] != other[place]]
+        if differ:
+            raise UserError(f'--columns: rows would read the same that differ in {", ".join(differ)}; add that')
+    return [heading[place] for place in places], sorted(
+        map(shown, body), key=lambda cells: [_number(cells[number]) for number in telling])
+
+
+def narrow_table(paths, chosen, as_markdown=False):
+    """The text that --summarize --columns prints: one table, of some columns. Raises UserError as narrow() does."""
+    row_list = rows(read_all(paths))
+    if len({row[0].chosen_on for row in row_list}) > 1 and not any(_number(name)[0] for name in chosen):
+        raise UserError('--columns: some of these runs chose their best epoch on test images, others on validation '
+                        'images; take them one after the other')
+    return (markdown if as_markdown else plain)(*narrow(row_list, chosen))
 
 
 def summarize(paths, as_markdown=False):
@@ -260,7 +317,49 @@ def draw(paths, path):
     row_list = rows(runs)
     if not any(run.epochs for run in runs):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
-    figure = figures.draw_runs(row_list, names(row_list))
+    _write(figures.draw_runs(row_list, names(row_list)), runs, path)
+
+
+def kinds(row_list):
+    """Rows as figures.draw_over_time_steps wants them: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
+
+    A spiking network is called published (Poisson input, a step of delay a layer), low latency (direct input, none), or
+    what else its input and delay are; with its data and architecture where there are several. Raises UserError for
+    two of one kind and T.
+    """
+    def what(row):
+        settings = row[0].settings
+        if 'timesteps' not in settings:
+            name = f'ANN, {settings["activation"]}'
+        else:
+            name = {('poisson', 1): 'published', ('direct', 0): 'low latency'}.get(
+                (settings['encoding'], settings['delay']), f'{settings["encoding"]}, delay {settings["delay"]}')
+        return ', '.join([name, *(settings.get(key, '-') for key in several)])
+
+    several = [key for key in ('data', 'architecture') if len({row[0].settings.get(key) for row in row_list}) > 1]
+    anns, spiking, seen = {}, {}, {}
+    for row in row_list:
+        name, timesteps = what(row), row[0].settings.get('timesteps')
+        other = seen.setdefault((name, timesteps), row)
+        if other is not row:
+            raise UserError(f'--over_timesteps: {other[0].path} and {row[0].path} would be one point ({name}'
+                            + (f', T = {timesteps}' if timesteps else '') + '); leave one out')
+        if timesteps is None:
+            anns[name] = row
+        else:
+            spiking.setdefault(name, {})[timesteps] = row
+    if not spiking:
+        raise UserError('--over_timesteps: none of these files is of a run of snn.py')
+    return anns, spiking
+
+
+def draw_over_time_steps(paths, path):
+    """Write figures.draw_over_time_steps of metrics files to `path`, a PNG as of draw(). Raises UserError."""
+    runs = [run for run in read_all(paths) if run.accuracy is not None]
+    _write(figures.draw_over_time_steps(*kinds(rows(runs))), runs, path)
+
+
+def _write(figure, runs, path):
     about = {'Description': figures.drawable(tables(runs, as_markdown=True))}
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')  # a letter that the font lacks becomes a box

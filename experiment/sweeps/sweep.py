@@ -73,7 +73,7 @@ def get_args_parser(kind, target):
         prog=f'{kind}_script.py',
         usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
               f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown] '
-              '[--figure FILE.png]',
+              '[--columns NAME ...] [--figure FILE.png] [--over_timesteps FILE.png]',
         description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
                     f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
     group = parser.add_mutually_exclusive_group()
@@ -92,8 +92,13 @@ def get_args_parser(kind, target):
                        help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
                             'spread over seeds')
     group.add_argument('--markdown', action='store_true', help='the table for a README')
+    group.add_argument('--columns', nargs='+', metavar='NAME',
+                       help='these columns only: settings, seeds, ANN, converted, last epoch, test accuracy, epochs '
+                            'done, s/epoch, machine; or scaling factors that were tried')
     group.add_argument('--figure', type=figure_path, metavar='FILE.png',
                        help='draw them too: accuracy over epochs, over time steps and by scaling factor')
+    group.add_argument('--over_timesteps', type=figure_path, metavar='FILE.png',
+                       help="draw the best epochs' accuracy over T: ANNs, published and low latency networks")
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -260,20 +265,24 @@ def _main(module, kind, target, parser, published, argv):
     for flag in ('gpus', 'time', 'partition'):
         if getattr(args, flag) is not None and not args.slurm:
             error(f'argument --{flag}: goes with --slurm')
-    for flag in ('markdown', 'figure'):
+    for flag in ('markdown', 'columns', 'figure', 'over_timesteps'):
         if getattr(args, flag) and not args.summarize:
             error(f'argument --{flag}: goes with --summarize')
     if args.summarize:
         if args.flags or args.slurm:
             error('argument --summarize: writes no script, so the flags of one do not go with it')
-        if args.figure:
-            figures.check('--figure')
+        for flag in ('figure', 'over_timesteps'):
+            if getattr(args, flag):
+                figures.check(f'--{flag}')
         try:
-            print(summary.summarize(args.summarize, args.markdown), flush=True)
+            print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
+                  summary.summarize(args.summarize, args.markdown), flush=True)
         except BrokenPipeError:  # the figure is drawn all the same
             output_fails()
         if args.figure:
             summary.draw(args.summarize, Path(args.figure))
+        if args.over_timesteps:
+            summary.draw_over_time_steps(args.summarize, Path(args.over_timesteps))
         return
     flags = args.flags or parser.parse_args(published).flags
     total = math.prod(map(len, flags.values()))

@@ -1,0 +1,59 @@
+"""Write the tables of read-mes anew, each from the metrics files that the comment above it names.
+
+    python -m experiment.reporting.tables README.md results/README.md docs/findings.md
+
+A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` prints; its comment says
+
+    <!-- table: results/snn/fashion_14/*.jsonl --columns leak ANN converted 'last epoch' -->
+
+with files as seen from the project's folder. It ends at the next empty line. Likewise the figure below
+
+    <!-- over_timesteps: results/ann/a.jsonl results/snn/b/*.jsonl -->
+
+is what `snn_script.py --summarize FILES --over_timesteps FIGURE` draws. It needs no torch.
+"""
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from experiment import UserError
+from experiment.files import write_atomically
+from experiment.options import fail
+from experiment.reporting import summary
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = re.compile(r'^(<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->\n)(?:.+\n)*', re.M)
+FIGURE = re.compile(r'^<!-- over_timesteps: (?P<files>.+?) -->\n!\[.*\]\((?P<path>.+?)\)', re.M)
+
+
+def files(words):
+    """The metrics files that a comment names, in order. Raises UserError."""
+    found = []
+    for pattern in shlex.split(words):
+        there = sorted(ROOT.glob(pattern))
+        if not there:
+            raise UserError(f'{pattern}: there is no such file; mend the comment above the table')
+        found += map(str, there)
+    return found
+
+
+def rewritten(text):
+    """A read-me's text with each of its tables as its metrics files have it. Raises UserError."""
+    return TABLE.sub(lambda match: match[1] + summary.narrow_table(
+        files(match['files']), shlex.split(match['columns']), as_markdown=True) + '\n', text)
+
+
+def main(paths):
+    for path in map(Path, paths):
+        text = rewritten(path.read_text(encoding='utf-8'))
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))
+        for figure in FIGURE.finditer(text):
+            summary.draw_over_time_steps(files(figure['files']), path.parent / figure['path'])
+
+
+if __name__ == '__main__':
+    try:
+        main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        fail('tables', str(error))

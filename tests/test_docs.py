@@ -1,0 +1,71 @@
+"""What the texts say of the project: links that lead somewhere, commands that parse, every flag in its table."""
+import re
+import shlex
+
+import pytest
+
+import ann
+import snn
+from conftest import ROOT
+from experiment.sweeps import sweep
+
+TEXTS = sorted(['README.md', 'results/README.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
+                *(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))])
+FENCED = re.compile(r'^```(\w*)\n(.*?)^```', re.M | re.S)
+
+
+def anchors(path):
+    """Those that GitHub gives the headings of a text."""
+    headings = re.findall('^#+ (.*)$', FENCED.sub('', path.read_text()), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('name', TEXTS)
+def test_links_lead_somewhere(name):
+    path = ROOT / name
+    for link in re.findall(r'\]\(([^)\s]+)\)', FENCED.sub('', path.read_text())):
+        if re.match('[a-z]+:', link):
+            continue
+        file, _, anchor = link.partition('#')
+        target = (path.parent / file) if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize('name', TEXTS)
+def test_commands_parse(name):
+    parsers = {'ann.py': ann.get_args_parser(), 'snn.py': snn.get_args_parser(),
+               'ann_script.py': sweep.get_args_parser('ann', ann.get_args_parser()),
+               'snn_script.py': sweep.get_args_parser('snn', snn.get_args_parser())}
+    for language, block in FENCED.findall((ROOT / name).read_text()):
+        for line in block.replace('\\\n', ' ').splitlines() if language == 'bash' else ():
+            words = shlex.split(line, comments=True)
+            while words and words[0] not in parsers:
+                words = words[1:]
+            if words and '...' not in words:
+                parsers[words[0]].parse_args(words[1:])
+
+
+@pytest.mark.parametrize('script', [ann, snn])
+def test_every_flag_is_in_the_table_of_flags(script):
+    said = (ROOT / 'docs/flags.md').read_text()
+    for action in script.get_args_parser()._actions:
+        flags = [flag for flag in action.option_strings if flag.startswith('--') and flag != '--help']
+        assert not flags or f'`{flags[0]}' in said, flags
+
+
+def test_the_flags_of_sweeps_are_in_their_page():
+    said, target = (ROOT / 'docs/sweeps.md').read_text(), ann.get_args_parser()
+    for action in sweep.get_args_parser('ann', target)._actions:
+        if action.dest != 'help' and action.option_strings[-1] not in target._option_string_actions:
+            assert f'{action.option_strings[-1]}' in said
+
+
+def test_the_read_mes_own_figures_stand_in_the_results():
+    text = (ROOT / 'README.md').read_text()
+    headline = text[text.index('<!-- headline -->'):text.index('<!-- /headline -->')]
+    results = (ROOT / 'results/README.md').read_text()
+    # but for the last column, the paper's
+    rows = [line.strip('|').split('|')[:-1] for line in headline.splitlines() if line.startswith('| ')]
+    figures = re.findall(r'\d+\.\d+', ' '.join(sum(rows, [])))
+    assert figures and [figure for figure in figures if figure not in results] == []
