@@ -18,8 +18,8 @@ where they are installed:
 Each runs in a process of its own, in short runs by turns, a run of ours beside every other one, so that a machine that
 drifts drifts for all. Runs that other work disturbed are recognised and left out of the medians. The ratios are ours /
 theirs: of the medians of wall seconds; wall seconds of neighbouring runs, the median; of the medians of CPU seconds; of
-the memory, the peak above what the process held before its first step. All keep freed memory as ann.py and snn.py have
-it (--plain_malloc: the other libraries' processes do not).
+the memory, the peak above what the process held before its first step. While they are timed all keep freed memory, as
+ann.py and snn.py have it.
 """
 import argparse
 import contextlib
@@ -74,7 +74,8 @@ def get_args():
     parser.add_argument('--repeats', type=int, default=9, help='runs of each; default %(default)s')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast, for all')
-    parser.add_argument('--plain_malloc', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--plain_malloc', action='store_true',
+                        help='the other libraries give freed memory back to the system, as they do by themselves')
     parser.add_argument('--json', metavar='FILE', help='write every number there')
     parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)  # [implementation, task, row]
     return parser.parse_args()
@@ -91,19 +92,21 @@ def work(args):
     from experiment.setup import keep_memory
     name, task, row = args.worker
     torch.set_flush_denormal(True)
-    if not (args.plain_malloc and name in PEERS):
-        keep_memory()
     device = torch.device(args.device)
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     job = networks.job(name, task, Row(*row), device, args.amp)
     parts, profiled = {}, contextlib.nullcontext()
+    memory = machine.Memory(device)
+    job.run()
+    job.run()  # beside the gradients of the first one
+    print(json.dumps({'bytes': memory.peak()}), flush=True)
+    if not (args.plain_malloc and name in PEERS):
+        keep_memory()  # not before, as memory that is kept though it is free would count
+    times = 1
     if task == 'shares':
         networks.name_scans()
-    memory = machine.Memory(device)
-    seconds = machine.timed(job.run, 1, wait)['wall']
-    if seconds < 2 * RUN_SECONDS or device.type == 'cuda':  # the first one has more to do than others
-        seconds = machine.timed(job.run, 1, wait)['wall']
-    times = math.ceil(RUN_SECONDS / seconds) if task not in ('shares', 'growth') else 1
+    elif task != 'growth':
+        times = math.ceil(RUN_SECONDS / machine.timed(job.run, 1, wait)['wall'])
     print('ready', flush=True)
     for _ in sys.stdin:
         if device.type == 'cuda':
@@ -114,7 +117,6 @@ def work(args):
         with profiled:
             found = machine.timed(job.run, times, wait)
         found['wall'], found['cpu'] = found['wall'] * job.scale, found['cpu'] * job.scale
-        found['bytes'] = memory.peak()
         if device.type == 'cuda':
             torch.cuda.empty_cache()  # the others are on the same GPU
         print(json.dumps(found | {'parts': parts}), flush=True)
@@ -131,6 +133,8 @@ class Worker:
         self.process = subprocess.Popen(
             command + ['--amp'] * args.amp + ['--plain_malloc'] * args.plain_malloc, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        self.bytes = json.loads(line)['bytes'] if line else 0
         self.process.stdout.readline()  # warmed up; the next one is not started beside it
 
     def run(self):
@@ -158,14 +162,14 @@ def turns(names):
 
 
 def measure(row, task, names, args):
-    """{name: {'runs': [...], 'pairs': [(run of the first of names, neighbouring run of this one), ...]}}.
+    """{name: {'bytes': peak, 'runs': [...], 'pairs': [(run of the first name, run of this one beside it), ...]}}.
 
-    A run: what machine.timed says, whether it was 'disturbed', 'bytes' and 'parts'.
+    A run: what machine.timed says, 'parts', and whether it was 'disturbed'.
     """
     import machine
     workers = {name: Worker(name, task, row, args) for name in names}
     pairs = {name: [] for name in names}
-    for _ in range(args.repeats if task != 'growth' else 1):
+    for _ in range(args.repeats):
         for group in turns(list(workers)):
             runs = {name: workers[name].run() for name in group}
             for name in [name for name, run in runs.items() if run is None]:
@@ -179,7 +183,8 @@ def measure(row, task, names, args):
     for worker in workers.values():
         worker.close()
         machine.mark_disturbed(worker.runs)
-    return {name: {'runs': worker.runs, 'pairs': pairs[name]} for name, worker in workers.items()}
+    return {name: {'bytes': worker.bytes, 'runs': worker.runs, 'pairs': pairs[name]}
+            for name, worker in workers.items()}
 
 
 def quiet(runs):
@@ -190,10 +195,6 @@ def quiet(runs):
 
 def median(found, key):
     return statistics.median(run[key] for run in quiet(found['runs'])[0])
-
-
-def peak(found):
-    return max(run['bytes'] for run in found['runs'])
 
 
 def pair_ratio(found):
@@ -214,12 +215,12 @@ def table(results):
         few = few or not enough
         undisturbed = f'{sum(not run["disturbed"] for run in runs)} of {len(runs)}' + (' ' if enough else '*')
         line = f'{name:<20}{median(found, "wall"):>8.3f}s{median(found, "cpu"):>8.3f}s'
-        line += f'{"":>10}' if name == 'limit' else f'{peak(found) / 2**20:>7.0f} MB'
+        line += f'{"":>10}' if name == 'limit' else f'{found["bytes"] / 2**20:>7.0f} MB'
         line += f'{undisturbed:>13} |'
         if found is not base:
             line += (f'{median(base, "wall") / median(found, "wall"):>7.2f}{pair_ratio(found):>8.2f}'
                      f'{median(base, "cpu") / median(found, "cpu"):>7.2f}')
-            line += f'{"":>8}' if name == 'limit' or peak(found) <= 0 else f'{peak(base) / peak(found):>8.2f}'
+            line += f'{"":>8}' if name == 'limit' or found['bytes'] <= 0 else f'{base["bytes"] / found["bytes"]:>8.2f}'
         else:
             line += f'{"":>30}'
         if 'ann' in results and name != 'limit':
@@ -236,12 +237,12 @@ def say_limit(row, task, results):
         return
     macs, name = networks.arithmetic(row, task), next(iter(results))
     rate = macs / median(results['limit'], 'wall')
-    shares = [f'{1 / (pair_ratio(results["limit"])):.0%} of the time of {name}']
+    print(f'at the {rate / 1e9:.0f} GMAC/s of matrix products, the {macs / 1e9:.1f} GMAC of {name} would take '
+          f'{1 / pair_ratio(results["limit"]):.0%} of its time (of neighbouring runs)', flush=True)
     if 'ann' in results:
-        shares.append(f'{networks.arithmetic(row, task, ann=True) / rate / median(results["ann"], "wall"):.0%} of the '
-                      "ANN's")
-    print(f'at the {rate / 1e9:.0f} GMAC/s of matrix products its arithmetic ({macs / 1e9:.1f} GMAC) would take '
-          + ', an ANN\'s '.join(shares), flush=True)
+        macs = networks.arithmetic(row, task, ann=True)
+        print(f'and the {macs / 1e9:.1f} GMAC of the ANN {macs / rate / median(results["ann"], "wall"):.0%} of its',
+              flush=True)
 
 
 def show_shares(results):
@@ -263,7 +264,9 @@ def show_growth(row, args):
     held, before, found = row.batch * networks.layer_sizes(row.architecture)[1], None, {}
     print(f'{"T":>6}{"peak":>11}{"growth for each step":>24}{"one byte a neuron":>20}')
     for n in (row.steps, 2 * row.steps, 4 * row.steps):
-        found[n] = peak(measure(row._replace(steps=n), 'growth', ['ours'], args)['ours'])
+        worker = Worker('ours', 'growth', row._replace(steps=n), args)
+        found[n] = worker.bytes
+        worker.close()
         growth = '' if before is None else (
             f'{(found[n] - found[before]) / (n - before) / 2**20:>21.2f} MB{held / 2**20:>17.2f} MB')
         print(f'{n:>6}{found[n] / 2**20:>8.0f} MB{growth}', flush=True)
