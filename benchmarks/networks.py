@@ -61,11 +61,12 @@ def plain_layers(model):
     return [*model.features, nn.Flatten(), *model.classifier]
 
 
-def build_spikingjelly(model, device, memopt=False):
+def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
     """The same layers in SpikingJelly's multi-step mode; returns (forward, network).
 
     memopt: recompute them in the backward pass, block by block, from their input spikes, which are kept as bits. A
-    block begins behind a neuron, with its dropout and pool, as spikes behind a dropout are not 0 or 1.
+    block begins behind a neuron, with its dropout and pool, as spikes behind a dropout are not 0 or 1. shape: (C, H, W)
+    of the images.
     """
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
@@ -123,7 +124,7 @@ def build_spikingjelly(model, device, memopt=False):
         def example(current):
             reset()
             with torch.no_grad():
-                current(encode(torch.rand(1, 3, 32, 32, device=device)))
+                current(encode(torch.rand(1, *shape, device=device)))
         memopt.optimize_memory(net, Block, example, level=1, compress=True)
     return forward, net
 

@@ -63,33 +63,34 @@ def test_arithmetic():
 
 
 def test_the_networks_of_other_libraries_give_the_same_logits_and_memopt_the_same_gradients():
-    torch.manual_seed(0)
-    model = fill(network('VGG5', timesteps=3, **networks.LOW_LATENCY), 0).double().eval()
-    images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    pytest.importorskip('spikingjelly')
+    pytest.importorskip('snntorch')
+    model = fill(network('VGG5', timesteps=3, input_shape=(3, 8, 8), **networks.LOW_LATENCY), 0)
     model.threshold_update(1.0, [1.3, 0.9, 1.1, 1.2, 0.8])
+    plain, recomputed, snntorch = (networks.build_spikingjelly(model, CPU),
+                                   networks.build_spikingjelly(model, CPU, memopt=True, shape=(3, 8, 8)),
+                                   networks.build_snntorch(model, CPU))
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    model.double().eval()
     with torch.no_grad():
         logits = model(images)
     assert logits.abs().min() > 0
     gradients = []
-    for package, build in (('spikingjelly', networks.build_spikingjelly),
-                           ('spikingjelly', lambda model, device: networks.build_spikingjelly(model, device, True)),
-                           ('snntorch', networks.build_snntorch)):
-        pytest.importorskip(package)
-        forward, net = build(model, CPU)
+    for forward, net in (plain, recomputed, snntorch):
         net.double().eval()
         given = forward(images)
         torch.testing.assert_close(given.detach(), logits, rtol=1e-5, atol=1e-5)
-        if package == 'spikingjelly':
-            given.square().sum().backward()
-            gradients.append([p.grad for p in net.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(recomputed, plain)
+        given.square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for own, other in zip(gradients[0], gradients[1], strict=True):
+        torch.testing.assert_close(own, other)
 
 
 def test_a_worker(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'))
     monkeypatch.setattr(networks, 'name_scans', lambda: None)  # which would stay in this process
-    compare.work(argparse.Namespace(worker=['ann_qcfs', 'shares', ['VGG5', 4, 2, True]], device='cpu', amp=False,
+    compare.work(argparse.Namespace(worker=['ann_qcfs', 'shares', ['RESNET6', 4, 2, True]], device='cpu', amp=False,
                                     plain_malloc=False))
     memory, ready, found = capsys.readouterr().out.splitlines()
     found = json.loads(found)
