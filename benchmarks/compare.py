@@ -1,321 +1,308 @@
 """Time and memory of a training step, an evaluation step and threshold balancing, beside other ways to do the same.
 
-    python benchmarks/compare.py                                        # VGG5 and VGG16 on two cores, an hour or less
-    python benchmarks/compare.py --rows VGG16:100:64 --device cuda --amp --json gpu.json
+    python benchmarks/compare.py                                        # on two cores, an hour
+    python benchmarks/compare.py --rows VGG16:100:64 VGG16:4:128 --device cuda --amp --json gpu.json
 
-It compares, on the same weights, thresholds and images of CIFAR's shape, where they are installed:
+A row is network:T:batch. T of 8 or fewer means low latency: all take the image itself at each step, fire in the step of
+their input and begin at half a threshold. On the same weights, thresholds and images of CIFAR's shape it compares,
+where they are installed:
 
-    ours           self_models
-    step_by_step   tests/step_by_step.py, the equations one time step after another, as the published code runs them
-    spikingjelly   SpikingJelly, multi-step mode; on CUDA its Triton or CuPy backend where that is installed
-    snntorch       snnTorch
+    ours                 self_models, STDB; ours_linear: with --activation Linear
+    ann                  the ANN of the same layers; ann_qcfs: with QCFS and batch norm
+    step_by_step         tests/step_by_step.py, the equations one time step after another, as the published code does
+    spikingjelly         SpikingJelly, multi-step mode; on CUDA its Triton or CuPy backend where that is installed
+    spikingjelly_memopt  the same with its memopt (level 1, bit-compressed spikes); in training only
+    snntorch             snnTorch
+    limit                the arithmetic of ours as large matrix products at the machine's rate, from the same minutes
 
-Each runs in a process of its own; runs are interleaved, so that a machine that drifts drifts for all. A ratio is
-ours / theirs of the medians. Memory is the peak above what the process held before its first step.
+Each runs in a process of its own, in short runs by turns, a run of ours beside every other one, so that a machine that
+drifts drifts for all. Runs that other work disturbed are recognised and left out of the medians. The ratios are ours /
+theirs: of the medians of wall seconds; wall seconds of neighbouring runs, the median; of the medians of CPU seconds; of
+the memory, the peak above what the process held before its first step. While they are timed all keep freed memory, as
+ann.py and snn.py have it.
 """
 import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-IMPLEMENTATIONS = ('ours', 'step_by_step', 'spikingjelly', 'snntorch')
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'benchmarks')]
+IMPLEMENTATIONS = ('ours', 'ours_linear', 'ann', 'step_by_step', 'spikingjelly', 'spikingjelly_memopt', 'snntorch',
+                   'limit')
+PEERS = ('spikingjelly', 'spikingjelly_memopt', 'snntorch')
+TRAINING_ONLY = ('ours_linear', 'spikingjelly_memopt')
 BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: one evaluation pass of ours on the same images and steps
 BALANCE_SAMPLES, BALANCE_STEPS = 32, 200  # thresholds are found over many steps: by default 512 images and 1000
+FEW_STEPS = 8  # up to which a row is one of low latency
+ANN_BATCH = 128  # of the ANNs whose shares are shown
+RUN_SECONDS = 1.0  # a run is one step, or as many as take so long
+ENOUGH = 3  # undisturbed runs for a median
+TASKS = ('train', 'test', 'balance', 'shares', 'growth', 'kernels')
+
+
+class Row(NamedTuple):
+    architecture: str
+    steps: int
+    batch: int
+    direct: bool  # low latency
+
+    def __str__(self):
+        return f'{self.architecture}, T = {self.steps}, B = {self.batch}'
+
+
+def parse_row(text):
+    architecture, steps, batch = text.split(':')
+    return Row(architecture, int(steps), int(batch), int(steps) <= FEW_STEPS)
 
 
 def get_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rows', nargs='+', default=['VGG5:75:16', 'VGG16:50:8'], metavar='NET:T:B',
-                        help='architecture, time steps, batch size')
-    parser.add_argument('--tasks', nargs='+', default=['train', 'test', 'balance', 'shares', 'growth'],
-                        choices=['train', 'test', 'balance', 'shares', 'growth'])
-    parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
-    parser.add_argument('--repeats', type=int, default=5)
+    parser.add_argument('--rows', nargs='+', type=parse_row, metavar='NET:T:B',
+                        default=list(map(parse_row, ('VGG5:75:16', 'VGG16:50:8', 'VGG5:4:64', 'VGG16:4:32'))))
+    parser.add_argument('--tasks', nargs='+', default=TASKS[:-1], choices=TASKS,
+                        help='kernels: the scans over time alone, on CUDA in Triton beside plain torch; default all '
+                             'others')
+    parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS,
+                        choices=(*IMPLEMENTATIONS, 'ann_qcfs'))
+    parser.add_argument('--repeats', type=int, default=9, help='runs of each; default %(default)s')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast, for all')
+    parser.add_argument('--plain_malloc', action='store_true',
+                        help='the other libraries give freed memory back to the system, as they do by themselves')
     parser.add_argument('--json', metavar='FILE', help='write every number there')
-    parser.add_argument('--worker', help=argparse.SUPPRESS)
+    parser.add_argument('--worker', type=json.loads, help=argparse.SUPPRESS)  # [implementation, task, row]
     return parser.parse_args()
 
 
 # --- in a worker process ----------------------------------------------------------------------------------------------
 
-def build_ours(architecture, steps, device):
-    """A network whose layers all spike: random weights, thresholds balanced on two images."""
-    import torch
-
-    from conftest import fill
-    from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
-    kind = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
-    backend = 'triton' if device.type == 'cuda' else 'torch'  # as snn.py chooses
-    model = fill(kind(architecture, timesteps=steps, dropout=0.3, backend=backend), 0).to(device)
-    find_thresholds(model, torch.rand(2, 3, 32, 32, device=device), 40)
-    model.threshold_update(0.7, list(model.thresholds))
-    return model
-
-
-def plain_layers(model):
-    """The modules of a spiking VGG in order, flattening included."""
-    from torch import nn
-    if not hasattr(model, 'features'):
-        raise SystemExit('the peers are built for VGG only: --implementations ours step_by_step')
-    return [*model.features, nn.Flatten(), *model.classifier]
-
-
-def build_spikingjelly(model, device):
-    """The same layers in SpikingJelly's multi-step mode; returns (forward, parameters)."""
-    import torch
-    from spikingjelly.activation_based import functional, layer, neuron, surrogate
-    from torch import nn
-    thresholds, modules = iter(model.thresholds), []
-    for module in plain_layers(model):
-        if isinstance(module, nn.Conv2d):
-            new = layer.Conv2d(module.in_channels, module.out_channels, module.kernel_size, padding=module.padding,
-                               bias=False)
-            new.weight.data = module.weight.data.clone()
-        elif isinstance(module, nn.Linear):
-            new = layer.Linear(module.in_features, module.out_features, bias=False)
-            new.weight.data = module.weight.data.clone()
-        elif isinstance(module, nn.ReLU):
-            new = neuron.IFNode(next(thresholds), v_reset=None, surrogate_function=surrogate.ATan(), detach_reset=True)
-        elif isinstance(module, nn.Dropout):
-            new = layer.Dropout(module.p)
-        elif isinstance(module, nn.AvgPool2d):
-            new = layer.AvgPool2d(2)
-        else:
-            new = layer.Flatten()
-        modules.append(new)
-    net = nn.Sequential(*modules).to(device)
-    functional.set_step_mode(net, 'm')
-    if device.type == 'cuda':
-        for backend in ('triton', 'cupy'):
-            if importlib.util.find_spec(backend):
-                functional.set_backend(net, backend, neuron.IFNode)
-                break
-        print('spikingjelly backend:', next(m.backend for m in modules if isinstance(m, neuron.IFNode)),
-              file=sys.stderr)
-
-    def forward(images):
-        functional.reset_net(net)
-        steps = (model.timesteps, *images.shape)
-        return net((torch.rand(steps, device=device) <= images.abs()).to(images) * images.sign()).sum(0)
-
-    return forward, net
-
-
-def build_snntorch(model, device):
-    """The same layers in snnTorch, one time step after another; returns (forward, parameters)."""
-    import snntorch
-    from snntorch import surrogate
-    from torch import nn
-    thresholds, modules = iter(model.thresholds), []
-    for module in plain_layers(model):
-        if isinstance(module, nn.ReLU):
-            module = snntorch.Leaky(beta=1.0, threshold=next(thresholds), spike_grad=surrogate.atan(),
-                                    reset_mechanism='subtract')
-        modules.append(module)
-    net = nn.Sequential(*modules).to(device)
-
-    def forward(images):
-        state = {m: m.init_leaky() for m in net if isinstance(m, snntorch.Leaky)}
-        total = 0
-        for _ in range(model.timesteps):
-            x = model.input_layer(images)
-            for module in net:
-                if module in state:
-                    x, state[module] = module(x, state[module])
-                else:
-                    x = module(x)
-            total = total + x
-        return total
-
-    return forward, net
-
-
-class Memory:
-    """Peak bytes above what was held when it was made; reset() starts a new peak."""
-
-    def __init__(self, device):
-        self.device = device
-        self.start = self._now()
-        self.reset()
-
-    def _status(self, key):
-        line = next(line for line in Path('/proc/self/status').read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-    def _now(self):
-        import torch
-        return torch.cuda.memory_allocated() if self.device.type == 'cuda' else self._status('VmRSS')
-
-    def reset(self):
-        import torch
-        if self.device.type == 'cuda':
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path('/proc/self/clear_refs').write_text('5')
-
-    def peak(self):
-        import torch
-        top = torch.cuda.max_memory_allocated() if self.device.type == 'cuda' else self._status('VmHWM')
-        return top - self.start
-
-
-def task_of(name, task, row, device, amp):
-    """A function that does the work once, of implementation `name`."""
-    import torch
-    import torch.nn.functional as F
-
-    import step_by_step
-    from self_models import find_thresholds
-    architecture, steps, batch = row
-    torch.manual_seed(0)
-    model = build_ours(architecture, steps, device)
-    images = torch.rand(batch, 3, 32, 32, device=device) * 2 - 1
-    labels = torch.arange(len(images), device=device) % 10
-    forward, net = {
-        'ours': lambda: (model, model), 'forward': lambda: (model, model),
-        'step_by_step': lambda: ((lambda x: step_by_step.run(model, x)[0]), model),
-        'spikingjelly': lambda: build_spikingjelly(model, device),
-        'snntorch': lambda: build_snntorch(model, device)}[name]()
-    net.train(task in ('train', 'shares', 'growth'))
-    lowered = torch.autocast(device.type, torch.bfloat16) if amp else contextlib.nullcontext()
-    if task == 'balance' and name == 'ours':
-        return lambda: find_thresholds(model, images, steps)
-    if not net.training:
-        def test():
-            with torch.no_grad(), lowered:
-                forward(images)
-        return test
-    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
-
-    def train():
-        optimizer.zero_grad()
-        with lowered:
-            loss = F.cross_entropy(forward(images) / steps, labels)
-        loss.backward()
-        optimizer.step()
-    return train
-
-
-def clock_parts(device):
-    """Time what a step of ours spends where; returns {part: seconds}, filled from then on."""
-    import torch
-    import torch.nn.functional as F
-
-    from self_models import lif_layer
-    parts = {}
-
-    def clock(owner, name, part):
-        plain = getattr(owner, name)
-
-        def timed(*args, **options):
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            result = plain(*args, **options)
-            if device.type == 'cuda':
-                torch.cuda.synchronize()
-            parts[part] = parts.get(part, 0) + time.perf_counter() - start
-            return result
-        setattr(owner, name, timed)
-
-    for name in ('conv2d', 'linear'):
-        clock(F, name, 'convolutions and matrix products')
-    for name in ('input_gradient', 'weight_gradient'):
-        clock(lif_layer.SynapticInput, name, 'convolutions and matrix products')
-    for name in ('lif_forward', 'linear_factor', 'lif_backward'):
-        clock(lif_layer, name, 'scan over time')
-    clock(torch.optim.SGD, 'step', 'optimizer')
-    return parts
-
-
 def work(args):
-    """The worker: warm up, then a measurement for every line on stdin."""
+    """The worker: warm up, then a run for every line on stdin."""
+    import machine
+    import networks
     import torch
-    name, task = args.worker.split(':')
+
+    from experiment.setup import keep_memory
+    name, task, row = args.worker
     torch.set_flush_denormal(True)
     device = torch.device(args.device)
-    architecture, steps, batch = args.rows[0].split(':')
-    run = task_of(name, task, (architecture, int(steps), int(batch)), device, args.amp)
-    memory, parts = Memory(device), clock_parts(device) if task == 'shares' else {}
-    run()
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    job = networks.job(name, task, Row(*row), device, args.amp)
+    parts, profiled = {}, contextlib.nullcontext()
+    memory = machine.Memory(device)
+    job.run()
+    job.run()  # beside the gradients of the first one
+    print(json.dumps({'bytes': memory.peak()}), flush=True)
+    if not (args.plain_malloc and name in PEERS):
+        keep_memory()  # not before, as memory that is kept though it is free would count
+    times = 1
+    if task == 'shares':
+        networks.name_scans()
+    elif task != 'growth':
+        times = math.ceil(RUN_SECONDS / machine.timed(job.run, 1, wait)['wall'])
     print('ready', flush=True)
     for _ in sys.stdin:
-        memory.reset()
-        parts.clear()
-        start = time.perf_counter()
-        run()
         if device.type == 'cuda':
-            torch.cuda.synchronize()
-        print(json.dumps({'seconds': time.perf_counter() - start, 'bytes': memory.peak(), 'parts': parts}), flush=True)
+            job.run()  # takes the memory that it gave back below
+            wait()
+        if task == 'shares':
+            profiled = networks.parts_of(device, parts)
+        with profiled:
+            found = machine.timed(job.run, times, wait)
+        found['wall'], found['cpu'] = found['wall'] * job.scale, found['cpu'] * job.scale
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()  # the others are on the same GPU
+        print(json.dumps(found | {'parts': parts}), flush=True)
 
 
 # --- in the parent ----------------------------------------------------------------------------------------------------
 
+class Worker:
+    """A process that runs a task of one implementation, once for every call."""
+
+    def __init__(self, name, task, row, args):
+        self.name, self.runs = name, []
+        command = [sys.executable, __file__, '--worker', json.dumps([name, task, row]), '--device', args.device]
+        self.process = subprocess.Popen(
+            command + ['--amp'] * args.amp + ['--plain_malloc'] * args.plain_malloc, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True)
+        line = self.process.stdout.readline()
+        self.bytes = json.loads(line)['bytes'] if line else 0
+        self.process.stdout.readline()  # warmed up; the next one is not started beside it
+
+    def run(self):
+        """One run, {'wall', 'cpu', ...}; None where the process has failed."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write('\n')
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            return None
+        self.runs.append(json.loads(line))
+        return self.runs[-1]
+
+    def close(self):
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.wait()
+
+
+def turns(names):
+    """One turn for all: groups of names that run one after the other, each with the first one's run beside its own."""
+    base, *others = names
+    groups = [(*others[i:i + 1], base, *others[i + 1:i + 2]) for i in range(0, len(others), 2)]
+    return groups or [(base,)]
+
+
 def measure(row, task, names, args):
-    """{name: {'seconds': [...], 'bytes': peak, 'parts': {...}}}: interleaved runs of a worker for each name."""
-    workers = {}
-    for name in names:
-        command = [sys.executable, __file__, '--worker', f'{name}:{task}', '--rows', row, '--device', args.device]
-        workers[name] = subprocess.Popen(command + ['--amp'] * args.amp, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         text=True)
-        workers[name].stdout.readline()  # warmed up; the next one is not started beside it
-    results = {name: {'seconds': [], 'bytes': 0, 'parts': {}} for name in names}
-    for _ in range(args.repeats if task != 'growth' else 1):
-        for name in list(workers):
-            worker = workers[name]
-            with contextlib.suppress(BrokenPipeError):
-                worker.stdin.write('\n')
-                worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
+    """{name: {'bytes': peak, 'runs': [...], 'pairs': [(run of the first name, run of this one beside it), ...]}}.
+
+    A run: what machine.timed says, 'parts', and whether it was 'disturbed'.
+    """
+    import machine
+    workers = {name: Worker(name, task, row, args) for name in names}
+    pairs = {name: [] for name in names}
+    for _ in range(args.repeats):
+        for group in turns(list(workers)):
+            runs = {name: workers[name].run() for name in group}
+            for name in [name for name, run in runs.items() if run is None]:
                 print(f'{name} failed on {task} of {row}', file=sys.stderr)
-                del workers[name], results[name]
-                continue
-            found = json.loads(line)
-            results[name]['seconds'].append(found['seconds'])
-            results[name]['bytes'] = max(results[name]['bytes'], found['bytes'])
-            for part, seconds in found['parts'].items():
-                results[name]['parts'][part] = results[name]['parts'].get(part, 0) + seconds
+                workers.pop(name).close()
+            if names[0] not in workers:
+                raise SystemExit(f'{names[0]} failed, which the others are compared with')
+            for name, run in runs.items():
+                if run and name != names[0]:
+                    pairs[name].append((runs[names[0]], run))
     for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
-    return results
+        worker.close()
+        machine.mark_disturbed(worker.runs)
+    return {name: {'bytes': worker.bytes, 'runs': worker.runs, 'pairs': pairs[name]}
+            for name, worker in workers.items()}
 
 
-def table(results, of='ours'):
-    """Lines: median, range and peak of each, and ours as a ratio of it."""
-    print(f'{"":<14}{"median":>9}{"min":>9}{"max":>9}{"peak":>10}{"time ratio":>12}{"memory ratio":>14}')
-    base = results.get(of)
+def quiet(runs):
+    """(the runs that other work did not disturb, True); where they are too few all of them, False."""
+    left = [run for run in runs if not run['disturbed']]
+    return (left, True) if len(left) >= min(ENOUGH, len(runs)) else (runs, False)
+
+
+def median(found, key):
+    return statistics.median(run[key] for run in quiet(found['runs'])[0])
+
+
+def pair_ratio(found):
+    """The median ratio of neighbouring runs, of those where neither was disturbed if these are enough."""
+    pairs = [{'ratio': first['wall'] / own['wall'], 'disturbed': first['disturbed'] or own['disturbed']}
+             for first, own in found['pairs']]
+    return statistics.median(pair['ratio'] for pair in quiet(pairs)[0])
+
+
+def table(results):
+    """Lines: the medians and the peak of each, and the first one's as ratios of them."""
+    base, few = next(iter(results.values())), False
+    print(f'{"":<62}|{next(iter(results)) + " / this":>18}')
+    print(f'{"":<20}{"wall":>9}{"CPU":>9}{"peak":>10}{"undisturbed":>13} |'
+          f'{"wall":>7}{"beside":>8}{"CPU":>7}{"memory":>8}' + (f' | {"ANNs":>6}' if 'ann' in results else ''))
     for name, found in results.items():
-        seconds = found['seconds']
-        ratios = '' if base is None or name == of else (
-            f'{statistics.median(base["seconds"]) / statistics.median(seconds):>12.2f}'
-            f'{base["bytes"] / found["bytes"] if found["bytes"] > 0 else float("nan"):>14.2f}')
-        print(f'{name:<14}{statistics.median(seconds):>8.2f}s{min(seconds):>8.2f}s{max(seconds):>8.2f}s'
-              f'{found["bytes"] / 2**20:>7.0f} MB{ratios}', flush=True)
+        runs, enough = found['runs'], quiet(found['runs'])[1]
+        few = few or not enough
+        undisturbed = f'{sum(not run["disturbed"] for run in runs)} of {len(runs)}' + (' ' if enough else '*')
+        line = f'{name:<20}{median(found, "wall"):>8.3f}s{median(found, "cpu"):>8.3f}s'
+        line += f'{"":>10}' if name == 'limit' else f'{found["bytes"] / 2**20:>7.0f} MB'
+        line += f'{undisturbed:>13} |'
+        if found is not base:
+            line += (f'{median(base, "wall") / median(found, "wall"):>7.2f}{pair_ratio(found):>8.2f}'
+                     f'{median(base, "cpu") / median(found, "cpu"):>7.2f}')
+            line += f'{"":>8}' if name == 'limit' or found['bytes'] <= 0 else f'{base["bytes"] / found["bytes"]:>8.2f}'
+        else:
+            line += f'{"":>30}'
+        if 'ann' in results and name != 'limit':
+            line += f' | {median(found, "wall") / median(results["ann"], "wall"):>6.2f}'
+        print(line, flush=True)
+    if few:
+        print(f'* fewer than {ENOUGH} undisturbed runs: the medians are of all')
 
 
-def spikes_held(architecture, batch):
-    """Hidden neurons times batch: bytes that one byte for each neuron takes a time step."""
-    import torch
+def say_limit(row, task, results):
+    """What share of the time the arithmetic would take at the machine's rate."""
+    import networks
+    if 'limit' not in results:
+        return
+    macs, name = networks.arithmetic(row, task), next(iter(results))
+    rate = macs / median(results['limit'], 'wall')
+    print(f'at the {rate / 1e9:.0f} GMAC/s of matrix products, the {macs / 1e9:.1f} GMAC of {name} would take '
+          f'{1 / pair_ratio(results["limit"]):.0%} of its time (of neighbouring runs)', flush=True)
+    if 'ann' in results:
+        macs = networks.arithmetic(row, task, ann=True)
+        print(f'and the {macs / 1e9:.1f} GMAC of the ANN {macs / rate / median(results["ann"], "wall"):.0%} of its',
+              flush=True)
 
-    from self_models import VGG
-    sizes = []
-    model = VGG(architecture)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.register_forward_hook(lambda _, __, output: sizes.append(output[0].numel()))
-    model(torch.zeros(1, 3, 32, 32))
-    return batch * sum(sizes)
+
+def show_shares(results):
+    """What share of a step went where: {name: {part: share}}."""
+    shares = {}
+    for name, found in results.items():
+        total = sum(run['wall'] for run in found['runs'])
+        parts = {part: seconds / total for part, seconds in found['runs'][-1]['parts'].items()}  # they add up
+        shares[name] = parts | {'rest': 1 - sum(parts.values())}
+    print(f'{"":<34}' + ''.join(f'{name:>18}' for name in shares))
+    for part in dict.fromkeys(part for parts in shares.values() for part in parts):
+        print(f'{part:<34}' + ''.join(f'{parts.get(part, 0):>18.1%}' for parts in shares.values()), flush=True)
+    return shares
+
+
+def show_growth(row, args):
+    """The peak at T, 2 T and 4 T, and how it grows with a step: {T: bytes}."""
+    import networks
+    held, before, found = row.batch * networks.layer_sizes(row.architecture)[1], None, {}
+    print(f'{"T":>6}{"peak":>11}{"growth for each step":>24}{"one byte a neuron":>20}')
+    for n in (row.steps, 2 * row.steps, 4 * row.steps):
+        worker = Worker('ours', 'growth', row._replace(steps=n), args)
+        found[n] = worker.bytes
+        worker.close()
+        growth = '' if before is None else (
+            f'{(found[n] - found[before]) / (n - before) / 2**20:>21.2f} MB{held / 2**20:>17.2f} MB')
+        print(f'{n:>6}{found[n] / 2**20:>8.0f} MB{growth}', flush=True)
+        before = n
+    return found
+
+
+def installed(name):
+    return name not in PEERS or importlib.util.find_spec(name.removesuffix('_memopt'))
+
+
+def run_task(task, row, args):
+    """Measure, print, and return what was found."""
+    import networks
+    names = [name for name in args.implementations if installed(name)]
+    if task in ('train', 'test'):
+        found = measure(row, task, [name for name in names if task == 'train' or name not in TRAINING_ONLY], args)
+        table(found)
+        say_limit(row, task, found)
+    elif task == 'balance':
+        found = measure(row, task, BALANCE_IMPLEMENTATIONS, args)
+        table(found)
+    elif task == 'shares':
+        of = {f'{name}, B={batch}': measure(row._replace(batch=batch), task, [name], args)[name]
+              for name, batch in (('ours', row.batch), ('ours_linear', row.batch), ('ann', ANN_BATCH),
+                                  ('ann_qcfs', ANN_BATCH))}
+        found = show_shares(of)
+    elif task == 'growth':
+        found = show_growth(row, args)
+    else:
+        found = {}
+        for scan in networks.SCANS:
+            print(f'{scan}:')
+            found[scan] = measure(row, scan, ('triton', 'torch') if args.device == 'cuda' else ('torch',), args)
+            table(found[scan])
+    return found
 
 
 def main():
@@ -323,44 +310,26 @@ def main():
     if args.worker:
         return work(args)
     import torch
-    installed = [name for name in args.implementations
-                 if name in ('ours', 'step_by_step') or importlib.util.find_spec(name)]
     machine = torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} threads'
     precision = 'bfloat16 autocast' if args.amp else 'float32'
     print(f'{args.device} ({machine}), torch {torch.__version__}, {precision}')
+    for name in args.implementations:
+        if not installed(name):
+            print(f'{name}: not installed')
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
                   'rows': {}}
     for row in args.rows:
-        found = everything['rows'][row] = {}
+        found = everything['rows'][':'.join(map(str, row[:3]))] = {}
         for task in args.tasks:
-            architecture, steps, batch = row.split(':')
+            at = row
             if task == 'balance':
-                steps, batch = str(BALANCE_STEPS), str(BALANCE_SAMPLES)
-            print(f'\n{architecture}, T = {steps}, B = {batch}: {task}')
-            if task in ('train', 'test'):
-                found[task] = measure(row, task, installed, args)
-                table(found[task])
-            elif task == 'balance':
-                found[task] = measure(f'{architecture}:{steps}:{batch}', task, BALANCE_IMPLEMENTATIONS, args)
-                table(found[task])
-            elif task == 'shares':
-                found[task] = measure(row, task, ['ours'], args)
-                total, parts = sum(found[task]['ours']['seconds']), found[task]['ours']['parts']
-                for part, seconds in (parts | {'rest': total - sum(parts.values())}).items():
-                    print(f'{part:<34}{seconds / total:>7.1%}')
-            else:
-                held = spikes_held(architecture, int(batch))
-                series = [int(steps), 2 * int(steps), 4 * int(steps)]
-                found[task] = {n: measure(f'{architecture}:{n}:{batch}', task, ['ours'], args)['ours']['bytes']
-                               for n in series}
-                print(f'{"T":>6}{"peak":>11}{"growth for each step":>24}{"one byte a neuron":>20}')
-                for before, n in zip([None, *series], series, strict=False):
-                    growth = '' if before is None else (
-                        f'{(found[task][n] - found[task][before]) / (n - before) / 2**20:>21.2f} MB'
-                        f'{held / 2**20:>17.2f} MB')
-                    print(f'{n:>6}{found[task][n] / 2**20:>8.0f} MB{growth}', flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(everything, indent=1))
+                if row.direct:  # nothing is balanced at low latency
+                    continue
+                at = row._replace(steps=BALANCE_STEPS, batch=BALANCE_SAMPLES)
+            print(f'\n{at}: {task}', flush=True)
+            found[task] = run_task(task, at, args)
+            if args.json:  # also of what was found before something failed
+                Path(args.json).write_text(json.dumps(everything, indent=1))
     return None
 
 

@@ -1,0 +1,310 @@
+"""The same network in every implementation that compare.py knows, and the work that is measured of each.
+
+Layers, weights, thresholds and images are alike. At T of 8 or fewer all take the image itself at each step, fire in the
+step of their input and begin at half a threshold; else all but the ANN take Poisson spikes and begin at 0.
+"""
+import contextlib
+import functools
+import importlib.util
+import math
+import re
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import step_by_step
+from conftest import fill
+from experiment import engine
+from self_models import RESNET_SNN_STDB, VGG, VGG_SNN_STDB, LIFParameters, ResNet, find_thresholds
+from self_models.lif import lif_backward, lif_forward
+from self_models.lif_layer import CHUNK_BYTES
+
+LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}
+MATRIX = {'cpu': 1024, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate
+
+
+class Job(NamedTuple):
+    """Work to be timed. A run's seconds are multiplied by `scale`."""
+    run: object
+    scale: float = 1.0
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+def build_ours(row, device, activation='STDB'):
+    """A network whose layers all spike: random weights, thresholds balanced on two images."""
+    kind = VGG_SNN_STDB if row.architecture.startswith('VGG') else RESNET_SNN_STDB
+    backend = 'triton' if device.type == 'cuda' else 'torch'  # as snn.py chooses
+    model = kind(row.architecture, activation, timesteps=row.steps, dropout=0.3, backend=backend,
+                 **LOW_LATENCY if row.direct else {})
+    model = fill(model, 0).to(device)
+    find_thresholds(model, torch.rand(2, 3, 32, 32, device=device), 40)
+    model.threshold_update(0.7, list(model.thresholds))
+    return model
+
+
+def build_ann(row, device, **options):
+    """The ANN, as ann.py builds it."""
+    model = (VGG if row.architecture.startswith('VGG') else ResNet)(row.architecture, **options)
+    if not options:  # bounds and batch norm begin as they do
+        fill(model, 0)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def plain_layers(model):
+    """The modules of a spiking VGG in order, flattening included."""
+    if not hasattr(model, 'features'):
+        raise SystemExit('the other libraries\' networks are built for VGG only: --implementations ours ann')
+    return [*model.features, nn.Flatten(), *model.classifier]
+
+
+def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
+    """The same layers in SpikingJelly's multi-step mode; returns (forward, network).
+
+    memopt: recompute them in the backward pass, block by block, from their input spikes, which are kept as bits. A
+    block begins behind a neuron, with its dropout and pool, as spikes behind a dropout are not 0 or 1. shape: (C, H, W)
+    of the images.
+    """
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+    class Block(nn.Sequential):
+        pass
+
+    thresholds, blocks = iter(model.thresholds.tolist()), [[]]
+    for module in plain_layers(model):
+        if isinstance(module, nn.Conv2d):
+            new = layer.Conv2d(module.in_channels, module.out_channels, module.kernel_size, padding=module.padding,
+                               bias=False)
+            new.weight.data = module.weight.data.clone()
+        elif isinstance(module, nn.Linear):
+            new = layer.Linear(module.in_features, module.out_features, bias=False)
+            new.weight.data = module.weight.data.clone()
+        elif isinstance(module, nn.ReLU):
+            new = neuron.IFNode(next(thresholds), v_reset=None, surrogate_function=surrogate.ATan(), detach_reset=True)
+        elif isinstance(module, nn.Dropout):
+            new = layer.Dropout(module.p)
+        elif isinstance(module, nn.AvgPool2d):
+            new = layer.AvgPool2d(2)
+        else:
+            new = layer.Flatten()
+        blocks[-1].append(new)
+        if isinstance(new, neuron.IFNode):
+            blocks.append([])
+    net = nn.Sequential(*(Block(*block) for block in blocks)).to(device)
+    functional.set_step_mode(net, 'm')
+    neurons = [module for module in net.modules() if isinstance(module, neuron.IFNode)]
+    if device.type == 'cuda':
+        for backend in ('triton', 'cupy'):
+            if importlib.util.find_spec(backend):
+                functional.set_backend(net, backend, neuron.IFNode)
+                break
+        print('spikingjelly backend:', neurons[0].backend, file=sys.stderr)
+
+    def reset():
+        functional.reset_net(net)
+        for each in neurons:
+            each.v = model.initial_potential * each.v_threshold
+
+    def encode(images):
+        if model.encoding == 'direct':
+            return images.repeat(model.timesteps, 1, 1, 1, 1)
+        draws = torch.rand(model.timesteps, *images.shape, device=device)
+        return (draws <= images.abs()).to(images) * images.sign()
+
+    def forward(images):
+        reset()
+        return net(encode(images)).sum(0)
+
+    if memopt:
+        from spikingjelly.activation_based import memopt
+
+        def example(current):
+            reset()
+            with torch.no_grad():
+                current(encode(torch.rand(1, *shape, device=device)))
+        memopt.optimize_memory(net, Block, example, level=1, compress=True)
+    return forward, net
+
+
+def build_snntorch(model, device):
+    """The same layers in snnTorch, one time step after another; returns (forward, network)."""
+    import snntorch
+    from snntorch import surrogate
+    thresholds, modules = iter(model.thresholds.tolist()), []
+    for module in plain_layers(model):
+        if isinstance(module, nn.ReLU):
+            module = snntorch.Leaky(beta=1.0, threshold=next(thresholds), spike_grad=surrogate.atan(),
+                                    reset_mechanism='subtract')
+        modules.append(module)
+    net = nn.Sequential(*modules).to(device)
+
+    def step(x, state):
+        for module in net:
+            if not isinstance(module, snntorch.Leaky):
+                x = module(x)
+                continue
+            if module not in state:
+                state[module] = torch.full_like(x, model.initial_potential * module.threshold.item())
+            x, state[module] = module(x, state[module])
+        return x
+
+    def forward(images):
+        state = {}
+        return sum(step(images if model.encoding == 'direct' else model.input_layer(images), state)
+                   for _ in range(model.timesteps))
+
+    return forward, net
+
+
+def build(name, row, device):
+    """(forward, network) of an implementation: images -> the logits added up over time."""
+    if name.startswith('ann'):
+        model = build_ann(row, device, **dict(activation='QCFS', batch_norm=True) if name == 'ann_qcfs' else {})
+        return model, model
+    model = build_ours(row, device, 'Linear' if name == 'ours_linear' else 'STDB')
+    return {'step_by_step': lambda: ((lambda x: step_by_step.run(model, x)[0]), model),
+            'spikingjelly': lambda: build_spikingjelly(model, device),
+            'spikingjelly_memopt': lambda: build_spikingjelly(model, device, memopt=True),
+            'snntorch': lambda: build_snntorch(model, device)}.get(name, lambda: (model, model))()
+
+
+# --- work -------------------------------------------------------------------------------------------------------------
+
+def job(name, task, row, device, amp):
+    """The Job of implementation `name`; 'limit' is the arithmetic that ours takes, as plain matrix products."""
+    torch.manual_seed(0)
+    if name == 'limit':
+        return matrix_job(arithmetic(row, task), device, amp)
+    if task in SCANS:
+        return scan_job(name, task, row, device)
+    forward, net = build(name, row, device)
+    images = torch.rand(row.batch, 3, 32, 32, device=device) * 2 - 1
+    if task == 'balance' and name == 'ours':
+        return Job(lambda: find_thresholds(net, images, row.steps))
+    net.train(task in ('train', 'shares', 'growth'))
+    if not net.training:
+        def test():
+            with torch.no_grad(), engine.lowered(device, amp):
+                forward(images)
+        return Job(test)
+    labels = torch.arange(row.batch, device=device) % 10
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, fused=True)
+
+    def train():
+        optimizer.zero_grad()
+        with engine.lowered(device, amp):
+            loss = F.cross_entropy(forward(images) / row.steps, labels)
+        loss.backward()
+        optimizer.step()
+    return Job(train)
+
+
+def matrix_job(macs, device, amp):
+    """A matrix product, scaled to what so many multiplications and additions take at its rate."""
+    # as convolutions of float32 run on CUDA
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    size = MATRIX[device.type]
+    a, b = torch.rand(2, size, size, device=device, dtype=torch.bfloat16 if amp else torch.float32)
+    return Job(lambda: a @ b, macs / size ** 3)
+
+
+SCANS = {'scan forward': 'STDB', 'scan backward, STDB': 'STDB', 'scan backward, Linear': 'Linear'}
+
+
+def scan_job(backend, task, row, device):
+    """A neurons' scan over time alone, of as many as go through it at once; backend: 'torch' or 'triton'."""
+    size = CHUNK_BYTES[device.type] // (4 * row.steps)
+    neuron = LIFParameters(1.0, 1.0, SCANS[task], 0.3, 0.01, 0.3, backend, 0 if row.direct else 1)
+    current, spikes = torch.randn(row.steps, size, device=device), torch.zeros(row.steps, size, device=device).bool()
+    lif_forward(current, spikes, neuron)
+    if task == 'scan forward':
+        return Job(lambda: lif_forward(current, spikes, neuron))
+    grad = torch.zeros(row.steps, size, device=device)  # zeros stay finite however often they go through it in place
+    state = spikes if neuron.activation == 'STDB' else torch.rand(row.steps, size, device=device)
+    return Job(lambda: lif_backward(grad, state, 1, neuron))
+
+
+@functools.cache
+def layer_sizes(architecture):
+    """([multiplications of each synapse, first to last], hidden neurons, LIF layers on the way to the output), of one
+    image, at one step."""
+    macs, neurons, hooks = [], [], []
+    model = (VGG if architecture.startswith('VGG') else ResNet)(architecture).eval()
+    for module in model.modules():
+        if hasattr(module, 'weight'):
+            hooks.append(module.register_forward_hook(
+                lambda module, _, output: macs.append(output[0].numel() * math.prod(module.weight.shape[1:])
+                                                      if output.dim() == 4 else module.weight.numel())))
+        elif isinstance(module, nn.ReLU):
+            hooks.append(module.register_forward_hook(lambda _, __, output: neurons.append(output[0].numel())))
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    spiking = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
+    return macs, sum(neurons), spiking(architecture).depth
+
+
+def arithmetic(row, task, ann=False):
+    """Multiplications and additions of a step, with every spike and every 0 taken for a number.
+
+    Training takes three times the forward pass, but that nobody wants the gradient of the images. The first layer of
+    direct input is needed once, the output layer once, as its input may be added up over time; with a delay the others
+    are needed at T - L steps.
+    """
+    (first, *hidden, last), _, depth = layer_sizes(row.architecture)
+    steps = 1 if ann else row.steps - (0 if row.direct else depth)
+    once = 1 if row.direct else steps
+    train = task != 'test'
+    return row.batch * ((2 if train else 1) * first * once + (3 if train else 1) * (sum(hidden) * steps + last))
+
+
+# --- where the time goes ----------------------------------------------------------------------------------------------
+
+CPU_PARTS = {  # by the names of operations
+    'convolutions and matrix products': ('aten::convolution', 'aten::convolution_backward', 'aten::mm', 'aten::addmm',
+                                         'aten::addmm_'),
+    'scan over time': ('scan over time',),
+    'batch norm': ('aten::batch_norm', 'NativeBatchNormBackward0'),
+    'activations': ('aten::relu', 'aten::threshold_backward', '_QCFS', '_QCFSBackward'),
+    'pools and dropout': ('aten::avg_pool2d', 'aten::avg_pool2d_backward', 'aten::dropout', 'MulBackward0'),
+    'optimizer': ('Optimizer.step#SGD.step',)}
+CUDA_PARTS = {  # by what the names of kernels have in them; the scans' are the first two
+    'scan over time': ('^_forward$', '^_backward$'),
+    'batch norm': ('batch_norm', 'bn_'),
+    'pools and dropout': ('pool', 'dropout'),
+    'convolutions and matrix products': ('gemm', 'conv', 'cudnn', 'cutlass', 'xmma', 'nvjet', 'wgrad', 'dgrad'),
+    'optimizer': ('fused_sgd', 'FusedSgd', 'multi_tensor')}
+
+
+def part_of(event, cuda):
+    """The part of a step that an event of the profiler belongs to, or None."""
+    if not cuda:
+        return next((part for part, names in CPU_PARTS.items() if event.name in names), None)
+    if event.device_type != torch.autograd.DeviceType.CUDA or getattr(event, 'is_user_annotation', False):
+        return None
+    return next((part for part, names in CUDA_PARTS.items() if any(re.search(name, event.name) for name in names)),
+                None)
+
+
+@contextlib.contextmanager
+def parts_of(device, parts):
+    """Add what torch's profiler sees of the work within to parts, {part: seconds}."""
+    from torch.profiler import ProfilerActivity, profile
+    cuda = device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        yield
+    for event in seen.events():
+        part, above = part_of(event, cuda), event.cpu_parent
+        while above is not None and not part_of(above, cuda):
+            above = above.cpu_parent
+        if part and above is None:  # else it is within one that counts already
+            parts[part] = parts.get(part, 0) + event.time_range.elapsed_us() / 1e6
+
+
+def name_scans():
+    """Have the profiler see the scans over time of our networks."""
+    from self_models import lif_layer
+    for name in ('lif_forward', 'linear_factor', 'lif_backward'):
+        setattr(lif_layer, name, torch.profiler.record_function('scan over time')(getattr(lif_layer, name)))

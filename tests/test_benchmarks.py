@@ -1,0 +1,114 @@
+"""benchmarks/compare.py: its turns, medians and counts, and that what it compares is the same network."""
+import argparse
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT, fill, network
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+import compare  # noqa: E402
+import machine  # noqa: E402
+import networks  # noqa: E402
+
+CPU = torch.device('cpu')
+
+
+def run(wall, disturbed=False, cpu=None):
+    return {'wall': wall, 'cpu': cpu or wall, 'disturbed': disturbed}
+
+
+def test_rows_of_few_steps_are_low_latency():
+    assert compare.parse_row('VGG16:4:32') == ('VGG16', 4, 32, True)
+    assert compare.parse_row('VGG5:75:16') == ('VGG5', 75, 16, False)
+
+
+def test_a_run_of_the_first_stands_beside_every_other():
+    assert compare.turns(['ours']) == [('ours',)]
+    assert compare.turns(['ours', 'a', 'b', 'c']) == [('a', 'ours', 'b'), ('c', 'ours')]
+
+
+def test_disturbed_runs():
+    alone = {'wall': 1.0, 'cpu': 1.9, 'others': 0.02, 'idle': 0.08}
+    runs = [alone, alone | {'cpu': 1.6}, alone | {'others': 0.5, 'idle': 0.0}, alone | {'others': 0.5, 'idle': 5.0}]
+    runs = [dict(each) for each in runs]
+    machine.mark_disturbed(runs)
+    assert [each['disturbed'] for each in runs] == [False, True, True, False]
+
+
+def test_medians_are_of_undisturbed_runs_where_these_are_enough(capsys):
+    ours, theirs = [run(1.0)] * 3 + [run(4.0, True)] * 4, [run(2.0)] * 3 + [run(3.0, True)] * 4
+    found = {'ours': {'bytes': 2 ** 20, 'runs': ours, 'pairs': []},
+             'ann': {'bytes': 2 ** 21, 'runs': theirs, 'pairs': list(zip(ours, theirs))}}
+    compare.table(found)
+    assert capsys.readouterr().out.splitlines()[-1].split() == [
+        'ann', '2.000s', '2.000s', '2', 'MB', '3', 'of', '7', '|', '0.50', '0.50', '0.50', '0.50', '|', '1.00']
+    found['ann'] |= {'runs': theirs[1:], 'pairs': found['ann']['pairs'][1:]}
+    compare.table(found)
+    line, note = capsys.readouterr().out.splitlines()[-2:]
+    assert line.split()[1:10] == ['3.000s', '3.000s', '2', 'MB', '2', 'of', '6*', '|', '0.33']
+    assert line.split()[10] == '1.33' and note.startswith('* fewer than 3 undisturbed')
+
+
+def test_arithmetic():
+    first, *hidden, last = 64 * 27 * 32 ** 2, 128 * 576 * 16 ** 2, 128 * 1152 * 16 ** 2, 8192 * 4096, 4096 ** 2, 40960
+    few, many = compare.parse_row('VGG5:4:2'), compare.parse_row('VGG5:75:3')
+    assert networks.arithmetic(few, 'test') == 2 * (first + 4 * sum(hidden) + last)
+    assert networks.arithmetic(few, 'train') == 2 * (2 * first + 12 * sum(hidden) + 3 * last)
+    assert networks.arithmetic(many, 'train') == 3 * (70 * (2 * first + 3 * sum(hidden)) + 3 * last)
+    assert networks.arithmetic(few, 'train', ann=True) == 2 * (2 * first + 3 * sum(hidden) + 3 * last)
+
+
+def test_the_networks_of_other_libraries_give_the_same_logits_and_memopt_the_same_gradients():
+    pytest.importorskip('spikingjelly')
+    pytest.importorskip('snntorch')
+    model = fill(network('VGG5', timesteps=3, input_shape=(3, 8, 8), **networks.LOW_LATENCY), 0)
+    model.threshold_update(1.0, [1.3, 0.9, 1.1, 1.2, 0.8])
+    plain, recomputed, snntorch = (networks.build_spikingjelly(model, CPU),
+                                   networks.build_spikingjelly(model, CPU, memopt=True, shape=(3, 8, 8)),
+                                   networks.build_snntorch(model, CPU))
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    model.double().eval()
+    with torch.no_grad():
+        logits = model(images)
+    assert logits.abs().min() > 0
+    gradients = []
+    for forward, net in (plain, recomputed, snntorch):
+        net.double().eval()
+        given = forward(images)
+        torch.testing.assert_close(given.detach(), logits, rtol=1e-5, atol=1e-5)
+        given.square().sum().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for own, other in zip(gradients[0], gradients[1], strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def test_a_worker(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'))
+    monkeypatch.setattr(networks, 'name_scans', lambda: None)  # which would stay in this process
+    compare.work(argparse.Namespace(worker=['ann_qcfs', 'shares', ['RESNET6', 4, 2, True]], device='cpu', amp=False,
+                                    plain_malloc=False))
+    memory, ready, found = capsys.readouterr().out.splitlines()
+    found = json.loads(found)
+    assert json.loads(memory)['bytes'] > 0 and ready == 'ready' and found['wall'] > 0
+    assert {'convolutions and matrix products', 'batch norm', 'activations', 'optimizer'} <= set(found['parts'])
+    assert 0.3 * found['wall'] < sum(found['parts'].values()) < found['wall']
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('name', ['ours', 'ours_linear', 'ann', 'ann_qcfs'])
+@pytest.mark.parametrize('steps', [4, 12])
+def test_the_host_waits_for_nothing_within_a_step(name, steps):
+    row = compare.parse_row(f'VGG5:{steps}:4')
+    step = networks.job(name, 'train', row, torch.device('cuda'), amp=True).run
+    step()  # kernels are compiled, gradients made
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
