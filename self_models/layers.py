@@ -18,6 +18,7 @@ from self_models.architectures import (
     VGG_LAYOUTS,
     input_shape_of,
 )
+from self_models.dropout import Dropout
 from self_models.qcfs import QCFS
 
 ACTIVATIONS = ('ReLU', 'QCFS')
@@ -113,13 +114,13 @@ def vgg_layers(vgg_name: str, labels: int, dataset: str, kernel_size: int, dropo
             layers.append(nn.AvgPool2d(2))
             height, width = height // 2, width // 2
         else:
-            layers += [*parts.conv(channels, item, kernel_size), parts.activation(), nn.Dropout(dropout)]
+            layers += [*parts.conv(channels, item, kernel_size), parts.activation(), Dropout(dropout)]
             channels = item
             height, width = (size + 2 * ((kernel_size - 1) // 2) - kernel_size + 1 for size in (height, width))
     hidden = VGG11_CIFAR100_HIDDEN if on_cifar100 else VGG_HIDDEN
     classifier = nn.Sequential(
-        *parts.linear(channels * height * width, hidden), parts.activation(), nn.Dropout(0.5),
-        *parts.linear(hidden, hidden), parts.activation(), nn.Dropout(0.5),
+        *parts.linear(channels * height * width, hidden), parts.activation(), Dropout(0.5),
+        *parts.linear(hidden, hidden), parts.activation(), Dropout(0.5),
         nn.Linear(hidden, labels, bias=parts.bias))
     return nn.Sequential(*layers), classifier
 
@@ -130,7 +131,7 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float, parts: Parts):
         super().__init__()
         self.residual = nn.Sequential(
-            *parts.conv(inputs, outputs, 3, stride), parts.activation(), nn.Dropout(dropout),
+            *parts.conv(inputs, outputs, 3, stride), parts.activation(), Dropout(dropout),
             *parts.conv(outputs, outputs, 3))
         if stride != 1 or inputs != outputs:
             identity = parts.conv(inputs, outputs, 1, stride)
@@ -159,8 +160,8 @@ def resnet_layers(resnet_name: str, labels: int, dataset: str, dropout: float, i
     if min(height, width) < 2:
         raise ValueError(f'{resnet_name} needs images of 2x2 pixels or more, not {height}x{width}')
     pre_process = nn.Sequential(
-        *parts.conv(channels, 64, 3, 2 if large else 1), parts.activation(), nn.Dropout(dropout),
-        *parts.conv(64, 64, 3), parts.activation(), nn.Dropout(dropout),
+        *parts.conv(channels, 64, 3, 2 if large else 1), parts.activation(), Dropout(dropout),
+        *parts.conv(64, 64, 3), parts.activation(), Dropout(dropout),
         *parts.conv(64, 64, 3), parts.activation(), nn.AvgPool2d(2))
     channels, height, width = 64, height // 2, width // 2
     stages = []

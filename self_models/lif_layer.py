@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from self_models.dropout import dropout_factors
 from self_models.layers import Scale
 from self_models.lif import (
     LIFParameters,
@@ -194,7 +195,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
                 kept[:, samples] = linear_factor(potentials, numbers.threshold).view(kept[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
-            mask = F.dropout(torch.ones(batch, size, dtype=dtype, device=device), dropout.p)
+            mask = dropout_factors(torch.empty(batch, size, dtype=dtype, device=device), dropout.p)
     train = SpikeTrain(spikes, shape, start + parameters.delay, mask=mask, pools=pools, fault=fault)
     if learns:
         given = [tensor for each in inputs for tensor in (each.train.proxy, each.weight, each.bias)]
