@@ -355,7 +355,8 @@ def resume_optimizer(optimizer, state, path, args):
     saved, idle = state['args'], options.without_effect(vars(args))
     # what the optimizer's state is, and what the best accuracy so far is of: images and time
     for flag in ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples',
-                 'timesteps', 'leak', 'encoding', 'delay', 'initial_potential'):
+                 'levels', 'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold',
+                 'learn_leak'):
         # ann.py knows no time; files of former versions know one neuron
         before = saved.get(flag, options.FORMER.get(flag) if hasattr(args, flag) else None)
         if flag not in idle and before != getattr(args, flag, None):

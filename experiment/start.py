@@ -124,10 +124,12 @@ def take_defaults(args, state):
                         'flag out')
     settings = {**QUANTIZED, 'output': 'mean'}
     vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; otherwise the network does worse '
+            'than its ANN until it is fine-tuned' for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
     if steps == levels:
-        return []
-    return [f'--timesteps {steps}: the ANN was trained with {levels} levels; '
+        return said
+    return [*said, f'--timesteps {steps}: the ANN was trained with {levels} levels; '
             + (f'with {steps + 1} rates for its {levels + 1} values the network loses accuracy, most of which '
                'fine-tuning wins back' if steps < levels else
                'more steps cost more and bring the network nearer to what the ANN would give without levels')]

@@ -71,6 +71,13 @@ def test_flags_that_mean_nothing_for_qcfs_are_refused(flags, said, quantized):
     fails(snn, f'^--{said}: .*QCFS', *SMALL, '--pretrained_ann', quantized, '--timesteps', 2, *flags)
 
 
+def test_flags_that_qcfs_was_not_trained_for_are_said_to_cost_accuracy(quantized, capsys):
+    run(snn, *SMALL, '--pretrained_ann', quantized, '--timesteps', 9, '--delay', 1, '--leak', 1, '--test_only')
+    out = capsys.readouterr().out
+    assert '--delay 1: the bounds of QCFS fit delay 0; ' in out and out.count('the bounds of QCFS fit') == 1
+    assert '--timesteps 9: the ANN was trained with 4 levels; more steps' in out
+
+
 @pytest.mark.parametrize('spoil, said', [
     (lambda weights: weights.pop('pre_process.2.bound'), 'no pre_process.2.bound'),
     (lambda weights: weights.update({'pre_process.2.bound': torch.tensor(-1.0)}), 'bound must be finite and above 0'),
@@ -135,7 +142,16 @@ def test_learned_thresholds_and_leaks_go_on_bit_for_bit(quantized, monkeypatch):
     assert len(set(last['leaks'])) > 1 and all(0 < leak <= 1 for leak in last['leaks'])
     decay = [group['weight_decay'] for group in last['optimizer']['param_groups']]
     assert decay == [5e-4, 0.0] and first['thresholds'] and len(last['thresholds']) == 7
-    fails(snn, 'was trained with --delay 0', *flags, '--name', 'killed', '--resume', '--delay', 1, '--epochs', 4)
+    for flag, said in (('--delay=1', '--delay 0'), ('--no-learn_threshold', '--learn_threshold True'),
+                       ('--no-learn_leak', '--learn_leak True')):
+        fails(snn, f'was trained with {said}', *flags, '--name', 'killed', '--resume', flag, '--epochs', 4)
+
+
+def test_an_ann_goes_on_with_the_levels_that_it_was_trained_with():
+    run(ann, *QCFS, '--epochs', 1)
+    fails(ann, 'was trained with --levels 4; go on so', *QCFS, '--epochs', 2, '--resume', '--levels', 8)
+    run(ann, *SMALL, '--optimizer', 'Adam', '--epochs', 2, '--resume')
+    assert load('trained_models/ann/ann_resnet6_digits.last.pth')['args']['levels'] == 4
 
 
 def test_relu_with_batch_norm_is_folded_and_balanced_as_before(capsys):

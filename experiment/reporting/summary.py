@@ -22,8 +22,9 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'back
 
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
-TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'optimizer', 'weight_decay',
-            'momentum', 'amsgrad', 'dropout', 'activation', 'alpha', 'beta', 'gamma', 'output'}
+TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
+            'momentum', 'amsgrad', 'dropout', 'activation', 'alpha', 'beta', 'gamma', 'output', 'learn_threshold',
+            'learn_leak'}
 
 
 class Run(NamedTuple):
