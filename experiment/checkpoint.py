@@ -13,6 +13,7 @@ import torch
 
 from experiment import UserError
 from experiment.files import set_aside, write_atomically
+from self_models.surrogate import SURROGATES
 
 
 def save(state, path):
@@ -195,12 +196,12 @@ def snn_settings(state, path):
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
                  and all(0 < value <= 1 for value in settings.get('leaks', ()))
-                 and state.get('activation', 'STDB') in ('STDB', 'Linear'))
+                 and state.get('activation', 'STDB') in SURROGATES)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
         raise UserError(f'{path}: is not a whole SNN checkpoint; it needs thresholds above 0, timesteps of 1 or more, '
-                        "a leak in (0, 1], and 'STDB' or 'Linear' where it names an activation")
+                        f'a leak in (0, 1], and {" or ".join(map(repr, SURROGATES))} where it names an activation')
     return {**settings, **({'activation': state['activation']} if 'activation' in state else {})}
 
 

@@ -1,5 +1,4 @@
 """Several processes, which talk by gloo, against one."""
-import json
 import os
 import re
 import shlex
@@ -12,18 +11,19 @@ import torch
 
 import ann
 import snn
-from conftest import ROOT, load, metrics_of, run, same
+import train_together
+from conftest import CALIBRATION, ROOT, digits, load, metrics_of, run, same, train_ann
 from experiment import UserError, distributed, setup
 from self_models import VGG, convert
 
-SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', 97, '--test_samples', 50, '--no-gpu']
+SMALL = digits(97, 50)  # processes get unequal parts
 
 
-def start(processes, script, *flags, cwd, status=0):
-    """Run a script of the project on so many processes; returns what they print, where it is to fail their errors."""
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes), '--']
+def start(script, *flags, cwd, status=0):
+    """Run a script of the project on two processes; returns what they print, where it is to fail their errors."""
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--']
     done = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(ROOT / script), *map(str, flags)], cwd=cwd,
+        [sys.executable, *launcher, str(ROOT / script), *map(str, flags)], cwd=cwd,
         text=True, capture_output=True, timeout=300,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'})
     assert done.returncode == status, done.stderr
@@ -37,9 +37,9 @@ def close(one, two):
 
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
     # 19 images in batches of 6: the last one has an image for the first process only
-    start(1, 'tests/train_together.py', tmp_path / 'one', 6, cwd=tmp_path)
-    start(2, 'tests/train_together.py', tmp_path / 'two', 3, cwd=tmp_path)
-    one, first, second = (torch.load(tmp_path / name, weights_only=True) for name in ('one.0', 'two.0', 'two.1'))
+    train_together.main(tmp_path / 'one', 6)
+    start('tests/train_together.py', tmp_path / 'two', 3, cwd=tmp_path)
+    one, first, second = (load(tmp_path / name) for name in ('one.0', 'two.0', 'two.1'))
     assert close(one['state_dict'], first['state_dict']) and close(first['state_dict'], second['state_dict'])
     assert one['metrics'][0][0] != one['metrics'][1][0], 'no step was taken'
     for found in (first, second):
@@ -48,34 +48,33 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_ann_trained_by_two_processes(tmp_path):
-    for processes, batch, name in ((1, 16, 'one'), (2, 8, 'two')):
-        flags = [*SMALL, '--dropout', 0, '--epochs', 2, '--batch_size', batch, '--name', name]
-        out = start(processes, 'ann.py', *flags, cwd=tmp_path)
-        assert out.count('best test accuracy') == 1, 'one process writes'
-    one, two = (torch.load(tmp_path / f'trained_models/ann/{name}.pth', weights_only=True) for name in ('one', 'two'))
+def test_an_ann_trained_by_two_processes(tmp_path, in_an_empty_folder):
+    flags = [*SMALL, '--dropout', 0, '--epochs', 2]
+    run(ann, *flags, '--batch_size', 16, '--name', 'one')
+    out = start('ann.py', *flags, '--batch_size', 8, '--name', 'two', cwd=tmp_path)
+    assert out.count('best test accuracy') == 1, 'one process writes'
+    one, two = (load(f'trained_models/ann/{name}.pth') for name in ('one', 'two'))
     assert close(one['state_dict'], two['state_dict'])
     for a, b in zip(one['history'], two['history'], strict=True):
         assert {key: b[key] for key in b if key != 'seconds'} == pytest.approx(
             {key: a[key] for key in a if key != 'seconds'}, rel=1e-4)
-    assert sorted(path.name for path in (tmp_path / 'trained_models/ann').glob('*.pth')) == [
+    assert sorted(path.name for path in Path('trained_models/ann').glob('*.pth')) == [
         f'{name}{kind}' for name in ('one', 'two') for kind in ('.last.pth', '.pth')]
 
 
 @pytest.mark.slow
 def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
-    start(1, 'ann.py', *SMALL, '--epochs', 2, '--optimizer', 'Adam', '-lr', '1e-3', '--name', 'a', cwd=tmp_path)
-    flags = [*SMALL, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 10, '--calibration_samples', 20,
-             '--calibration_timesteps', 30, '--validation_fraction', '0.1', '--default_threshold', '0.3']
-    out = start(2, 'snn.py', *flags, '--epochs', 1, '--name', 's', cwd=tmp_path)
-    out += start(2, 'snn.py', *flags, '--epochs', 2, '--name', 's', '--resume', cwd=tmp_path)
+    flags = [*SMALL, '--pretrained_ann', train_ann(tmp_path, *SMALL, '--epochs', 2), '--timesteps', 10, *CALIBRATION,
+             '--validation_fraction', '0.1', '--default_threshold', '0.3']
+    out = start('snn.py', *flags, '--epochs', 1, '--name', 's', cwd=tmp_path)
+    out += start('snn.py', *flags, '--epochs', 2, '--name', 's', '--resume', cwd=tmp_path)
     assert '2 processes, each with batches of 64' in out
     assert len(re.findall(r'^thresholds:', out, re.M)) == 2  # one a run
-    lines = [json.loads(line) for line in (tmp_path / 'logs/snn/s.jsonl').read_text().splitlines()]
-    assert [entry['epoch'] for entry in lines[1:]] == [0, 1, 2]
+    _, epochs = metrics_of(tmp_path / 'logs/snn/s.jsonl')
+    assert [entry['epoch'] for entry in epochs] == [0, 1, 2]
     # of 50 test images and 144 held out, every one was counted once
-    tested, = [50 * entry['test_accuracy'] for entry in lines[1:] if 'test_accuracy' in entry]
-    for count in (tested, *(144 * entry['validation_accuracy'] for entry in lines[1:])):
+    tested, = [50 * entry['test_accuracy'] for entry in epochs if 'test_accuracy' in entry]
+    for count in (tested, *(144 * entry['validation_accuracy'] for entry in epochs)):
         assert count == pytest.approx(round(count))
 
 
@@ -96,7 +95,7 @@ options.run(ann.main, ann.get_args_parser().parse_args(), 'ann.py')
 
 def test_batch_norm_of_two_processes_ends_alike_on_both_and_converts(tmp_path, monkeypatch, capsys):
     (tmp_path / 'each_epoch.py').write_text(EACH_EPOCH)
-    out = start(2, tmp_path / 'each_epoch.py', *SMALL, '--train_samples', 900, '--activation', 'QCFS', '--levels', 4,
+    out = start(tmp_path / 'each_epoch.py', *SMALL, '--train_samples', 900, '--activation', 'QCFS', '--levels', 4,
                 '--batch_norm', '--optimizer', 'Adam', '-lr', '1e-3', '--epochs', 2, '--batch_size', 16, '--name', 'a',
                 cwd=tmp_path)
     assert 'batch norm is not synchronised on CPUs' in out
@@ -133,7 +132,7 @@ def test_a_synchronised_batch_norm_has_the_names_and_values_of_one_that_is_not(m
 
 
 def test_too_few_time_steps_for_a_spike_at_the_output_say_how_many_it_takes(tmp_path):
-    errors = start(2, 'snn.py', *SMALL, '--timesteps', 5, '--epochs', 1, cwd=tmp_path, status=1)
+    errors = start('snn.py', *SMALL, '--timesteps', 5, '--epochs', 1, cwd=tmp_path, status=1)
     assert re.search('^snn.py: error: --timesteps 5: .* in fewer than 6, .*; take more$', errors, re.M)
     assert said(errors) == 1
 
@@ -145,7 +144,7 @@ def said(errors):
 
 
 def test_an_error_of_the_main_process_alone_is_one_line(tmp_path):
-    errors = start(2, 'ann.py', '--dataset', 'FOLDER', '--data_dir', 'nowhere', '--no-gpu', cwd=tmp_path, status=1)
+    errors = start('ann.py', '--dataset', 'FOLDER', '--data_dir', 'nowhere', '--no-gpu', cwd=tmp_path, status=1)
     assert said(errors) == 1 and 'ann.py: error: FOLDER: there is no nowhere; ' in errors
 
 
@@ -168,7 +167,7 @@ options.run(main, ann.get_args_parser().parse_args(), 'ann.py')
 @pytest.mark.parametrize('where', ["setup, '_device'", "engine, 'check_finite'"])  # before they have met, and after
 def test_an_error_of_another_process_alone_is_one_line(tmp_path, where):
     (tmp_path / 'failing.py').write_text(FAILING.replace('{where}', where))
-    errors = start(2, tmp_path / 'failing.py', *SMALL, '--epochs', 2, cwd=tmp_path, status=1)
+    errors = start(tmp_path / 'failing.py', *SMALL, '--epochs', 2, cwd=tmp_path, status=1)
     assert said(errors) == 1 and 'ann.py: error: a thing is wrong; mend it\n' in errors
 
 

@@ -17,9 +17,9 @@ from torch import nn
 
 import snn
 import step_by_step
-from conftest import ternary
-from experiment import UserError, nir_export
-from self_models import QCFS, RESNET_SNN_STDB, VGG, VGG_SNN_STDB, ResNet, convert
+from conftest import SMALL, fails, load, network, run, ternary
+from experiment import nir_export
+from self_models import QCFS, VGG, ResNet, convert
 
 nir = pytest.importorskip('nir')
 
@@ -42,7 +42,7 @@ def vgg(leak=1.0, timesteps=9, bias=False, **options):
     def conv(inputs, outputs):
         return nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
 
-    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=timesteps, leak=leak, bias=bias, **options)
+    model = network('VGG5', dataset='DIGITS', timesteps=timesteps, leak=leak, bias=bias, **options)
     model.features = nn.Sequential(
         conv(1, 4), nn.ReLU(), nn.AvgPool2d(2), conv(4, 6), nn.ReLU(), nn.Dropout(), conv(6, 8), nn.ReLU(),
         nn.AvgPool2d(2))
@@ -53,7 +53,7 @@ def vgg(leak=1.0, timesteps=9, bias=False, **options):
 
 
 def resnet(leak=1.0, timesteps=9, **options):
-    model = RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=timesteps, leak=leak, **options)
+    model = network('RESNET6', dataset='DIGITS', timesteps=timesteps, leak=leak, **options)
     for module in model.modules():
         if hasattr(module, 'factor'):
             module.factor = torch.tensor(0.75, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_every_node_lies_on_a_way_from_input_to_output(build, tmp_path):
 
 @pytest.mark.parametrize('size', [(224, 224), (232, 240)])
 def test_the_last_pool_of_large_images(size):
-    model = RESNET_SNN_STDB('RESNET12', labels=3, input_shape=(3, *size))
+    model = network('RESNET12', labels=3, input_shape=(3, *size))
     graph = nir_export.to_graph(model, (3, *size))
     node, (before,) = graph.nodes['final_pool'], [a for a, b in graph.edges if b == 'final_pool']
     x = torch.rand(1, *graph.nodes[before].output_type['output'])
@@ -390,7 +390,7 @@ def test_importers_spike_as_a_converted_network_does_in_the_same_step(
 @pytest.fixture
 def one_neuron(tmp_path):
     """A neuron of threshold 1 that is given 0.75 at each of 8 steps; (model, image)."""
-    model = VGG_SNN_STDB('VGG5', dataset='DIGITS', timesteps=8)
+    model = network('VGG5', dataset='DIGITS', timesteps=8)
     model.features = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU())
     model.classifier = nn.Sequential(nn.Linear(1, 1, bias=False))
     model.set_layers(['features.0'], depth=1, balanced=1)
@@ -423,21 +423,15 @@ def test_snntorch_fires_above_the_threshold(one_neuron, tmp_path):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-FLAGS = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu',
-         '--default_threshold', '0.3', '--export_nir']
+FLAGS = [*SMALL, '--default_threshold', '0.3', '--export_nir']
 
 
-def run(*flags):
-    snn.main(snn.get_args_parser().parse_args([str(flag) for flag in flags]))
-
-
-def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run(*FLAGS, 'trained.nir', '--timesteps', 8, '--epochs', 2)
+def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, in_an_empty_folder, capsys):
+    run(snn, *FLAGS, 'trained.nir', '--timesteps', 8, '--epochs', 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('trained.nir: written as NIR')]
     assert len(lines) == 1 and 'subtracts the threshold' in lines[0] and 'fires before it integrates' in lines[0]
-    state = torch.load('trained_models/snn/snn_resnet6_digits_8.pth', weights_only=True)
-    run(*FLAGS, 'tested.nir', '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--test_only')
+    state = load('trained_models/snn/snn_resnet6_digits_8.pth')
+    run(snn, *FLAGS, 'tested.nir', '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--test_only')
     for path in ('trained.nir', 'tested.nir'):
         graph = nir.read(path)
         assert (graph.metadata['architecture'], graph.metadata['timesteps']) == ('RESNET6', 8)
@@ -446,24 +440,17 @@ def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {'trained.nir', 'tested.nir', 'trained_models', 'logs'}
 
 
-def test_where_it_cannot_write_it_says_so_before_anything_else(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_where_it_cannot_write_it_says_so_before_anything_else(tmp_path, in_an_empty_folder, monkeypatch):
     Path('file').write_text('in the way')
-    with pytest.raises(UserError, match='--export_nir none/x.nir: there is no folder none'):
-        run(*FLAGS, 'none/x.nir')
-    with pytest.raises(UserError, match='--export_nir file/x.nir: there is no folder file'):
-        run(*FLAGS, 'file/x.nir')
-    with pytest.raises(UserError, match='is a folder'):
-        run(*FLAGS, '.')
+    fails(snn, '--export_nir none/x.nir: there is no folder none', *FLAGS, 'none/x.nir')
+    fails(snn, '--export_nir file/x.nir: there is no folder file', *FLAGS, 'file/x.nir')
+    fails(snn, 'is a folder', *FLAGS, '.')
     monkeypatch.setattr('tempfile.TemporaryFile', lambda **_: (_ for _ in ()).throw(PermissionError(13, 'Not allowed')))
-    with pytest.raises(UserError, match='cannot write in .* .Not allowed'):
-        run(*FLAGS, 'x.nir')
+    fails(snn, 'cannot write in .* .Not allowed', *FLAGS, 'x.nir')
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
-def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_the_package_it_says_how_to_get_it(tmp_path, in_an_empty_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'nir', None)
-    with pytest.raises(UserError, match='pip install nir'):
-        run(*FLAGS, 'x.nir')
+    fails(snn, 'pip install nir', *FLAGS, 'x.nir')
     assert list(tmp_path.iterdir()) == []

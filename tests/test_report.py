@@ -136,7 +136,7 @@ def test_z_by_hand():
     branches = [SynapticInput(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
     with torch.no_grad():
         counts = count.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3), branches,
-                                              branches[0].train))
+                                             branches[0].train))
     between = {round(count.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
     # z = -1 (a bin holds its upper edge), -0.4 and 0.2 (which rounding may put on either side), -0.2
     assert counts.sum() == 4 and between[-1.1] == 1 and sum(between.values()) == 4
@@ -256,7 +256,7 @@ def test_macs_are_those_of_a_flop_counter():
 def test_summary_by_hand():
     layer = count.Layer('a', 10, 0.5, 1, torch.tensor([2., 6]), torch.tensor([30., 10]))
     connection = count.Connection('b', 'linear', 10, 1, 2, None, 1000, 2000, 0, spikes=8, operations=800,
-                                   nonzero_operations=400)
+                                  nonzero_operations=400)
     model = SimpleNamespace(activation='STDB', alpha=0.5, beta=0.25)
     got = numbers.summary(model, [layer, layer], [connection], 4)
     assert got['layers'][1]['firing_rate_by_step'] == pytest.approx([0.05, 0.15])
