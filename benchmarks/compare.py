@@ -26,6 +26,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -132,7 +133,8 @@ class Worker:
         command = [sys.executable, __file__, '--worker', json.dumps([name, task, row]), '--device', args.device]
         self.process = subprocess.Popen(
             command + ['--amp'] * args.amp + ['--plain_malloc'] * args.plain_malloc, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True)
+            stdout=subprocess.PIPE, text=True,
+            env={**os.environ, 'KINETO_LOG_LEVEL': '5'})  # else torch's profiler says much
         line = self.process.stdout.readline()
         self.bytes = json.loads(line)['bytes'] if line else 0
         self.process.stdout.readline()  # warmed up; the next one is not started beside it

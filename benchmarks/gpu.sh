@@ -50,8 +50,8 @@ compare() {  # name, row, tasks
 
 epochs() {  # flags of ann.py, then of snn.py: an epoch of each, on pictures made for it, TRAIN and TEST of each class
     set -euo pipefail
-    local scratch root=$PWD
-    scratch=$(mktemp -d)
+    local root=$PWD
+    scratch=$(mktemp -d)  # not local: the trap runs after the function
     trap 'rm -rf "$scratch"' EXIT
     cd "$scratch"
     python - "$TRAIN" "$TEST" <<'END'
