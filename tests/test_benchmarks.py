@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from conftest import ROOT, fill, network
+from conftest import ROOT, fill, network, ternary
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import compare  # noqa: E402
@@ -65,26 +65,26 @@ def test_arithmetic():
 def test_the_networks_of_other_libraries_give_the_same_logits_and_memopt_the_same_gradients():
     pytest.importorskip('spikingjelly')
     pytest.importorskip('snntorch')
-    model = fill(network('VGG5', timesteps=3, input_shape=(3, 8, 8), **networks.LOW_LATENCY), 0)
-    model.threshold_update(1.0, [1.3, 0.9, 1.1, 1.2, 0.8])
-    plain, recomputed, snntorch = (networks.build_spikingjelly(model, CPU),
-                                   networks.build_spikingjelly(model, CPU, memopt=True, shape=(3, 8, 8)),
-                                   networks.build_snntorch(model, CPU))
-    torch.manual_seed(0)
-    images = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
-    model.double().eval()
+    model = fill(network('VGG5', timesteps=3, input_shape=(3, 8, 8), **networks.LOW_LATENCY), 0).eval()
+    with torch.no_grad():  # values that float32 adds up exactly, in any order, and never to a threshold
+        for weight in model.parameters():
+            weight.copy_((weight * 64).round() / 64)
+    model.threshold_update(1.0, [value + 2 ** -12 for value in (1.25, 0.875, 1.125, 1.25, 0.75)])
+    images = ternary((2, 3, 8, 8)).float()
     with torch.no_grad():
         logits = model(images)
     assert logits.abs().min() > 0
     gradients = []
-    for forward, net in (plain, recomputed, snntorch):
-        net.double().eval()
+    for forward, net in (networks.build_spikingjelly(model, CPU),
+                         networks.build_spikingjelly(model, CPU, memopt=True, shape=(3, 8, 8)),
+                         networks.build_snntorch(model, CPU)):
+        net.eval()
         given = forward(images)
-        torch.testing.assert_close(given.detach(), logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(given, logits)
         given.square().sum().backward()
         gradients.append([p.grad for p in net.parameters()])
-    for own, other in zip(gradients[0], gradients[1], strict=True):
-        torch.testing.assert_close(own, other)
+    for plain, recomputed in zip(gradients[0], gradients[1], strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 def test_a_worker(monkeypatch, capsys):
