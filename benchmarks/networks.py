@@ -187,7 +187,7 @@ def job(name, task, row, device, amp):
     net.train(task in ('train', 'shares', 'growth'))
     if not net.training:
         def test():
-            with torch.no_grad(), engine.lowered(device, amp):
+            with torch.no_grad(), engine.autocast(device, amp):
                 forward(images)
         return Job(test)
     labels = torch.arange(row.batch, device=device) % 10
@@ -195,7 +195,7 @@ def job(name, task, row, device, amp):
 
     def train():
         optimizer.zero_grad()
-        with engine.lowered(device, amp):
+        with engine.autocast(device, amp):
             loss = F.cross_entropy(forward(images) / row.steps, labels)
         loss.backward()
         optimizer.step()

@@ -126,7 +126,7 @@ def layer_not_finite(model, images=None):
         records = model.record(images) if model.timesteps > model.latency else ()
         return next((f'the membrane potentials of {record.name}' for record in records
                      if not math.isfinite(record.spikes.fault)), '')
-    if distributed.share()[1] > 1:  # batch norm would wait for the other processes
+    if distributed.process().world_size > 1:  # batch norm would wait for the other processes
         model.eval()
     found, hooks = [], []
     for name, module in model.named_modules():
