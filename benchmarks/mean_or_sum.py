@@ -15,9 +15,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import snn  # noqa: E402
-from experiment import UserError, engine, options, setup  # noqa: E402
-from experiment.convert import convert  # noqa: E402
+from experiment import UserError, convert, engine, options, setup  # noqa: E402
 from experiment.data import epoch_loader  # noqa: E402
+from experiment.run import Run  # noqa: E402
+from experiment.start import find_snn  # noqa: E402
 
 IMAGES = 512
 
@@ -27,11 +28,13 @@ def main(args):
         raise UserError('--pretrained_ann: name the ANN whose conversion is to be looked at')
     args.output = 'mean'  # without a factor of the conversion's
     device = setup.set_up_device(args)
-    setup.choose_backend(args, device)
+    start = find_snn(args, device)
     data = setup.load_data(args)
     engine.seed_all(args.seed)
-    model = setup.build_snn(args, data).to(device)
-    convert(model, data, 'test', device, args, print)
+    model = setup.build_snn(args, data, start.state).to(device)
+    run = Run(args, device, start.paths, print, None, engine.cross_entropy, {})
+    convert.copy_ann(model, start.state, data, run)
+    convert.scale_thresholds(model, convert.balanced_thresholds(model, data, run), data, run)
     model.train()
     seed = engine.seed_for(args.seed, 1)
     engine.seed_all(seed)
