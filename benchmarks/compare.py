@@ -18,8 +18,8 @@ where they are installed:
 Each runs in a process of its own, in short runs by turns, a run of ours beside every other one, so that a machine that
 drifts drifts for all. Runs that other work disturbed are recognised and left out of the medians. The ratios are ours /
 theirs: of the medians of wall seconds; wall seconds of neighbouring runs, the median; of the medians of CPU seconds; of
-the memory, the peak above what the process held before its first step. While they are timed all keep freed memory, as
-ann.py and snn.py have it.
+the memory, the peak above what the process held before its first step. The last column says how many steps of the ANN
+each is, by neighbouring runs. While they are timed all keep freed memory, as ann.py and snn.py have it.
 """
 import argparse
 import contextlib
@@ -200,14 +200,16 @@ def median(found, key):
 
 
 def pair_ratio(found):
-    """The median ratio of neighbouring runs, of those where neither was disturbed if these are enough."""
+    """The median ratio of neighbouring runs, undisturbed ones where these are enough; 1 without any."""
+    if not found['pairs']:
+        return 1.0
     pairs = [{'ratio': first['wall'] / own['wall'], 'disturbed': first['disturbed'] or own['disturbed']}
              for first, own in found['pairs']]
     return statistics.median(pair['ratio'] for pair in quiet(pairs)[0])
 
 
 def table(results):
-    """Lines: the medians and the peak of each, and the first one's as ratios of them."""
+    """Lines: the medians and the peak of each, the first one's as ratios of them, how many steps of the ANN each is."""
     base, few = next(iter(results.values())), False
     print(f'{"":<62}|{next(iter(results)) + " / this":>18}')
     print(f'{"":<20}{"wall":>9}{"CPU":>9}{"peak":>10}{"undisturbed":>13} |'
@@ -226,7 +228,7 @@ def table(results):
         else:
             line += f'{"":>30}'
         if 'ann' in results and name != 'limit':
-            line += f' | {median(found, "wall") / median(results["ann"], "wall"):>6.2f}'
+            line += f' | {pair_ratio(results["ann"]) / pair_ratio(found):>6.2f}'
         print(line, flush=True)
     if few:
         print(f'* fewer than {ENOUGH} undisturbed runs: the medians are of all')
@@ -239,11 +241,12 @@ def say_limit(row, task, results):
         return
     macs, name = networks.arithmetic(row, task), next(iter(results))
     rate = macs / median(results['limit'], 'wall')
+    share = 1 / pair_ratio(results['limit'])
     print(f'at the {rate / 1e9:.0f} GMAC/s of matrix products, the {macs / 1e9:.1f} GMAC of {name} would take '
-          f'{1 / pair_ratio(results["limit"]):.0%} of its time (of neighbouring runs)', flush=True)
+          f'{share:.0%} of its time (by neighbouring runs)', flush=True)
     if 'ann' in results:
-        macs = networks.arithmetic(row, task, ann=True)
-        print(f'and the {macs / 1e9:.1f} GMAC of the ANN {macs / rate / median(results["ann"], "wall"):.0%} of its',
+        part = networks.arithmetic(row, task, ann=True) / macs
+        print(f'and the {part * macs / 1e9:.1f} GMAC of the ANN {share * part * pair_ratio(results["ann"]):.0%} of its',
               flush=True)
 
 
