@@ -17,13 +17,13 @@ began=$(date +%s)
 logs=()
 
 for seed in "${seeds[@]}"; do
-    ann=qcfs_seed$seed
+    ann=qcfs_adam_seed$seed
     python ann.py "${common[@]}" --activation QCFS --batch_norm --learning_rate 1e-3 --weight_decay 1e-4 --epochs 40 \
                   --seed "$seed" --name "$ann" "${extra[@]}"
-    for steps_epochs in 8:1 4:1 2:2 1:3; do
-        steps=${steps_epochs%:*} epochs=${steps_epochs#*:}
+    for run in '8 1 5e-5' '4 1 1e-4' '2 2 1e-4' '1 4 3e-4'; do
+        read -r steps epochs rate <<< "$run"
         python snn.py "${common[@]}" --pretrained_ann "trained_models/ann/$ann.pth" --timesteps "$steps" \
-                      --activation Linear --learning_rate 1e-4 --weight_decay 1e-4 --epochs "$epochs" --seed "$seed" \
+                      --activation Linear --learning_rate "$rate" --weight_decay 1e-4 --epochs "$epochs" --seed "$seed" \
                       --name "low_latency_${steps}_seed$seed" "${extra[@]}"
         logs+=("logs/snn/low_latency_${steps}_seed$seed.jsonl")
     done
