@@ -20,11 +20,11 @@ for seed in "${seeds[@]}"; do
     ann=qcfs_adam_seed$seed
     python ann.py "${common[@]}" --activation QCFS --batch_norm --learning_rate 1e-3 --weight_decay 1e-4 --epochs 40 \
                   --seed "$seed" --name "$ann" "${extra[@]}"
-    for run in '8 1 5e-5' '4 1 1e-4' '2 2 1e-4' '1 4 3e-4'; do
-        read -r steps epochs rate <<< "$run"
+    for run in '8 1 5e-5 --train_samples 6400' '4 1 1e-4' '2 2 1e-4' '1 4 3e-4'; do
+        read -r steps epochs rate more <<< "$run"
         python snn.py "${common[@]}" --pretrained_ann "trained_models/ann/$ann.pth" --timesteps "$steps" \
                       --activation Linear --learning_rate "$rate" --weight_decay 1e-4 --epochs "$epochs" --seed "$seed" \
-                      --name "low_latency_${steps}_seed$seed" "${extra[@]}"
+                      --name "low_latency_${steps}_seed$seed" $more "${extra[@]}"
         logs+=("logs/snn/low_latency_${steps}_seed$seed.jsonl")
     done
 done
