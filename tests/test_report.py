@@ -25,6 +25,9 @@ from self_models.spike_train import SpikeTrain
 
 SMALL = digits(40, 30)
 FLAGS = [*SMALL, '--timesteps', '9', '--default_threshold', '0.2']
+# but those of what tests before left open, which happens to be collected during one of these
+own_warnings_are_errors = pytest.mark.filterwarnings(
+    'error', 'ignore::ResourceWarning', 'ignore::pytest.PytestUnraisableExceptionWarning')
 
 
 def train_of(spikes, pools=0, mask=None):
@@ -352,7 +355,7 @@ def test_z_is_of_the_potential_that_a_neuron_without_delay_fires_on():
         assert above == layer.spikes.sum().item()
 
 
-@pytest.mark.filterwarnings('error')
+@own_warnings_are_errors
 @pytest.mark.parametrize('architecture, activation, encoding, delay, timesteps', [
     ('RESNET6', 'STDB', 'poisson', 0, 1), ('VGG5', 'Linear', 'poisson', 0, 1), ('RESNET6', 'Linear', 'direct', 1, 6),
     ('VGG5', 'STDB', 'direct', 0, 1)])
@@ -407,7 +410,7 @@ def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys
         assert f'{name}.png' in tested['figures'] and Path('c', f'{name}.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.filterwarnings('error::UserWarning')  # matplotlib's
+@own_warnings_are_errors  # matplotlib's
 @pytest.mark.parametrize('architecture', ['RESNET6', 'VGG5'])
 @pytest.mark.parametrize('activation', ['STDB', 'Linear'])
 @pytest.mark.parametrize('more, threshold, shade', [
@@ -432,7 +435,7 @@ def test_every_network_that_runs_is_drawn(architecture, activation, more, thresh
         [100 * count / found['surrogate']['total'] for count in found['surrogate']['count']])
 
 
-@pytest.mark.filterwarnings('error::UserWarning')
+@own_warnings_are_errors
 def test_a_run_of_the_fewest_steps_ends_in_its_report(in_an_empty_folder):
     run(snn, *FLAGS, '--timesteps', 6, '--epochs', 1, '--report', 'r')
     got = read('r')
@@ -491,7 +494,7 @@ def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
 
 @pytest.mark.parametrize('architecture, delay, activation, steps', [
     ('VGG5', 0, 'STDB', 1), ('VGG5', 0, 'Linear', 4), ('RESNET6', 0, 'STDB', 4), ('RESNET6', 1, 'Linear', 8)])
-@pytest.mark.filterwarnings('error::UserWarning')
+@own_warnings_are_errors
 def test_direct_input_costs_macs_once_an_image_and_a_bias_an_addition(architecture, delay, activation, steps):
     model = filled(architecture, timesteps=steps, activation=activation, encoding='direct', delay=delay,
                    initial_potential=0.5, bias=True).double()
