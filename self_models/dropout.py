@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay in a CPU's cache
+from self_models.qcfs import blocks
 
 
 class Dropout(nn.Dropout):
@@ -23,6 +23,6 @@ def dropout_factors(like: torch.Tensor, p: float) -> torch.Tensor:
     # the generator's time goes by its 64 bits, which are enough for four values
     bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     flat = factors.as_strided((like.numel(),), (1,))
-    for out, drawn in zip(flat.split(BLOCK), bits[:like.numel()].split(BLOCK), strict=True):
+    for out, drawn in blocks(flat, bits[:like.numel()]):
         out.copy_(drawn >= round(p * 2 ** 16) - 2 ** 15).mul_(1 / (1 - p))
     return factors

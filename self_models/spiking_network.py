@@ -58,8 +58,7 @@ class LayerRecord:
         with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
             ready = [[prepare(getattr(each, kind), compute_dtype) for each in self.inputs]
                      for kind in ('weight', 'bias')]
-            for samples in chunks(self.spikes.batch, working_bytes(self.inputs, steps, dtype), weights,
-                                  dtype):
+            for samples in chunks(self.spikes.batch, working_bytes(self.inputs, steps, dtype), weights, dtype):
                 current = input_current(self.inputs, self.window, *ready, samples, dtype, compute_dtype)
                 current = current.expand(steps, -1, -1)
                 potentials = torch.empty_like(current, memory_format=torch.contiguous_format)
