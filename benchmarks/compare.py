@@ -35,6 +35,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'benchmarks')]
+
+from self_models.architectures import ARCHITECTURES  # noqa: E402
+
 IMPLEMENTATIONS = ('ours', 'ours_linear', 'ann', 'step_by_step', 'spikingjelly', 'spikingjelly_memopt', 'snntorch',
                    'limit')
 PEERS = ('spikingjelly', 'spikingjelly_memopt', 'snntorch')
@@ -59,8 +62,14 @@ class Row(NamedTuple):
 
 
 def parse_row(text):
-    architecture, steps, batch = text.split(':')
-    return Row(architecture, int(steps), int(batch), int(steps) <= FEW_STEPS)
+    architecture, *numbers = text.split(':')
+    try:
+        steps, batch = map(int, numbers)
+    except ValueError:
+        steps = batch = 0
+    if architecture not in ARCHITECTURES or steps < 1 or batch < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a network, its time steps and batch size, as VGG5:75:16')
+    return Row(architecture, steps, batch, steps <= FEW_STEPS)
 
 
 def get_args():

@@ -112,3 +112,10 @@ def test_the_host_waits_for_nothing_within_a_step(name, steps):
         step()
     finally:
         torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('text', ['VGG5', 'VGG5:4', 'VGG5:4:0', 'VGG5:-1:8', 'VGG5:four:8', 'VGG5:4:8:1', 'VGG7:4:8'])
+def test_a_row_that_is_none_is_refused_with_what_one_is(text):
+    with pytest.raises(argparse.ArgumentTypeError, match='as VGG5:75:16'):
+        compare.parse_row(text)
+    assert compare.parse_row('VGG5:4:8') == ('VGG5', 4, 8, True)

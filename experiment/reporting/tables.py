@@ -19,7 +19,7 @@ from pathlib import Path
 
 from experiment import UserError
 from experiment.files import write_atomically
-from experiment.options import fail
+from experiment.options import fail, said
 from experiment.reporting import summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,5 +55,7 @@ def main(paths):
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
+    except UserError as error:
         fail('tables', str(error))
+    except OSError as error:
+        fail('tables', said(error))
