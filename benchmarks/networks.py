@@ -23,7 +23,7 @@ from self_models.lif import lif_backward, lif_forward
 from self_models.lif_layer import CHUNK_BYTES
 
 LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}
-MATRIX = {'cpu': 1024, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate
+MATRIX = {'cpu': 2048, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate, on all cores
 
 
 class Job(NamedTuple):
