@@ -53,12 +53,13 @@ class Pictures(Dataset):
     """Samples (image, label): float32 (C, H, W) in [0, 1], or [-1, 1] where `signed`, and an int.
 
     images: uint8 (N, C, H, W) with values 0 .. top; or a list of files, which `prepare` brings from PIL to one size.
-    labels: int64 (N,). augment: crop and flip at random, from torch's global generator.
+    labels: int64 (N,). augment: crop and flip at random; cutout: pixels of a square that is blotted out, 0 for none.
+    Both draw from torch's global generator.
     """
 
-    def __init__(self, images, labels, top=255, signed=True, augment=False, prepare=None):
+    def __init__(self, images, labels, top=255, signed=True, augment=False, cutout=0, prepare=None):
         self.images, self.labels = images, labels
-        self.top, self.signed, self.augment, self.prepare = top, signed, augment, prepare
+        self.top, self.signed, self.augment, self.cutout, self.prepare = top, signed, augment, cutout, prepare
         self.in_memory = isinstance(images, torch.Tensor)
 
     def __len__(self):
@@ -71,7 +72,7 @@ class Pictures(Dataset):
     def sample(self, count, seed, like):
         """So many of them (all, where they are fewer), the same ones for the same seed, cropped as `like` has it."""
         chosen = copy.copy(self)
-        chosen.augment, chosen.prepare = like.augment, like.prepare
+        chosen.augment, chosen.cutout, chosen.prepare = like.augment, like.cutout, like.prepare
         chosen.images, chosen.labels = _subset(self.images, self.labels, min(count, len(self)), seed, 'train')
         return chosen
 
@@ -84,7 +85,8 @@ class Pictures(Dataset):
         if self.augment:
             images = crop_and_flip(images)
         images = images.float().div_(self.top)
-        return (images.mul_(2).sub_(1) if self.signed else images), self.labels[indices]
+        images = images.mul_(2).sub_(1) if self.signed else images
+        return (cut_out(images, self.cutout) if self.cutout else images), self.labels[indices]
 
 
 def crop_and_flip(images, padding=4):
@@ -94,6 +96,19 @@ def crop_and_flip(images, padding=4):
     top, left = torch.randint(2 * padding + 1, (2, count))
     crops = padded.unfold(2, height, 1).unfold(3, width, 1)[torch.arange(count), :, top, left]
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
+
+
+def cut_out(images, size):
+    """Set a square of `size` pixels in each of the images (B, C, H, W) to 0, its centre at a random pixel of the image
+    and what lies outside cut off (cutout: DeVries and Taylor, 2017)."""
+    count, _, height, width = images.shape
+
+    def within(length):  # (B, length)
+        start = torch.randint(length, (count, 1)) - size // 2
+        place = torch.arange(length)
+        return (place >= start) & (place < start + size)
+
+    return images.masked_fill_((within(height)[:, :, None] & within(width)[:, None])[:, None], 0)
 
 
 class Sampling(NamedTuple):
@@ -113,11 +128,12 @@ class Sampling(NamedTuple):
 ALL = Sampling()
 
 
-def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0):
+def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
     """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
-    num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none.
+    num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none. cutout: of
+    training images, see Pictures.
     """
     train_samples, test_samples, seed, validation_fraction, split_seed = sampling
     split_seed = seed if split_seed is None else split_seed
@@ -163,7 +179,7 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0):
         augment = name in ('CIFAR10', 'CIFAR100')
         how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
         shape = tuple(train[0].shape[1:])
-    return Data(Pictures(*train, augment=augment, **how), Pictures(*test, **test_how), classes, shape,
+    return Data(Pictures(*train, augment=augment, cutout=cutout, **how), Pictures(*test, **test_how), classes, shape,
                 Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole)
 
 

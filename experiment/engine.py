@@ -75,10 +75,13 @@ def autocast(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def cross_entropy(logits, labels, scale=1.0):
-    """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,)."""
+def cross_entropy(logits, labels, scale=1.0, smoothing=0.0):
+    """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,).
+
+    smoothing: a part of each label, in [0, 1), that is spread evenly over all labels (Szegedy et al., 2016).
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a sum is too much for bfloat16
-    return F.cross_entropy(logits / scale, labels, reduction='sum')
+    return F.cross_entropy(logits / scale, labels, reduction='sum', label_smoothing=smoothing)
 
 
 class Along(NamedTuple):
@@ -271,6 +274,7 @@ def fit(model, optimizer, data, run, progress, chance_epochs):
         say(enough)
         arguments = progress.trained_as and {**progress.trained_as, 'epochs': args.epochs}
     process, learner = distributed.process(), distributed.learner(model, run.device)
+    loss_function = partial(run.loss_function, smoothing=args.label_smoothing)
     say(f'the best epoch is chosen on the {chosen_on} set'
         + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
     say(log.heading(chosen_on))
@@ -282,7 +286,7 @@ def fit(model, optimizer, data, run, progress, chance_epochs):
         seed_all(seed_for(args.seed, epoch, process.rank))
         loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
                               pin_memory=run.device.type == 'cuda', process=process)
-        trained = train_epoch(learner, loader, optimizer, run.loss_function, run.device, args.amp, along)
+        trained = train_epoch(learner, loader, optimizer, loss_function, run.device, args.amp, along)
         distributed.share_buffers(model)
         tested = run.test(model, getattr(data, chosen_on))
         # before the last whole checkpoint is written over

@@ -181,6 +181,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--test_samples', type=positive_int, metavar='N', help='test on a seeded subset of N images')
     add('--validation_fraction', type=below_one, default=0.0, metavar='F',
         help='hold out this part of the training set and choose the best epoch on it; default 0: on the test set')
+    add('--cutout', type=natural_int, default=0, metavar='PIXELS',
+        help='blot out a square of so many pixels in each training image, at a random place; default 0: none')
 
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=positive_int, default=300, metavar='N', help='default %(default)s')
@@ -193,6 +195,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
         help='step: as --lr_interval says; cosine: down to 0 over the epochs, after a short warm-up, which short runs '
              'need; default %(default)s')
     add('--optimizer', default=optimizer, choices=['SGD', 'Adam'], help='default %(default)s')
+    add('--label_smoothing', type=below_one, default=0.0, metavar='X',
+        help='in training: so much of each label is spread evenly over all labels; default %(default)s')
     add('--weight_decay', type=non_negative, default=5e-4, metavar='X', help='default %(default)s')
     add('--momentum', type=number(float, 0, 1), default=momentum, metavar='X', help='of SGD; default %(default)s')
     add('--amsgrad', action=Switch, default=True, help='of Adam; default %(default)s')

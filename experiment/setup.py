@@ -81,7 +81,7 @@ def load_data(args):
     with distributed.main_first():
         sampling = data.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
                                  getattr(args, 'split_seed', None))
-        return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers)
+        return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
 
 
 def build_ann(args, data, activation, levels, batch_norm):

@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from experiment import UserError, data
-from experiment.data import Sampling, crop_and_flip, epoch_loader, load
+from experiment.data import Sampling, crop_and_flip, cut_out, epoch_loader, load
 from self_models import INPUT_SHAPES
 
 
@@ -707,6 +707,40 @@ def test_crop_and_flip():
         assert len(places) == 1  # every window of this padded image is another one
         seen.add(places[0])
     assert [set(values) for values in zip(*seen)] == [set(range(9)), set(range(9)), {False, True}]
+
+
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 20])
+def test_cut_out(size):
+    torch.manual_seed(0)
+    holes = cut_out(torch.ones(600, 3, 6, 5), size) == 0
+    assert torch.equal(holes, holes[:, :1].expand_as(holes))  # of all channels alike
+    seen = set()
+    for hole in holes[:, 0]:
+        squares = [(top, left) for top in range(6) for left in range(5) if torch.equal(hole, square(top, left, size))]
+        assert squares  # those of 20 pixels are all the whole image
+        seen.update(squares)
+    assert len(seen) == 6 * 5  # the centre may be any pixel
+
+
+def square(row, column, size):
+    """A mask (6, 5) of the square with its centre there; of an even size that is right below the middle."""
+    mask = torch.zeros(6, 5, dtype=torch.bool)
+    for y in range(row - size // 2, row - size // 2 + size):
+        for x in range(column - size // 2, column - size // 2 + size):
+            if 0 <= y < 6 and 0 <= x < 5:
+                mask[y, x] = True
+    return mask
+
+
+def test_only_training_pictures_are_cut_out(tmp_path):
+    sets = load('FOLDER', noise_folder(tmp_path, count=9), sampling=Sampling(validation_fraction=0.2), cutout=4)
+    assert (sets.train.cutout, sets.test.cutout, sets.validation.cutout) == (4, 0, 0)
+    assert sets.train.sample(3, 0, like=sets.test).cutout == 0  # which thresholds are balanced on
+    plain = load('DIGITS', '').train
+    cut = load('DIGITS', '', cutout=4).train
+    before, after = (all_of(epoch_loader(dataset, 64, seed=3))[0] for dataset in (plain, cut))
+    assert (before == 0)[after != before].logical_not().all() and (after[after != before] == 0).all()
+    assert 0 < (after != before).float().mean() < 0.25  # 16 of 64 pixels at most
 
 
 def test_only_training_pictures_are_augmented(tmp_path):

@@ -1,4 +1,5 @@
 """ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
+import math
 import platform
 import re
 import resource
@@ -104,6 +105,25 @@ def test_metrics_file_has_a_line_an_epoch(module, trained, capsys):
     run(module, *flags, '--epochs', 1, '--name', 'm')  # anew
     assert list(epochs_of(f'logs/{module.__name__}/previous.1.m.jsonl')) == list(epochs)
     assert max(epochs_of(path)) == 1
+
+
+def test_label_smoothing_by_hand():
+    logits, label = torch.tensor([[math.log(3), 0.]]), torch.tensor([0])  # probabilities 3/4 and 1/4
+    for scale, smoothing, want in ((1, 0.0, -math.log(3 / 4)), (1, 0.2, -0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4)),
+                                   (0.5, 0.2, -0.9 * math.log(9 / 10) - 0.1 * math.log(1 / 10))):
+        assert engine.cross_entropy(logits, label, scale, smoothing).item() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_label_smoothing_is_of_training_alone(module, trained):
+    flags = [*(SMALL if module is ann else [*SPIKING, *CALIBRATION]), '--pretrained_ann', trained]
+    epochs = {}
+    for smoothing in ('0', '0.5'):  # at a rate that leaves the weights as they are
+        run(module, *flags, '--epochs', 1, '-lr', '1e-12', '--name', 'v', '--label_smoothing', smoothing)
+        epochs[smoothing] = epochs_of(f'logs/{module.__name__}/v.jsonl')[1]
+    plain, smooth = epochs['0'], epochs['0.5']
+    assert smooth['test_loss'] == pytest.approx(plain['test_loss'], abs=1e-6)
+    assert abs(smooth['train_loss'] - plain['train_loss']) > 1e-3
 
 
 @pytest.mark.parametrize('module', [ann, snn])

@@ -23,8 +23,8 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'back
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
 TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
-            'momentum', 'amsgrad', 'dropout', 'activation', 'alpha', 'beta', 'gamma', 'output', 'learn_threshold',
-            'learn_leak'}
+            'momentum', 'amsgrad', 'dropout', 'cutout', 'label_smoothing', 'activation', 'alpha', 'beta', 'gamma',
+            'output', 'learn_threshold', 'learn_leak'}
 
 
 class Run(NamedTuple):
@@ -88,7 +88,8 @@ def _run(path, args, machine, epochs):
     pictures = data in ('FOLDER', 'IMAGENET')
     settings['data'] = f'{data} {Path(folder).name}' if pictures else data
     # of files from before there were others
-    former = {'lr_schedule': 'step', **(FORMER if 'timesteps' in settings else FORMER_ANN)}
+    former = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0,
+              **(FORMER if 'timesteps' in settings else FORMER_ANN)}
     if 'scaling_factor' in settings:
         former['threshold_percentile'] = 100.0
     for key, value in former.items():
