@@ -19,6 +19,7 @@ from self_models.architectures import (
     input_shape_of,
 )
 from self_models.dropout import Dropout
+from self_models.patches import Conv2d
 from self_models.qcfs import QCFS
 
 ACTIVATIONS = ('ReLU', 'QCFS')
@@ -84,7 +85,7 @@ class Parts:
 
 def conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
     """A convolution that, at stride 1 and an odd kernel, keeps height and width."""
-    return nn.Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=bias)
+    return Conv2d(inputs, outputs, kernel_size, stride=stride, padding=(kernel_size - 1) // 2, bias=bias)
 
 
 def vgg_layers(vgg_name: str, labels: int, dataset: str, kernel_size: int, dropout: float,

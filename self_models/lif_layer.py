@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from self_models import patches
 from self_models.dropout import dropout_factors
 from self_models.layers import Scale
 from self_models.lif import (
@@ -54,6 +55,17 @@ class SynapticInput:
         sizes = zip(shape[1:], self.synapse.padding, self.synapse.kernel_size, self.synapse.stride, strict=True)
         return (self.synapse.out_channels, *((size + 2 * p - k) // s + 1 for size, p, k, s in sizes))
 
+    def takes_patches(self, device: torch.device) -> bool:
+        """Whether it is a convolution that is computed as a matrix product, see patches.py."""
+        return patches.takes_patches(self.synapse, self.train.pooled_shape, device)
+
+    def patch_values(self) -> int:
+        """How many values the patches of one image are, of input or gradient; 0 where none are taken."""
+        if not self.takes_patches(self.train.tensors()[0].device):
+            return 0
+        channels = max(self.synapse.in_channels, self.synapse.out_channels)
+        return channels * math.prod((*self.train.pooled_shape[1:], *self.synapse.kernel_size))
+
     def output(self, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None = None) -> torch.Tensor:
         """W s + b of spikes (m * b, ...)."""
         if self.synapse is None:
@@ -62,6 +74,8 @@ class SynapticInput:
             return self.synapse(x)
         if isinstance(self.synapse, nn.Linear):
             return F.linear(x.flatten(1), weight, bias)
+        if self.takes_patches(x.device):
+            return patches.convolve(x, weight, bias)
         return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
     def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -72,13 +86,17 @@ class SynapticInput:
             return self.synapse(grad)
         if isinstance(self.synapse, nn.Linear):
             return (grad @ weight).view(-1, *self.train.pooled_shape)
+        if self.takes_patches(grad.device):
+            return patches.input_gradient(grad, weight)
         shape = (len(grad), *self.train.pooled_shape)
         return nn.grad.conv2d_input(shape, weight, grad, stride=self.synapse.stride, padding=self.synapse.padding)
 
     def weight_gradient(self, x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         """The gradient of the weight from x and that of output(x, weight), added to `total` unless that is None."""
         dtype = self.weight.dtype
-        if isinstance(self.synapse, nn.Linear):
+        if self.takes_patches(x.device):
+            part = patches.weight_gradient(x, grad, self.weight.shape)
+        elif isinstance(self.synapse, nn.Linear):
             x = x.flatten(1)
             if total is not None and grad.dtype == dtype:
                 return total.addmm_(grad.t(), x)  # a classifier's weights are large: no second copy
@@ -126,8 +144,9 @@ def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int,
 
 
 def working_bytes(inputs: list[SynapticInput], steps: int, dtype: torch.dtype) -> int:
-    """Float memory of one sample on its way through a layer: its spikes and its currents at all steps."""
+    """Float memory of one sample on its way through a layer, at all steps: its spikes, their patches, its currents."""
     values = math.prod(inputs[0].output_shape()) + max(math.prod(each.train.shape) for each in inputs)
+    values += max(each.patch_values() for each in inputs)
     return steps * values * dtype.itemsize
 
 

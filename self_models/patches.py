@@ -1,0 +1,94 @@
+"""Convolutions of small feature maps as matrix products over their patches, as a linear layer computes.
+
+On a CPU a convolution of 4x4 pixels or fewer takes up to three times as long as such a product, in bfloat16 its
+gradient up to twenty times; of larger maps it is the quicker (docs/performance.md).
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LARGEST_MAP = 16  # pixels
+
+
+def takes_patches(synapse: nn.Module | None, shape: tuple, device: torch.device) -> bool:
+    """Whether a synapse is a convolution that keeps the size of its input, whose shape is (C, H, W), a small one."""
+    return (device.type == 'cpu' and isinstance(synapse, nn.Conv2d) and shape[1] * shape[2] <= LARGEST_MAP
+            and set(synapse.stride) == {1}
+            and all(size == 2 * p + 1 for size, p in zip(synapse.kernel_size, synapse.padding, strict=True)))
+
+
+def patches(x: torch.Tensor, kernel_size: tuple) -> torch.Tensor:
+    """(n, C, H, W) -> (n * H * W, k * m * C): the window of k x m pixels around each pixel, 0 beyond the edge."""
+    (n, c, h, w), (k, m) = x.shape, kernel_size
+    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, m // 2, m // 2, k // 2, k // 2))  # (n, H + k - 1, W + m - 1, C)
+    image, row, pixel, channel = padded.stride()
+    windows = padded.as_strided((n, h, w, k, m, c), (image, row, pixel, row, pixel, channel))
+    return windows.reshape(n * h * w, k * m * c)
+
+
+def pixels(x: torch.Tensor) -> torch.Tensor:
+    """(n, C, H, W) -> (n * H * W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def maps(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(n * H * W, C) -> (n, C, H, W), n, H and W as `like` has them."""
+    return x.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def matrix(weight: torch.Tensor) -> torch.Tensor:
+    """The weight (C', C, k, m) of a convolution -> that of patches, (C', k * m * C); no copy where channels-last."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """(n, C, H, W) -> (n, C', H, W), as F.conv2d with the padding that keeps the size."""
+    return maps(F.linear(patches(x, weight.shape[2:]), matrix(weight), bias), x)
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient (n, C, H, W) of x from that of convolve(x, weight), (n, C', H, W).
+
+    It is the convolution of grad with the kernels turned by 180 degrees, from outputs to inputs.
+    """
+    turned = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)  # (k * m * C', C)
+    return maps(patches(grad, weight.shape[2:]) @ turned, grad)
+
+
+def weight_gradient(x: torch.Tensor, grad: torch.Tensor, shape: tuple) -> torch.Tensor:
+    """The gradient of the weight, of `shape` (C', C, k, m), from x (n, C, H, W) and that of convolve(x, weight)."""
+    outputs, inputs, k, m = shape
+    part = pixels(grad).t() @ patches(x, (k, m))  # (C', k * m * C)
+    return part.view(outputs, k, m, inputs).permute(0, 3, 1, 2)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d; of a small map on a CPU as a product over patches."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(n, C, H, W) -> (n, C', H', W')."""
+        kind = x.device.type
+        if not takes_patches(self, x.shape[1:], x.device):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return _Convolution.apply(x.to(dtype), self.weight.to(dtype), bias)
+
+
+class _Convolution(torch.autograd.Function):
+    """convolve() and its gradients; it keeps x, not the patches."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (input_gradient(grad, weight) if wanted[0] else None,
+                weight_gradient(x, grad, weight.shape) if wanted[1] else None,
+                grad.sum((0, 2, 3)) if wanted[2] else None)
