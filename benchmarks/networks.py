@@ -165,6 +165,10 @@ def build(name, row, device):
         model = build_ann(row, device, **dict(activation='QCFS', batch_norm=True) if name == 'ann_qcfs' else {})
         return model, model
     model = build_ours(row, device, 'Linear' if name == 'ours_linear' else 'STDB')
+    if not name.startswith('ours'):
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.__class__ = nn.Conv2d  # torch's own, not patches.py's
     return {'step_by_step': lambda: ((lambda x: step_by_step.run(model, x)[0]), model),
             'spikingjelly': lambda: build_spikingjelly(model, device),
             'spikingjelly_memopt': lambda: build_spikingjelly(model, device, memopt=True),
