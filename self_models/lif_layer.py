@@ -78,8 +78,12 @@ class SynapticInput:
             return patches.convolve(x, weight, bias)
         return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
+    def turned(self, weight: torch.Tensor | None) -> torch.Tensor | None:
+        """A weight as input_gradient() takes it; to be called once for all samples, as it may copy."""
+        return patches.turn(weight) if weight is not None and self.takes_patches(weight.device) else weight
+
     def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        """The gradient of x (m * b, C, H, W) or (m * b, features) from that of output(x, weight)."""
+        """The gradient of x (m * b, C, H, W) or (m * b, features) from that of output(x, ...); weight: turned()."""
         if self.synapse is None:
             return grad
         if isinstance(self.synapse, Scale):
@@ -87,7 +91,7 @@ class SynapticInput:
         if isinstance(self.synapse, nn.Linear):
             return (grad @ weight).view(-1, *self.train.pooled_shape)
         if self.takes_patches(grad.device):
-            return patches.input_gradient(grad, weight)
+            return patches.input_gradient(grad, weight, self.synapse.kernel_size)
         shape = (len(grad), *self.train.pooled_shape)
         return nn.grad.conv2d_input(shape, weight, grad, stride=self.synapse.stride, padding=self.synapse.padding)
 
@@ -255,6 +259,8 @@ class _LIFLayer(torch.autograd.Function):
         (start, steps), given = window(inputs, parameters), ctx.needs_input_grad[_LIFLayer.FIRST:]
         wanted = list(zip(given[::3], given[1::3], given[2::3], strict=True))
         learned = any(ctx.needs_input_grad[_LIFLayer.FIRST - 2:_LIFLayer.FIRST])
+        turned = [each.turned(weight) if wanted[i][0] else None
+                  for i, (each, weight) in enumerate(zip(inputs, ready, strict=True))]
         proxy_grads, weight_grads, bias_grads = [None] * count, [None] * count, [None] * count
         own_grads = [None, None]
         for i, each in enumerate(inputs):
@@ -276,7 +282,7 @@ class _LIFLayer(torch.autograd.Function):
                     bias_grads[i] = part if bias_grads[i] is None else bias_grads[i] + part
             once = g.sum(0, keepdim=True).to(compute_dtype) if inputs[0].train.constant else None
             g = g.to(compute_dtype)
-            for i, (each, weight) in enumerate(zip(inputs, ready, strict=True)):
+            for i, (each, weight) in enumerate(zip(inputs, turned, strict=True)):
                 delay = each.train.start - start
                 rows = slice(0, max(0, steps - delay))
                 if not rows.stop:

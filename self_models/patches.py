@@ -46,13 +46,15 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     return maps(F.linear(patches(x, weight.shape[2:]), matrix(weight), bias), x)
 
 
-def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The gradient (n, C, H, W) of x from that of convolve(x, weight), (n, C', H, W).
-
-    It is the convolution of grad with the kernels turned by 180 degrees, from outputs to inputs.
+def turn(weight: torch.Tensor) -> torch.Tensor:
+    """The weight (C', C, k, m), its kernels turned by 180 degrees, as a matrix from outputs to inputs: (k * m * C', C).
     """
-    turned = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)  # (k * m * C', C)
-    return maps(patches(grad, weight.shape[2:]) @ turned, grad)
+    return weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
+
+
+def input_gradient(grad: torch.Tensor, turned: torch.Tensor, kernel_size: tuple) -> torch.Tensor:
+    """The gradient (n, C, H, W) of x from that of convolve(x, weight), (n, C', H, W), and turn(weight)."""
+    return maps(patches(grad, kernel_size) @ turned, grad)
 
 
 def weight_gradient(x: torch.Tensor, grad: torch.Tensor, shape: tuple) -> torch.Tensor:
@@ -89,6 +91,6 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        return (input_gradient(grad, weight) if wanted[0] else None,
+        return (input_gradient(grad, turn(weight), weight.shape[2:]) if wanted[0] else None,
                 weight_gradient(x, grad, weight.shape) if wanted[1] else None,
                 grad.sum((0, 2, 3)) if wanted[2] else None)

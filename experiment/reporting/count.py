@@ -66,7 +66,8 @@ def fan_out(branch):
     if branch.weight is None:  # an identity, whatever its factor
         return ones[0].double()
     with torch.autocast(ones.device.type, enabled=False):
-        return branch.input_gradient(ones, torch.ones_like(branch.weight, dtype=torch.float32))[0].double()
+        weight = torch.ones_like(branch.weight, dtype=torch.float32)
+        return branch.input_gradient(ones, branch.turned(weight))[0].double()
 
 
 def pool_fan_out(pool, shape):
