@@ -32,7 +32,7 @@ def load(path, kind):
     check_there(path, kind)
     state = read(path)
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
-        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it")
+        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it; give another file")
     is_snn = 'timesteps' in state
     if is_snn != (kind == 'snn'):
         other = 'snn' if is_snn else 'ann'
@@ -98,7 +98,7 @@ def read(path):
         if 'Weights only load failed' in str(error) and _is_pickle(path):
             raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
                             'code; save its state_dict and numbers with torch.save anew') from error
-        raise UserError(f'{path}: is not a checkpoint') from error
+        raise UserError(f'{path}: is not a checkpoint; give a file that ann.py or snn.py wrote') from error
     except MemoryError:
         raise
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
