@@ -732,6 +732,12 @@ def square(row, column, size):
     return mask
 
 
+def test_a_square_that_may_leave_nothing():
+    assert load('DIGITS', '', cutout=7).train.cutout == 7
+    with pytest.raises(UserError, match='--cutout 8: may leave nothing of images of 8x8 pixels'):
+        load('DIGITS', '', cutout=8)
+
+
 def test_only_training_pictures_are_cut_out(tmp_path):
     sets = load('FOLDER', noise_folder(tmp_path, count=9), sampling=Sampling(validation_fraction=0.2), cutout=4)
     assert (sets.train.cutout, sets.test.cutout, sets.validation.cutout) == (4, 0, 0)
