@@ -180,8 +180,8 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
         how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
         shape = tuple(train[0].shape[1:])
     if cutout >= min(shape[1:]):
-        raise UserError(f'--cutout {cutout}: may leave nothing of images of {shape[1]}x{shape[2]} pixels; take a smaller '
-                        'square')
+        raise UserError(f'--cutout {cutout}: may leave nothing of images of {shape[1]}x{shape[2]} pixels; take a '
+                        'smaller square')
     return Data(Pictures(*train, augment=augment, cutout=cutout, **how), Pictures(*test, **test_how), classes, shape,
                 Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole)
 
