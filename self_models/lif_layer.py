@@ -132,9 +132,7 @@ def prepare(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 def dtypes(weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """(type of the potentials, type of the convolutions): autocast lowers the latter, of a float32 network."""
-    kind = weight.device.type
-    autocast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
-    return weight.dtype, torch.get_autocast_dtype(kind) if autocast else weight.dtype
+    return weight.dtype, patches.compute_dtype(weight)
 
 
 def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int, int]:

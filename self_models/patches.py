@@ -10,6 +10,13 @@ from torch import nn
 LARGEST_MAP = 16  # pixels
 
 
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The type that convolutions with a weight are computed in: autocast lowers it, of float32."""
+    kind = weight.device.type
+    autocast = torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+
+
 def takes_patches(synapse: nn.Module | None, shape: tuple, device: torch.device) -> bool:
     """Whether a synapse is a convolution that keeps the size of its input, whose shape is (C, H, W), a small one."""
     return (device.type == 'cpu' and isinstance(synapse, nn.Conv2d) and shape[1] * shape[2] <= LARGEST_MAP
@@ -47,8 +54,7 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
 
 
 def turn(weight: torch.Tensor) -> torch.Tensor:
-    """The weight (C', C, k, m), its kernels turned by 180 degrees, as a matrix from outputs to inputs: (k * m * C', C).
-    """
+    """The weight (C', C, k, m) with its kernels turned by 180 degrees, from outputs to inputs: (k * m * C', C)."""
     return weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
 
 
@@ -69,12 +75,11 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, C, H, W) -> (n, C', H', W')."""
-        kind = x.device.type
         if not takes_patches(self, x.shape[1:], x.device):
             return super().forward(x)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = compute_dtype(self.weight)
         bias = None if self.bias is None else self.bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             return _Convolution.apply(x.to(dtype), self.weight.to(dtype), bias)
 
 

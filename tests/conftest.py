@@ -104,7 +104,7 @@ def same(a, b):
 
 @pytest.fixture(autouse=True)
 def the_same_draws():
-    """A test draws the same numbers whatever ran before it: in float32 a draw in a thousand makes a spike flip."""
+    """A test draws the same numbers whatever ran before it: in float32 some draws make a spike flip."""
     torch.manual_seed(0)
 
 

@@ -711,7 +711,6 @@ def test_crop_and_flip():
 
 @pytest.mark.parametrize('size', [1, 2, 3, 4, 20])
 def test_cut_out(size):
-    torch.manual_seed(0)
     holes = cut_out(torch.ones(600, 3, 6, 5), size) == 0
     assert torch.equal(holes, holes[:, :1].expand_as(holes))  # of all channels alike
     seen = set()
@@ -741,7 +740,7 @@ def test_a_square_that_may_leave_nothing():
 def test_only_training_pictures_are_cut_out(tmp_path):
     sets = load('FOLDER', noise_folder(tmp_path, count=9), sampling=Sampling(validation_fraction=0.2), cutout=4)
     assert (sets.train.cutout, sets.test.cutout, sets.validation.cutout) == (4, 0, 0)
-    assert sets.train.sample(3, 0, like=sets.test).cutout == 0  # which thresholds are balanced on
+    assert sets.train.sample(3, 0, like=sets.test).cutout == 0  # those that a conversion chooses by
     plain = load('DIGITS', '').train
     cut = load('DIGITS', '', cutout=4).train
     before, after = (all_of(epoch_loader(dataset, 64, seed=3))[0] for dataset in (plain, cut))

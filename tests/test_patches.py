@@ -14,7 +14,6 @@ CPU = torch.device('cpu')
 @pytest.mark.parametrize('height, width', [(1, 1), (2, 2), (1, 3), (4, 4), (2, 8)])
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_they_are_convolutions(kernel_size, height, width, layout):
-    torch.manual_seed(0)
     ours = conv(3, 5, kernel_size, bias=True).double().to(memory_format=layout)
     nn.init.normal_(ours.bias)
     x = torch.randn(4, 3, height, width, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
@@ -45,3 +44,5 @@ def test_autocast_lowers_them_as_others(pixels):
     output.float().sum().backward()
     assert layer.weight.grad.dtype == torch.float32
     assert torch.allclose(output.float(), layer(x), atol=0.1)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert layer.double()(x.double()).dtype == torch.float64
