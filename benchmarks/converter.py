@@ -1,6 +1,6 @@
 """Conversion without training, beside SpikingJelly's converters on the same ANN: test accuracy at each T.
 
-    python benchmarks/converter.py --pretrained_ann trained_models/ann/qcfs_seed0.pth -a VGG5 --dataset CIFAR10
+    python benchmarks/converter.py --pretrained_ann trained_models/ann/vgg5_qcfs_seed0.pth -a VGG5 --dataset CIFAR10
 
 Takes the flags of snn.py, and is for an ANN of QCFS or ReLU. SpikingJelly converts ReLU only, so QCFS is taken for the
 ReLU that it quantizes; its own accuracy stands in the row of that ANN. All are given the image itself at each step.

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# VGG5 on CIFAR-10 at T of 8, 4, 2 and 1: an ANN of QCFS, converted and fine-tuned with Linear.
+# VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: an ANN of QCFS, converted and fine-tuned with Linear.
 #
 #     bash recipes/low_latency.sh
+#     ARCHITECTURE=VGG9 bash recipes/low_latency.sh
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' SEEDS=1 bash recipes/low_latency.sh
 #
 # Stopped, it goes on where it was. On two cores with bfloat16 an epoch of the ANN took 67 s, fine-tuning all four
@@ -12,21 +13,23 @@ cd "$(dirname "$0")/.."
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
-common=(--architecture VGG5 "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine --resume auto)
+architecture=${ARCHITECTURE:-VGG5}
+common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine --resume auto)
 began=$(date +%s)
 logs=()
 
 for seed in "${seeds[@]}"; do
-    ann=qcfs_seed$seed
+    ann=${architecture,,}_qcfs_seed$seed
     python ann.py "${common[@]}" --activation QCFS --batch_norm --learning_rate 1.5e-3 --weight_decay 2e-4 \
                   --dropout 0.2 --cutout 12 --label_smoothing 0.1 --batch_size 256 --epochs 46 \
                   --seed "$seed" --name "$ann" "${extra[@]}"
     for run in '8 1 5e-5 --train_samples 6400' '4 1 1e-4' '2 2 1e-4' '1 4 3e-4'; do
         read -r steps epochs rate more <<< "$run"
+        snn=${architecture,,}_low_latency_${steps}_seed$seed
         python snn.py "${common[@]}" --pretrained_ann "trained_models/ann/$ann.pth" --timesteps "$steps" \
                       --activation Linear --learning_rate "$rate" --weight_decay 1e-4 --dropout 0 --batch_size 128 \
-                      --epochs "$epochs" --seed "$seed" --name "low_latency_${steps}_seed$seed" $more "${extra[@]}"
-        logs+=("logs/snn/low_latency_${steps}_seed$seed.jsonl")
+                      --epochs "$epochs" --seed "$seed" --name "$snn" $more "${extra[@]}"
+        logs+=("logs/snn/$snn.jsonl")
     done
 done
 python snn_script.py --summarize "${logs[@]}"
