@@ -14,7 +14,8 @@ eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
 architecture=${ARCHITECTURE:-VGG5}
-common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine --resume auto)
+common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine
+        --resume auto)
 began=$(date +%s)
 logs=()
 

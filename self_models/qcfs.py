@@ -40,7 +40,7 @@ class QCFS(nn.Module):
 
 def blocks(*tensors):
     """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU as they are."""
-    if tensors[0].is_cuda or tensors[0].numel() <= BLOCK:
+    if tensors[0].is_cuda:
         return [tensors]
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
@@ -56,7 +56,7 @@ class _QCFS(torch.autograd.Function):
         step = bound.item() / levels if not x.is_cuda else bound.detach().to(x.dtype) / levels
         y = torch.empty_like(x)
         for values, out in blocks(x, y):
-            torch.div(values, step, out=out).clamp_(0, levels).add_(0.5).floor_().mul_(step)
+            torch.mul(quantize(widened(values), step, levels), step, out=out)
         return y
 
     @staticmethod
@@ -70,11 +70,27 @@ class _QCFS(torch.autograd.Function):
         grad_x, total = torch.empty_like(x), torch.zeros((), dtype=torch.promote_types(bound.dtype, torch.float32),
                                                          device=x.device)
         for values, given, out in blocks(x, grad, grad_x):
+            values, given = widened(values), widened(given)
+            # theta dy/dtheta = y - x inside, y outside
             if grad.is_cuda:  # theta is a tensor, for which the host need not wait
                 torch.mul(given, (values > 0) & (values < theta), out=out)
-            else:  # the same in one pass
-                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=out)
-            # theta dy/dtheta = y - x inside, y outside
-            y = torch.div(values, step).clamp_(0, ctx.levels).add_(0.5).floor_().mul_(step)
-            total += y.mul_(given).addcmul_(out, values, value=-1).sum(dtype=total.dtype)
+                y = quantize(values, step, ctx.levels).mul_(step)
+                total += y.mul_(given).addcmul_(out, values, value=-1).sum(dtype=total.dtype)
+            else:  # the same in fewer passes
+                inside = out if out.dtype == values.dtype else torch.empty_like(values)
+                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=inside)
+                if inside is not out:
+                    out.copy_(inside)
+                y = quantize(values, step, ctx.levels)
+                total += torch.dot(y, given).mul_(step).sub_(torch.dot(inside, values))
         return grad_x, (total / theta).to(bound.dtype), None
+
+
+def widened(block):
+    """On a CPU in float32 what is narrower: more exact, and quicker than passes of bfloat16."""
+    return block if block.is_cuda else block.to(torch.promote_types(block.dtype, torch.float32))
+
+
+def quantize(x, step, levels):
+    """floor(clip(x / step, 0, L) + 1/2), of the shape and type of x."""
+    return torch.div(x, step).clamp_(0, levels).add_(0.5).floor_()

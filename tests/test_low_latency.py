@@ -295,6 +295,32 @@ def test_qcfs_of_every_layout(layout, monkeypatch):
     assert torch.allclose(module(x), y)
 
 
+def test_qcfs_of_bfloat16_rounds_no_more_than_what_it_gives():
+    # as under --amp on a CPU; a bound whose steps bfloat16 does not hold
+    x = torch.randn(1000).bfloat16()
+    grad = torch.randn(1000).bfloat16()
+    narrow, wide = QCFS(8, 1.3), QCFS(8, 1.3)
+    a, b = x.clone().requires_grad_(), x.float().requires_grad_()
+    y, expected = narrow(a), wide(b)
+    y.backward(grad)
+    expected.backward(grad.float())
+    assert y.dtype == a.grad.dtype == torch.bfloat16
+    assert torch.equal(y, expected.bfloat16()) and torch.equal(a.grad, b.grad.bfloat16())
+    assert narrow.bound.grad.item() == pytest.approx(wide.bound.grad.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('activation', ['ReLU', 'QCFS'])
+def test_an_ann_channels_last_is_the_same(activation):
+    ann = VGG('VGG5', input_shape=(3, 9, 8), activation=activation, levels=2 ** 20).double().eval()
+    x, gradients = torch.randn(2, 3, 9, 8, dtype=torch.float64), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ann.to(memory_format=layout).zero_grad()
+        ann(x.contiguous(memory_format=layout)).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in ann.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12) and a.abs().sum() > 0
+
+
 @pytest.mark.parametrize('levels, bound', [(0, 1.0), (2.5, 1.0), (4, 0.0), (4, -1.0), (4, math.inf), (4, math.nan)])
 def test_qcfs_of_no_levels_or_bound(levels, bound):
     with pytest.raises(ValueError, match='levels|bound'):
