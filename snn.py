@@ -1,4 +1,4 @@
-"""Convert an ANN into a spiking network and fine-tune it with STDB (Rathi et al., ICLR 2020).
+"""Convert an ANN into a spiking network and fine-tune it with a surrogate gradient (Rathi et al., ICLR 2020).
 
     python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
                   --timesteps 12 --scaling_factor auto --epochs 3
@@ -44,8 +44,8 @@ def get_args_parser():
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
-        help='balanced thresholds are multiplied by it; auto: of those that do best at these time steps by the one '
-             'nearest to 0.7; default %(default)s')
+        help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes, of those that do about as '
+             'well as the best, the one nearest to 0.7; default %(default)s')
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',

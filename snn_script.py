@@ -1,6 +1,6 @@
 """Write script.sh, which runs snn.py for every combination of the values given for its flags.
 
-    python snn_script.py                            # VGG11 on CIFAR100 from its ANN, as published
+    python snn_script.py                            # VGG11 on CIFAR100 from its ANN, at the defaults
     python snn_script.py -a VGG5 --dataset MNIST --pretrained_ann trained_models/ann/ann_vgg5_mnist.pth \\
         --leak 1.0 0.99 --seed 0 1 2 --jobs 2
 
