@@ -370,8 +370,14 @@ def resume_optimizer(optimizer, state, path, args):
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state['optimizer'])
-        whole = all(key == 'step' or (checkpoint.is_dense(value) and value.shape == weight.shape)
-                    for weight, values in optimizer.state.items() for key, value in values.items() if value is not None)
+        whole = True
+        for weight, values in optimizer.state.items():
+            for key, value in values.items():
+                if key == 'step' or value is None:
+                    continue
+                whole = whole and checkpoint.is_dense(value) and value.shape == weight.shape
+                # in the layout of the weight, which fused optimizers take for granted
+                values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     except Exception:  # load_state_dict raises whatever a wrong form leads it to
         whole = False
     if not whole:

@@ -24,6 +24,9 @@ def lines(args, device):
         raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
                         '--pretrained_snn, which adds them')
     said = [start.adopt(args, state, path)]
+    if args.dataset not in INPUT_SHAPES:
+        raise UserError(f'--predict: {path} is of a data set {args.dataset}, which is not known; name one that it shares '
+                        'its images\' shape with by --dataset')
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path)

@@ -14,19 +14,20 @@ eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
 architecture=${ARCHITECTURE:-VGG5}
+network=$(tr A-Z a-z <<< "$architecture")  # in names
 common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine
         --resume auto)
 began=$(date +%s)
 logs=()
 
 for seed in "${seeds[@]}"; do
-    ann=${architecture,,}_qcfs_seed$seed
+    ann=${network}_qcfs_seed$seed
     python ann.py "${common[@]}" --activation QCFS --batch_norm --learning_rate 1.5e-3 --weight_decay 2e-4 \
                   --dropout 0.2 --cutout 12 --label_smoothing 0.1 --batch_size 256 --epochs 46 \
                   --seed "$seed" --name "$ann" "${extra[@]}"
     for run in '8 1 5e-5 --train_samples 6400' '4 1 1e-4' '2 2 1e-4' '1 4 3e-4'; do
         read -r steps epochs rate more <<< "$run"
-        snn=${architecture,,}_low_latency_${steps}_seed$seed
+        snn=${network}_low_latency_${steps}_seed$seed
         python snn.py "${common[@]}" --pretrained_ann "trained_models/ann/$ann.pth" --timesteps "$steps" \
                       --activation Linear --learning_rate "$rate" --weight_decay 1e-4 --dropout 0 --batch_size 128 \
                       --epochs "$epochs" --seed "$seed" --name "$snn" $more "${extra[@]}"

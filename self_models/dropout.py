@@ -24,5 +24,6 @@ def dropout_factors(like: torch.Tensor, p: float) -> torch.Tensor:
     bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     flat = factors.as_strided((like.numel(),), (1,))
     for out, drawn in blocks(flat, bits[:like.numel()]):
-        out.copy_(drawn >= round(p * 2 ** 16) - 2 ** 15).mul_(1 / (1 - p))
+        # at most the largest that 16 bits hold
+        out.copy_(drawn >= min(round(p * 2 ** 16) - 2 ** 15, 2 ** 15 - 1)).mul_(1 / (1 - p))
     return factors

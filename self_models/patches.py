@@ -40,7 +40,7 @@ def pixels(x: torch.Tensor) -> torch.Tensor:
 
 def maps(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """(n * H * W, C) -> (n, C, H, W), n, H and W as `like` has them."""
-    return x.view(len(like), *like.shape[2:], -1).permute(0, 3, 1, 2)
+    return x.view(len(like), *like.shape[2:], x.shape[1]).permute(0, 3, 1, 2)
 
 
 def matrix(weight: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,6 @@ class _Convolution(torch.autograd.Function):
         return convolve(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad

@@ -39,56 +39,51 @@ class QCFS(nn.Module):
 
 
 def blocks(*tensors):
-    """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU as they are."""
-    if tensors[0].is_cuda:
-        return [tensors]
+    """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU a piece each."""
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-    return zip(*(tensor.split(BLOCK) for tensor in flat), strict=True)
+    size = max(1, tensors[0].numel()) if tensors[0].is_cuda else BLOCK
+    return zip(*(tensor.split(size) for tensor in flat), strict=True)
 
 
 class _QCFS(torch.autograd.Function):
+    """It computes in float32 where x and y are narrower, so that the bound is the threshold that conversion takes."""
+
     @staticmethod
     def forward(ctx, x, bound, levels):
         if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
             x = x.contiguous()
         ctx.save_for_backward(x, bound)
-        ctx.levels = levels
-        step = bound.item() / levels if not x.is_cuda else bound.detach().to(x.dtype) / levels
+        ctx.levels, ctx.dtype = levels, torch.promote_types(x.dtype, torch.float32)
+        step = number(bound, ctx.dtype) / levels
         y = torch.empty_like(x)
         for values, out in blocks(x, y):
-            torch.mul(quantize(widened(values), step, levels), step, out=out)
+            torch.mul(quantize(values.to(ctx.dtype), step, levels), step, out=out)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, bound = ctx.saved_tensors
-        theta = bound.item() if not x.is_cuda else bound.detach().to(x.dtype)
+        theta = number(bound, ctx.dtype)
         step = theta / ctx.levels
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
-        grad_x, total = torch.empty_like(x), torch.zeros((), dtype=torch.promote_types(bound.dtype, torch.float32),
-                                                         device=x.device)
+        grad_x, total = torch.empty_like(x), torch.zeros((), dtype=ctx.dtype, device=x.device)
         for values, given, out in blocks(x, grad, grad_x):
-            values, given = widened(values), widened(given)
+            values, given = values.to(ctx.dtype), given.to(ctx.dtype)
+            if x.is_cuda:
+                inside = given * ((values > 0) & (values < theta))
+            else:  # the same in one pass
+                inside = torch.ops.aten.hardtanh_backward(given, values, 0.0, theta)
+            out.copy_(inside)
             # theta dy/dtheta = y - x inside, y outside
-            if grad.is_cuda:  # theta is a tensor, for which the host need not wait
-                torch.mul(given, (values > 0) & (values < theta), out=out)
-                y = quantize(values, step, ctx.levels).mul_(step)
-                total += y.mul_(given).addcmul_(out, values, value=-1).sum(dtype=total.dtype)
-            else:  # the same in fewer passes
-                inside = out if out.dtype == values.dtype else torch.empty_like(values)
-                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=inside)
-                if inside is not out:
-                    out.copy_(inside)
-                y = quantize(values, step, ctx.levels)
-                total += torch.dot(y, given).mul_(step).sub_(torch.dot(inside, values))
+            total += torch.dot(quantize(values, step, ctx.levels), given).mul_(step).sub_(torch.dot(inside, values))
         return grad_x, (total / theta).to(bound.dtype), None
 
 
-def widened(block):
-    """On a CPU in float32 what is narrower: more exact, and quicker than passes of bfloat16."""
-    return block if block.is_cuda else block.to(torch.promote_types(block.dtype, torch.float32))
+def number(bound, dtype):
+    """The bound as a number; on a GPU as a tensor () of dtype, for which the host need not wait."""
+    return bound.detach().to(dtype) if bound.is_cuda else bound.item()
 
 
 def quantize(x, step, levels):

@@ -23,7 +23,7 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'back
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
 TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
-            'momentum', 'amsgrad', 'dropout', 'cutout', 'label_smoothing', 'activation', 'alpha', 'beta', 'gamma',
+            'momentum', 'amsgrad', 'dropout', 'label_smoothing', 'activation', 'alpha', 'beta', 'gamma',
             'output', 'learn_threshold', 'learn_leak'}
 
 
