@@ -30,6 +30,7 @@ def test_what_nothing_is_dropped_of():
     x = torch.rand(5, 7)
     assert Dropout(0.5).eval()(x) is x and Dropout(0.0)(x) is x
     assert not Dropout(1.0)(x).any()
+    assert Dropout(1 - 2 ** -20)(torch.ones(10000)).count_nonzero() < 10  # p is rounded, never up to 1
 
 
 def test_the_seed_decides():

@@ -26,6 +26,13 @@ def test_they_are_convolutions(kernel_size, height, width, layout):
         assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-12)
 
 
+def test_second_derivatives_and_empty_batches():
+    layer, x = conv(2, 3, 3).double(), torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, weight: torch.func.functional_call(layer, {'weight': weight}, (x,)),
+                                        (x, layer.weight))
+    assert layer(x[:0]).shape == (0, 3, 3, 3)
+
+
 @pytest.mark.parametrize('layer, shape, device, answer', [
     (conv(3, 5, 3), (3, 4, 4), 'cpu', True), (conv(3, 5, 3), (3, 5, 4), 'cpu', False),
     (conv(3, 5, 3, stride=2), (3, 4, 4), 'cpu', False), (nn.Conv2d(3, 5, 3), (3, 4, 4), 'cpu', False),

@@ -140,6 +140,22 @@ def test_an_optimizer_state_of_other_shapes_is_refused():
     fails(ann, 'its optimizer state does not fit', *SMALL, '--resume')
 
 
+@pytest.mark.parametrize('optimizer', ['SGD', 'Adam'])
+def test_an_optimizer_state_of_another_memory_layout_is_the_same(optimizer):
+    flags, path = [*SMALL, '--optimizer', optimizer], 'trained_models/ann/ann_resnet6_digits'
+    run(ann, *flags, '--epochs', 1)
+    state, weights = load(f'{path}.last.pth'), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for values in state['optimizer']['state'].values():
+            for key, value in values.items():
+                if value is not None and value.dim() == 4:
+                    values[key] = value.contiguous(memory_format=layout)
+        torch.save(state, f'{path}.last.pth')
+        run(ann, *flags, '--epochs', 2, '--resume')
+        weights.append(load(f'{path}.last.pth')['state_dict'])
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+
+
 def test_flags_hold_on_resume(monkeypatch):
     run(ann, *SMALL, '--epochs', 1)
     seen, original = [], engine.train_epoch

@@ -180,11 +180,12 @@ def test_scaling_factors_that_were_tried(written):
     assert (auto['scaling_factor'], given['scaling_factor']) == ('auto: 0.5, 1.0', '0.7') and again == tried
     # trained in two ways from one start: two rows of results, one of the scan
     start = {**converted(0.4, 0.9), 'scan': scans[0], 'scanned_on': 'train', 'scaling_factor': 1.0}
-    for flag, values in (('learning_rate', (0.1, 0.2)), ('lr_schedule', ('step', 'cosine')),
-                         ('learn_threshold', (False, True)), ('learn_leak', (False, True))):
+    for flag, values, scans in (('learning_rate', (0.1, 0.2), 1), ('lr_schedule', ('step', 'cosine'), 1),
+                                ('learn_threshold', (False, True), 1), ('learn_leak', (False, True), 1),
+                                ('cutout', (0, 8), 2)):  # thresholds are balanced on images that are cut out
         paths = [written(f'{flag}{value}', [start, *epochs(0.5, 0.6)], **{flag: value}, scaling_factor='auto')
                  for value in values]
-        assert [len(part) for part in table(paths)[0]] == [2, 1], flag
+        assert [len(part) for part in table(paths)[0]] == [2, scans], flag
 
 
 def test_the_figure(written):
