@@ -25,8 +25,8 @@ def lines(args, device):
                         '--pretrained_snn, which adds them')
     said = [start.adopt(args, state, path)]
     if args.dataset not in INPUT_SHAPES:
-        raise UserError(f'--predict: {path} is of a data set {args.dataset}, which is not known; name with --dataset one '
-                        'whose images are of the same shape')
+        raise UserError(f'--predict: {path} is of a data set {args.dataset}, which is not known; name one whose images '
+                        'are of the same shape with --dataset')
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path)
