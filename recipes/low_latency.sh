@@ -5,9 +5,10 @@
 #     ARCHITECTURE=VGG9 bash recipes/low_latency.sh
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' SEEDS=1 bash recipes/low_latency.sh
 #
-# Stopped, it goes on where it was. On two cores with bfloat16 an epoch of the ANN took 67 s, fine-tuning all four
-# 17 minutes: an hour and a quarter a seed. With VGG9 the ANN took 110 s an epoch, T = 8 and 4 ten minutes. SEEDS: of the ANN and what comes of it, one run after another ('0 1').
-# EXTRA: flags for all runs, as --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
+# Stopped, it goes on where it was. On two cores with bfloat16 an epoch of the ANN took 60 s, fine-tuning all four
+# 17 minutes: over an hour a seed. With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
+# SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
+# --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
