@@ -24,7 +24,7 @@ logs=()
 
 train_ann() {
     python ann.py "${common[@]}" --activation QCFS --batch_norm --weight_decay 2e-4 --dropout 0.2 --cutout 12 \
-                  --label_smoothing 0.1 --batch_size 256 --seed "$seed" "${extra[@]}" "$@"
+                  --label_smoothing 0.1 --batch_size 256 --seed "$seed" "$@" "${extra[@]}"
 }
 
 for seed in "${seeds[@]}"; do
