@@ -71,11 +71,13 @@ class _QCFS(torch.autograd.Function):
         grad_x, total = torch.empty_like(x), torch.zeros((), dtype=ctx.dtype, device=x.device)
         for values, given, out in blocks(x, grad, grad_x):
             values, given = values.to(ctx.dtype), given.to(ctx.dtype)
+            inside = out if out.dtype == ctx.dtype else torch.empty_like(values)
             if x.is_cuda:
-                inside = given * ((values > 0) & (values < theta))
+                torch.mul(given, (values > 0) & (values < theta), out=inside)
             else:  # the same in one pass
-                inside = torch.ops.aten.hardtanh_backward(given, values, 0.0, theta)
-            out.copy_(inside)
+                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=inside)
+            if inside is not out:
+                out.copy_(inside)
             # theta dy/dtheta = y - x inside, y outside
             total += torch.dot(quantize(values, step, ctx.levels), given).mul_(step).sub_(torch.dot(inside, values))
         return grad_x, (total / theta).to(bound.dtype), None
