@@ -370,18 +370,15 @@ def resume_optimizer(optimizer, state, path, args):
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state['optimizer'])
-        whole = True
         for weight, values in optimizer.state.items():
             for key, value in values.items():
-                if key == 'step' or value is None:
-                    continue
-                whole = whole and checkpoint.is_dense(value) and value.shape == weight.shape
-                # in the layout of the weight, which fused optimizers take for granted
-                values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    except Exception:  # load_state_dict raises whatever a wrong form leads it to
-        whole = False
-    if not whole:
+                if key != 'step' and value is not None:
+                    if not checkpoint.is_dense(value) or value.shape != weight.shape:
+                        raise ValueError(key)
+                    # in the layout of the weight, which fused optimizers take for granted
+                    values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+    except Exception as error:  # load_state_dict raises whatever a wrong form leads it to
         raise UserError(f'{path}: its optimizer state does not fit this network; start anew from its weights with '
-                        '--pretrained_ann or --pretrained_snn')
+                        '--pretrained_ann or --pretrained_snn') from error
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

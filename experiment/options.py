@@ -133,6 +133,12 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         fail(self.prog, message, 2)
 
+    def print_help(self, file=None):
+        try:
+            super().print_help(file)
+        except OSError:  # a full output: exit() sees to it, as in Pythons whose argparse passes over it by itself
+            pass
+
     def exit(self, status=0, message=None):
         output_fails()  # of --help
         super().exit(status, message)
