@@ -68,7 +68,7 @@ def bring_in_line(paths, kind):
             pass
     if best.get('history') and best['history'][:-1] == last['history']:
         # Former versions wrote the best epoch's first. It holds all that the other one would.
-        _copy(paths.best, paths.last)
+        copy(paths.best, paths.last)
         return []
     if [best.get('accuracy'), best.get('epoch')] == last['best']:
         return []
@@ -79,11 +79,12 @@ def bring_in_line(paths, kind):
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
         set_aside([paths.best], said.append)
-    _copy(paths.last, paths.best)
+    copy(paths.last, paths.best)
     return said
 
 
-def _copy(source, target):
+def copy(source, target):
+    """Write a checkpoint file once more, as quick as the disk is; serialising it anew takes longer."""
     with open(source, 'rb') as whole:
         write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
 

@@ -344,8 +344,9 @@ def save(model, optimizer, run, progress, accuracy):
     state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
              **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
              'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
-    for path in (paths.last, paths.best) if improved else (paths.last,):
-        checkpoint.save(state, path)
+    checkpoint.save(state, paths.last)
+    if improved:
+        checkpoint.copy(paths.last, paths.best)
     metrics.write(paths.metrics, run.args, progress.history)
 
 
