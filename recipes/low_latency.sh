@@ -3,12 +3,18 @@
 # 2 and 1 are of that ANN trained on to four levels.
 #
 #     bash recipes/low_latency.sh
-#     ARCHITECTURE=VGG9 bash recipes/low_latency.sh
+#     ARCHITECTURE=VGG9 EPOCHS=46 bash recipes/low_latency.sh
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' SEEDS=1 bash recipes/low_latency.sh
 #
-# Stopped, it goes on where it was. On two cores with bfloat16 an epoch of the ANN took 62 s, fine-tuning all four
-# 13 minutes: an hour and a half a seed. With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
-# SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
+# Stopped, it goes on where it was. How long it takes, on two cores with bfloat16 and on an H200 (a GPU; two seeds and
+# another training side by side):
+#                                two cores    H200
+#     an epoch of the ANN           62 s       3 s
+#     fine-tuning, T = 4, 2, 1     213, 128, 88 s an epoch; on the H200 6 s at T = 4
+#     a seed                     2 h 30 min    (its ANN, T = 8 and 4: 7 min)
+# With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
+# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes an hour and a half and gets a point less; it is in the names
+# then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
 # --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +22,7 @@ eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
 architecture=${ARCHITECTURE:-VGG5}
-network=$(tr A-Z a-z <<< "$architecture")  # in names
+network=$(tr A-Z a-z <<< "$architecture")${EPOCHS:+_$EPOCHS}  # in names
 common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine
         --resume auto)
 began=$(date +%s)
@@ -30,7 +36,7 @@ train_ann() {
 for seed in "${seeds[@]}"; do
     eight=${network}_qcfs_seed$seed
     four=${network}_qcfs_four_levels_seed$seed
-    train_ann --learning_rate 1.5e-3 --epochs 46 --name "$eight"
+    train_ann --learning_rate 1.5e-3 --epochs "${EPOCHS:-100}" --name "$eight"
     train_ann --learning_rate 1e-3 --epochs 22 --name "$four" --levels 4 \
               --pretrained_ann "trained_models/ann/$eight.pth"
     for run in "8 1 5e-5 $eight --train_samples 6400" "4 1 1e-4 $eight" "2 1 1e-4 $four" "1 3 1e-4 $four"; do

@@ -37,8 +37,8 @@ def losses(path):
 
 @pytest.mark.parametrize('flags', [[], QCFS], ids=['relu', 'qcfs'])
 def test_an_ann_trains_as_on_a_cpu(flags):
-    for device in (GPU, CPU):  # the same images in the same order, the same weights to begin with
-        run(ann, *ANN, *flags, *device, '--epochs', 1, '--batch_size', 1000, '--name', device[0][-3:])
+    for name, device in (('gpu', GPU), ('cpu', CPU)):  # the same images, the same weights to begin with
+        run(ann, *ANN, *flags, *device, '--epochs', 1, '--batch_size', 1000, '--name', name)
     on_gpu, on_cpu = (losses(f'logs/ann/{name}.jsonl') for name in ('gpu', 'cpu'))
     assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-4)  # of the one step, before which the networks are alike
 

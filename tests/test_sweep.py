@@ -30,6 +30,8 @@ args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 def note(event):
     with open('events', 'a') as file:
         file.write(f"{event} {args['--seed']}\\n")
+with open('threads', 'a') as file:
+    file.write(os.environ.get('OMP_NUM_THREADS', 'all') + '\\n')
 note('start')
 time.sleep(float(os.environ.get('SECONDS_EACH', 0)))
 note('end')
@@ -277,6 +279,20 @@ def test_parallel_starts_all_and_waits(module, tmp_path, capsys):
     assert 'all at once' in capsys.readouterr().out
     assert bash(tmp_path, SECONDS_EACH='1.5')[0] == 0
     assert [line.split()[0] for line in events(tmp_path)] == ['start'] * 4 + ['end'] * 4
+
+
+@pytest.mark.parametrize('line, given, cores, threads', [
+    ('--seed 0 1', {}, 8, 'all'), ('--jobs 2 --seed 0 1 2', {}, 8, '4'), ('--parallel --seed 0 1 2', {}, 8, '3'),
+    ('--jobs 4 --seed 0 1 2 3', {}, 1, '1'), ('--jobs 2 --seed 0 1', {'OMP_NUM_THREADS': '7'}, 8, '7')])
+def test_runs_side_by_side_share_the_cores(module, tmp_path, monkeypatch, line, given, cores, threads):
+    nproc = tmp_path / 'bin/nproc'
+    nproc.parent.mkdir()
+    nproc.write_text(f'#!/bin/sh\necho {cores}\n')
+    nproc.chmod(0o755)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    generate(module, line)
+    assert bash(tmp_path, PATH=f'{nproc.parent}:{os.environ["PATH"]}', **given)[0] == 0
+    assert set((tmp_path / 'threads').read_text().split()) == {threads}
 
 
 @pytest.mark.parametrize('line, logs', [
