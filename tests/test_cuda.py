@@ -1,13 +1,15 @@
 """ann.py and snn.py on a GPU: what they do there is what they do on a CPU."""
 import json
+from pathlib import Path
 
+import nir
 import pytest
 import torch
 from PIL import Image
 
 import ann
 import snn
-from conftest import load, metrics_of, run
+from conftest import metrics_of, run
 
 pytestmark = [pytest.mark.usefixtures('in_an_empty_folder'),
               pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')]
@@ -35,30 +37,29 @@ def losses(path):
     return [value for epoch in metrics_of(path)[1] for key, value in epoch.items() if key.endswith('_loss')]
 
 
-@pytest.mark.parametrize('flags', [[], QCFS], ids=['relu', 'qcfs'])
-def test_an_ann_trains_as_on_a_cpu(flags):
+# in QCFS a value between two levels may round to either side
+@pytest.mark.parametrize('flags, close', [([], 1e-4), (QCFS, 1e-3)], ids=['relu', 'qcfs'])
+def test_an_ann_trains_as_on_a_cpu(flags, close):
     for name, device in (('gpu', GPU), ('cpu', CPU)):  # the same images, the same weights to begin with
         run(ann, *ANN, *flags, *device, '--epochs', 1, '--batch_size', 1000, '--name', name)
     on_gpu, on_cpu = (losses(f'logs/ann/{name}.jsonl') for name in ('gpu', 'cpu'))
-    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=1e-4)  # of the one step, before which the networks are alike
+    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=close)  # of the one step, before which the networks are alike
 
 
 @pytest.mark.parametrize('amp', [[], ['--amp']], ids=['float32', 'amp'])
 @pytest.mark.parametrize('kind', SNN)
-def test_files_of_a_gpu_serve_a_cpu_and_the_other_way_round(kind, amp, capsys):
+def test_files_of_a_gpu_serve_a_cpu_and_the_other_way_round(kind, amp):
     of_ann, of_snn = SNN[kind]
     run(ann, *ANN, *of_ann, *amp, *GPU, '--epochs', 3, '--name', 'a')
     run(snn, *SMALL, *of_snn, *amp, *GPU, '--pretrained_ann', 'trained_models/ann/a.pth', '--epochs', 1, '--name', 's')
     run(snn, *SMALL, *of_snn, *amp, *CPU, '--resume', 'trained_models/snn/s.last.pth', '--epochs', 2, '--name', 's')
     run(snn, *SMALL, *of_snn, *amp, *GPU, '--resume', 'trained_models/snn/s.last.pth', '--epochs', 3, '--name', 's')
     assert [epoch['epoch'] for epoch in metrics_of('logs/snn/s.jsonl')[1]] == [0, 1, 2, 3]
-    state = load('trained_models/snn/s.last.pth')
-    assert all(weight.device.type == 'cpu' or weight.is_cuda for weight in state['state_dict'].values())
     found = []
     for device in (GPU, CPU):
         run(snn, *SMALL, *device, '--encoding', 'direct', '--pretrained_snn', 'trained_models/snn/s.pth',
             '--test_only', '--report', f'report{device[0]}')
-        found.append(json.loads(open(f'report{device[0]}/report.json').read()))
+        found.append(json.loads(Path(f'report{device[0]}/report.json').read_text()))
     gpu, cpu = found  # a potential at the threshold may round to either side
     assert gpu['accuracy']['accuracy'] == pytest.approx(cpu['accuracy']['accuracy'], abs=0.02)
     rates = [[layer['firing_rate'] for layer in report['layers'][1:-1]] for report in found]
@@ -76,4 +77,4 @@ def test_a_picture_is_classified_and_a_network_exported(capsys):
         run(snn, '--pretrained_snn', 'trained_models/snn/s.pth', '--predict', 'grey.png', *device)
         said.append([line for line in capsys.readouterr().out.splitlines() if 'grey.png' in line])
     assert said[0] == said[1] and said[0]
-    assert torch.load('trained_models/snn/s.pth', weights_only=True)['state_dict']
+    assert nir.read('s.nir').nodes
