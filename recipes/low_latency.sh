@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: an ANN of QCFS, converted and fine-tuned with Linear. T of
-# 2 and 1 are of that ANN trained on to four levels.
+# 2 and 1 are of that ANN trained further with four levels.
 #
 #     bash recipes/low_latency.sh
 #     ARCHITECTURE=VGG9 EPOCHS=46 bash recipes/low_latency.sh
