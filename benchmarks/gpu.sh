@@ -18,7 +18,7 @@ failed=()
 if [ "$device" = cuda ]; then
     published=VGG16:100:64 low_latency=VGG16:4:128 repeats=5
     fast_tests=(-m 'not slow') slow_tests=(-m slow)
-    neuron_tests=(tests/test_{kernels,neuron,spiking,balancing,low_latency,benchmarks}.py)
+    neuron_tests=(tests/test_{cuda,kernels,neuron,spiking,balancing,low_latency,benchmarks}.py)
     export NETWORK=VGG16 T=100 TRAIN=2000 TEST=200 FLAGS='--gpu --amp --batch_size 64' CALIBRATION=
 else
     published=VGG5:12:2 low_latency=VGG5:4:2 repeats=1
