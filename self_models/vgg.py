@@ -26,7 +26,8 @@ class VGG(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, labels) logits."""
         x = self.features(x)
-        if x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
+        # not where torch.fx traces the network, as converters of others do: x stands for a tensor there
+        if isinstance(x, torch.Tensor) and x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
             # the last pool's gradient in the pool's own layout, without which a CPU takes some seven times as long
             x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
         return self.classifier(x.flatten(1))

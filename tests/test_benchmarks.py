@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from conftest import ROOT, fill, network, ternary
+from self_models import VGG, ResNet
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import compare  # noqa: E402
+import converter  # noqa: E402
 import machine  # noqa: E402
 import networks  # noqa: E402
 
@@ -119,3 +121,10 @@ def test_a_row_that_is_none_is_refused_with_what_one_is(text):
     with pytest.raises(argparse.ArgumentTypeError, match='as VGG5:75:16'):
         compare.parse_row(text)
     assert compare.parse_row('VGG5:4:8') == ('VGG5', 4, 8, True)
+
+
+@pytest.mark.parametrize('ann', [VGG('VGG5'), VGG('VGG9', activation='QCFS', batch_norm=True), ResNet('RESNET6')],
+                         ids=['relu', 'qcfs', 'resnet'])
+def test_converters_of_others_can_trace_an_ann(ann):
+    ann, images = converter.relu_of(ann), ternary((2, 3, 32, 32)).float()
+    assert torch.equal(torch.fx.symbolic_trace(ann)(images), ann(images))
