@@ -123,8 +123,8 @@ def test_a_row_that_is_none_is_refused_with_what_one_is(text):
     assert compare.parse_row('VGG5:4:8') == ('VGG5', 4, 8, True)
 
 
-@pytest.mark.parametrize('ann', [VGG('VGG5'), VGG('VGG9', activation='QCFS', batch_norm=True), ResNet('RESNET6')],
-                         ids=['relu', 'qcfs', 'resnet'])
-def test_converters_of_others_can_trace_an_ann(ann):
-    ann, images = converter.relu_of(ann), ternary((2, 3, 32, 32)).float()
+@pytest.mark.parametrize('kind, name, options', [
+    (VGG, 'VGG5', {}), (VGG, 'VGG9', {'activation': 'QCFS', 'batch_norm': True}), (ResNet, 'RESNET6', {})])
+def test_converters_of_others_can_trace_an_ann(kind, name, options):
+    ann, images = converter.relu_of(kind(name, **options)), ternary((2, 3, 32, 32)).float()
     assert torch.equal(torch.fx.symbolic_trace(ann)(images), ann(images))
