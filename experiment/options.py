@@ -290,7 +290,8 @@ def fail(script, message, status=1, wait=None):
     output_fails()
     if several_processes():
         if os.environ.get('RANK') != '0' if wait is None else wait:
-            _wait_to_be_ended(status)
+            _end_on_signals()
+            time.sleep(5)
         print(line, file=sys.stderr, flush=True)
         os._exit(status)  # torch may abort in Python's shutdown, see distributed.stop()
     if status == 1:
@@ -299,17 +300,30 @@ def fail(script, message, status=1, wait=None):
     sys.exit(status)
 
 
-def _wait_to_be_ended(status, seconds=5):
-    try:
-        time.sleep(seconds)
-    except KeyboardInterrupt:
-        os._exit(status)
+def _end_on_signals():
+    """From now on torchrun's signal and Ctrl-C end this process at once, in silence."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
     prepare_streams()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
+    if several_processes() and os.environ.get('RANK') != '0':
+        _end_on_signals()  # it writes no files, and a KeyboardInterrupt is lost in code that catches everything
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
+    try:
+        _report_errors(main, args, script)
+    except KeyboardInterrupt:
+        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
+              file=sys.stderr, flush=True)
+        if several_processes():
+            os._exit(130)
+        sys.exit(130)
+
+
+def _report_errors(main, args, script):
     try:
         main(args)
         sys.stdout.flush()
@@ -318,13 +332,6 @@ def run(main, args, script):
             distributed.stop()
     except UserError as error:
         fail(script, str(error))
-    except KeyboardInterrupt:
-        if os.environ.get('RANK', '0') == '0':
-            print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
-                  file=sys.stderr, flush=True)
-        if several_processes():
-            os._exit(130)
-        sys.exit(130)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or any(words in str(error) for words in (
                 'out of memory', 'allocate memory', 'ALLOC_FAILED', 'calculation overflowed')):

@@ -171,6 +171,30 @@ def test_an_error_of_another_process_alone_is_one_line(tmp_path, where):
     assert said(errors) == 1 and 'ann.py: error: a thing is wrong; mend it\n' in errors
 
 
+LOSES_INTERRUPTS = """
+import os, time, ann
+from experiment import UserError, options
+
+def main(args):
+    end = time.monotonic() + (3 if os.environ['RANK'] == '1' else 0)
+    while time.monotonic() < end:
+        try:
+            time.sleep(0.1)
+        except BaseException:
+            pass
+    raise UserError('a thing is wrong; mend it')
+
+options.run(main, ann.get_args_parser().parse_args(), 'ann.py')
+"""
+
+
+def test_a_process_that_loses_an_interrupt_is_ended_all_the_same(tmp_path):
+    """Seen where a process still imported a library when torchrun ended it: the error stood there twice."""
+    (tmp_path / 'losing.py').write_text(LOSES_INTERRUPTS)
+    errors = start(tmp_path / 'losing.py', *SMALL, cwd=tmp_path, status=1)
+    assert said(errors) == 1 and 'ann.py: error: a thing is wrong; mend it\n' in errors
+
+
 def test_the_documented_command_as_it_stands(tmp_path):
     line, = re.findall('^torchrun -.*$', (ROOT / 'docs/sweeps.md').read_text(), re.M)
     assert line.endswith(' --log') and ' ann.py ' in line
