@@ -80,7 +80,7 @@ def start(tmp_path, **environment):
 
 def bash(tmp_path, **environment):
     process = start(tmp_path, **environment)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
@@ -309,15 +309,15 @@ def test_a_signal_stops_all_runs(module, tmp_path, pace, started, number):
     generate(module, f'{pace} --seed 0 1 2 3')
     # A pytest in the background may ignore SIGINT; bash would inherit that and could not trap it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = start(tmp_path, SECONDS_EACH='15')
+    process = start(tmp_path, SECONDS_EACH='300')
     signal.signal(signal.SIGINT, before)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(events(tmp_path)) < started and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(number)
         # communicate() ends when the last process that holds the pipes has gone, thus the runs too.
-        _, err = process.communicate(timeout=10)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 128 + number
@@ -356,7 +356,7 @@ def task(tmp_path, number, **environment):
     spool = tmp_path / 'spool'
     spool.mkdir(exist_ok=True)
     copy = shutil.copy(tmp_path / 'script.sh', spool / 'slurm_script')
-    done = subprocess.run(['bash', copy], cwd=tmp_path, text=True, capture_output=True, timeout=20,
+    done = subprocess.run(['bash', copy], cwd=tmp_path, text=True, capture_output=True, timeout=120,
                           env={**os.environ, 'PYTHON': sys.executable, 'SLURM_ARRAY_TASK_ID': str(number),
                                **environment})
     return done.returncode, done.stdout, done.stderr
@@ -426,13 +426,13 @@ def test_a_task_goes_on_where_the_flags_say_so(module, tmp_path, capsys):
 def test_a_signal_reaches_the_run_of_a_task(module, tmp_path):
     generate(module, '--slurm --seed 0 1')
     process = subprocess.Popen(['bash', 'script.sh'], cwd=tmp_path, stdout=subprocess.DEVNULL,
-                               env={**os.environ, 'PYTHON': sys.executable, 'SECONDS_EACH': '15',
+                               env={**os.environ, 'PYTHON': sys.executable, 'SECONDS_EACH': '300',
                                     'SLURM_ARRAY_TASK_ID': '1'})
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not events(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.terminate()
-    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait(timeout=60) == -signal.SIGTERM
     assert events(tmp_path) == ['start 0']
 
 
