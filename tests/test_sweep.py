@@ -268,7 +268,7 @@ def test_at_most_jobs_at_a_time(module, tmp_path, capsys):
     commands = generate(module, '--jobs 2 --seed 0 1 2 3')
     assert 'at most 2 at a time' in capsys.readouterr().out
     assert all('--log' in command for command in commands)
-    status, _, err = bash(tmp_path, SECONDS_EACH='0.5', STATUS='1,0,0,0')
+    status, _, err = bash(tmp_path, SECONDS_EACH='1', STATUS='1,0,0,0')
     assert most_at_once(events(tmp_path)) == 2
     assert len(events(tmp_path)) == 8
     assert status == 1 and err.startswith('1 of 4 runs failed:') and 'seed0' in err
@@ -277,7 +277,7 @@ def test_at_most_jobs_at_a_time(module, tmp_path, capsys):
 def test_parallel_starts_all_and_waits(module, tmp_path, capsys):
     generate(module, '--parallel --seed 0 1 2 3')
     assert 'all at once' in capsys.readouterr().out
-    assert bash(tmp_path, SECONDS_EACH='1.5')[0] == 0
+    assert bash(tmp_path, SECONDS_EACH='4')[0] == 0
     assert [line.split()[0] for line in events(tmp_path)] == ['start'] * 4 + ['end'] * 4
 
 
