@@ -200,7 +200,7 @@ class SpikingNetwork(nn.Module):
 
         All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
         """
-        if self.timesteps <= self.latency:
+        if self.timesteps <= self.latency or not len(x):
             return self.silent_output(x, self.timesteps)
         train = self.last_spikes(x)
         if train.proxy is None:
@@ -218,7 +218,7 @@ class SpikingNetwork(nn.Module):
         """
         if list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
             raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, not {at}')
-        if self.timesteps <= self.latency:
+        if self.timesteps <= self.latency or not len(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
         train = self.last_spikes(x)
@@ -230,7 +230,7 @@ class SpikingNetwork(nn.Module):
         return torch.stack(outputs) + train.fault
 
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        """The output (B, labels) after so many steps, none of whose spikes has reached it."""
+        """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
         weight = self.classifier[-1].weight
         return SpikingNetwork.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
 

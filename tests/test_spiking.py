@@ -206,6 +206,14 @@ def test_the_curve_holds_the_outputs_of_fewer_steps(architecture):
             model.curve(x, wrong)
 
 
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_an_empty_batch_has_no_outputs(architecture):
+    model, x = network(architecture, dataset='DIGITS', timesteps=14), torch.zeros(0, 1, 8, 8)
+    logits = model(x)
+    assert logits.shape == (0, 10) and model.curve(x, [1, 14]).shape == (2, 0, 10)
+    logits.sum().backward()
+
+
 def test_runs_under_autocast():
     model = fill(network('RESNET6', dataset='DIGITS', timesteps=14), 3).eval()
     x = ternary((4, 1, 8, 8), 5, 1.25, low=0).float()
