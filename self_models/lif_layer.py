@@ -263,7 +263,8 @@ class _LIFLayer(torch.autograd.Function):
         own_grads = [None, None]
         for i, each in enumerate(inputs):
             if wanted[i][0]:
-                proxy_grads[i] = grad.new_empty(each.train.steps, each.train.batch, math.prod(each.train.pooled_shape))
+                rows = 1 if each.train.constant else each.train.steps
+                proxy_grads[i] = grad.new_empty(rows, each.train.batch, math.prod(each.train.pooled_shape))
                 # spikes after the window reach nothing
                 proxy_grads[i][max(0, steps - (each.train.start - start)):] = 0
         for samples in chunks(grad.shape[1], working_bytes(inputs, steps, dtype), known, dtype):
@@ -282,7 +283,7 @@ class _LIFLayer(torch.autograd.Function):
             g = g.to(compute_dtype)
             for i, (each, weight) in enumerate(zip(inputs, turned, strict=True)):
                 delay = each.train.start - start
-                rows = slice(0, max(0, steps - delay))
+                rows = slice(0, 1 if once is not None else max(0, steps - delay))
                 if not rows.stop:
                     continue
                 out = unflatten(g[delay:] if once is None else once, train.shape)

@@ -108,14 +108,17 @@ class SpikeTrain:
 class DirectInput:
     """Direct input: the images themselves, (B, C, H, W), at each of `steps` steps. It offers what a SpikeTrain does.
 
-    The current that they cause is the same at all steps, so it is computed once.
+    The current that they cause is the same at all steps, so it is computed once, and so is its gradient.
+
+    proxy: (1, B, N) the images themselves, where their gradient is wanted; or None
     """
     images: torch.Tensor
     shape: tuple
     steps: int
+    proxy: torch.Tensor | None = None
 
     constant = True
-    start, pools, mask, proxy, fault = 0, 0, None, None, 0.0
+    start, pools, mask, fault = 0, 0, None, 0.0
 
     @property
     def pooled_shape(self) -> tuple:
@@ -129,7 +132,7 @@ class DirectInput:
         return [self.images, None]
 
     def without(self) -> 'DirectInput':
-        return dataclasses.replace(self, images=None)
+        return dataclasses.replace(self, images=None, proxy=None)
 
     def with_tensors(self, images: torch.Tensor, _: None) -> 'DirectInput':
         return dataclasses.replace(self, images=images)
@@ -139,7 +142,8 @@ class DirectInput:
         return self.images[samples].to(dtype, memory_format=torch.channels_last)
 
     def part(self, samples: slice) -> 'DirectInput':
-        return dataclasses.replace(self, images=self.images[samples])
+        return dataclasses.replace(self, images=self.images[samples],
+                                   proxy=None if self.proxy is None else self.proxy[:, samples])
 
 
 def join(trains: list[SpikeTrain]) -> SpikeTrain:

@@ -185,11 +185,12 @@ class SpikingNetwork(nn.Module):
     def encode(self, x: torch.Tensor, steps: int) -> SpikeTrain | DirectInput:
         """What the first layer is given of images x (B, C, H, W) over `steps` steps.
 
-        Of Poisson spikes a pixel's sign goes into the mask.
+        Of Poisson spikes a pixel's sign goes into the mask; they are drawn, and have no gradient.
         """
         dtype, shape = self.classifier[-1].weight.dtype, tuple(x.shape[1:])
         if self.encoding == 'direct':
-            return DirectInput(x.to(dtype), shape, steps)
+            x = x.to(dtype)
+            return DirectInput(x.detach(), shape, steps, proxy=flatten(x, 1) if x.requires_grad else None)
         spikes = torch.empty(steps, len(x), x[0].numel(), dtype=torch.bool, device=x.device)
         for row in spikes:
             row.copy_(flatten(self.input_layer.fires(x), 1)[0])

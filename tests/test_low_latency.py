@@ -50,16 +50,18 @@ def filled(architecture, seed=3, **options):
 
 
 def against_reference(model, x, masks=None, rtol=1e-9):
-    """Logits and every gradient, thresholds' and leaks' included, of the model and of plain autograd."""
-    labels = torch.arange(len(x)) % 10
+    """Logits and every gradient, also of thresholds, leaks and directly fed images, of the model and plain autograd."""
+    labels, x = torch.arange(len(x)) % 10, x.requires_grad_(model.encoding == 'direct')
+    wanted = {**dict(model.named_parameters()), 'images': x}
     logits = model(x)
     F.cross_entropy(logits / model.timesteps, labels).backward()
-    got = {name: p.grad for name, p in model.named_parameters()}
+    got = {name: p.grad for name, p in wanted.items()}
     model.zero_grad()
+    x.grad = None
     want, history = step_by_step.run(model, x, masks)
     F.cross_entropy(want / model.timesteps, labels).backward()
     assert torch.allclose(logits, want, rtol=rtol, atol=rtol * want.abs().max().item())
-    for name, p in model.named_parameters():
+    for name, p in wanted.items():
         if p.grad is None:
             assert got[name] is None or not got[name].any(), name
         else:
@@ -130,7 +132,7 @@ def test_every_neuron_against_step_by_step(architecture, activation, encoding, d
                 module.factor.fill_(0.6)
     x = ternary((3, 1, 8, 8), 5, 1.25, low=0)
     history = against_reference(model, x)
-    assert torch.stack(history[0]).any()
+    assert torch.stack(history[0]).any() and (x.grad is None) == (encoding == 'poisson')
     if activation == 'Linear' and initial:  # else a gradient needs spikes in every layer, or two of a neuron
         assert model.thresholds.grad.any() and model.leaks.grad.any()
 
