@@ -96,11 +96,12 @@ def fitting_scale(model, ann, images, device, args):
 def at_chance(accuracy, labels, classes):
     """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
 
-    Clearly: by two standard errors over so many images, and at many classes by what fit() asks of a training.
+    Clearly: by two standard errors over so many images, and at many classes by what fit() asks of a training. Too few
+    images to tell give None, too.
     """
     chance = labels.bincount().max().item() / len(labels)
     least = max(chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)), engine.least_progress(classes))
-    return chance if accuracy < least else None
+    return chance if accuracy < least < 1 else None
 
 
 def copy_ann(model, state, data, run):

@@ -272,7 +272,7 @@ def fit(model, optimizer, data, run, progress, chance_epochs):
         if progress.fresh:  # no epoch would be this run's
             raise UserError(enough)
         say(enough)
-        arguments = progress.trained_as and {**progress.trained_as, 'epochs': args.epochs}
+        arguments = progress.trained_as and {**progress.trained_as, 'epochs': progress.done}
     process, learner = distributed.process(), distributed.learner(model, run.device)
     loss_function = partial(run.loss_function, smoothing=args.label_smoothing)
     say(f'the best epoch is chosen on the {chosen_on} set'

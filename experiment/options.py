@@ -196,7 +196,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('-lr', '--learning_rate', type=positive, default=learning_rate, metavar='LR', help='default %(default)s')
     add('--lr_interval', type=intervals, default='0.60 0.80 0.90', metavar='"F F F"',
         help='fractions of the epochs at which the learning rate is divided; default "%(default)s"')
-    add('--lr_reduce', type=positive, default=10, metavar='X', help='what it is divided by; default %(default)s')
+    add('--lr_reduce', type=positive, default=10.0, metavar='X', help='what it is divided by; default %(default)s')
     add('--lr_schedule', default='step', choices=['step', 'cosine'],
         help='step: as --lr_interval says; cosine: down to 0 over the epochs, after a short warm-up, which short runs '
              'need; default %(default)s')
@@ -229,6 +229,7 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 
 def without_effect(settings):
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
+    vgg = str(settings.get('architecture')).startswith('VGG')
     effective = {
         'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
@@ -238,7 +239,9 @@ def without_effect(settings):
         'beta': (settings.get('activation') == 'STDB', '--activation STDB'),
         'gamma': (settings.get('activation') == 'Linear', '--activation Linear'),
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
-        'kernel_size': (str(settings.get('architecture')).startswith('VGG'), 'VGGs'),
+        'kernel_size': (vgg, 'VGGs'),
+        # a conversion balances all thresholds of a VGG
+        'default_threshold': (not (vgg and settings.get('pretrained_ann')), 'ResNets, and of networks from scratch'),
         'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
         # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))

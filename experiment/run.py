@@ -33,11 +33,16 @@ class Run(NamedTuple):
 
 
 def open_run(kind, args, start, data, model, device, loss_function) -> Run:
-    """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'."""
+    """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'.
+
+    Raises UserError where a run would go on with other images.
+    """
     board = None if args.test_only else metrics.open_board(kind, start.name, args.tensorboard)
     say = log.open_log(kind, start.name, args.log)
     say(log.header(args, model, device))
     notes = setup.notes(args, device) + start.said
+    if start.state:
+        notes += split.check_classes(data, start.state, start.path, start.resumed and not args.test_only)
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
         notes += split.notes(args, data, start.state, start.path)
     for note in notes:

@@ -6,6 +6,7 @@ through, and a run that starts from it takes over their order.
 """
 import os
 
+from experiment import UserError
 from experiment.data import held_out_of, shuffled
 
 _PICTURES = ('FOLDER', 'IMAGENET')  # sets that are another one in another folder
@@ -80,6 +81,24 @@ def all_trainings(args, data, state=None):
     """The trainings that the network of a run has behind it in the end. state: of the checkpoint that it began with."""
     before = trainings(state) if state else []
     return before + [entry for entry in [training(args, data)] if entry not in before]
+
+
+def check_classes(data, state, path, goes_on):
+    """What is to be said where the network of `state`, read from `path`, is of other classes: a list of lines.
+
+    goes_on: whether its training does; then other classes, or another number of images, raise a UserError.
+    """
+    known, here, last = state.get('classes'), data.classes, trainings(state)[-1]
+    known = known if isinstance(known, list) and len(known) == len(here) else here
+    said = [f'{path}: its output {number} is of the class {name}, which is {other} here'
+            for number, (name, other) in enumerate(zip(known, here, strict=True)) if name != other][:1]
+    if goes_on:
+        if not said and last and last['images'] not in (None, data.whole):
+            said = [f'{path}: was trained on a set of {last["images"]} images, and here are {data.whole}']
+        for line in said:
+            raise UserError(f'{line}; go on with the same images, or start anew from its weights with '
+                            '--pretrained_ann or --pretrained_snn')
+    return [f'{line}; what it has learned is of other classes' for line in said]
 
 
 def notes(args, data, state, path):

@@ -266,7 +266,7 @@ def adopt(args, state, path, resumed=False):
     idle = options.without_effect(vars(args)) if resumed else {}
     fixed = [flag for flag in options.CONVERSION if flag not in idle]
     # the published ResNets' files may have the balanced thresholds only
-    if 'default_threshold' in saved or len(thresholds) > 3:
+    if 'default_threshold' not in idle and ('default_threshold' in saved or len(thresholds) > 3):
         fixed.append('default_threshold')
     keep(args, state, path, fixed)
     if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':

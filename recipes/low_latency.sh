@@ -11,10 +11,10 @@
 #                                two cores    H200
 #     an epoch of the ANN           62 s       3 s
 #     fine-tuning, T = 4, 2, 1     213, 128, 88 s an epoch; on the H200 6 s at T = 4
-#     a seed                     2 h 30 min    (its ANN, T = 8 and 4: 7 min)
+#     a seed                     2 h 45 min    (its ANN, T = 8 and 4: 7 min)
 # With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
-# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes an hour and a half and gets a point less; it is in the names
-# then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
+# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes an hour and 50 minutes and gets a point less at T of 8 and 4; it
+# is in the names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
 # --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -37,7 +37,7 @@ for seed in "${seeds[@]}"; do
     eight=${network}_qcfs_seed$seed
     four=${network}_qcfs_four_levels_seed$seed
     train_ann --learning_rate 1.5e-3 --epochs "${EPOCHS:-100}" --name "$eight"
-    train_ann --learning_rate 1e-3 --epochs 22 --name "$four" --levels 4 \
+    train_ann --learning_rate 1e-3 --epochs 46 --name "$four" --levels 4 \
               --pretrained_ann "trained_models/ann/$eight.pth"
     for run in "8 1 5e-5 $eight --train_samples 6400" "4 1 1e-4 $eight" "2 1 1e-4 $four" "1 3 1e-4 $four"; do
         read -r steps epochs rate ann more <<< "$run"

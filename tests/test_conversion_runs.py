@@ -173,7 +173,8 @@ def test_a_silent_output_is_not_said_to_be_fitted(trained, capsys):
     (0.09, [1000] * 10, 0.1), (0.1, [1000] * 10, 0.1),
     (0.11, [1000] * 10, 0.1),  # 3 standard errors of 0.003, but below the published 0.15
     (0.15, [1000] * 10, None), (0.15, [10] * 10, 0.1),  # the same is within two of 0.03 on 100 images
-    (0.17, [10] * 10, None), (0.9, [900, 100], 0.9), (0.95, [900, 100], None),
+    (0.17, [10] * 10, None), (1.0, [4, 1], None), (0.8, [4, 1], None),  # 0.8 + 2 sqrt(0.16 / 5) is above 1
+    (0.9, [900, 100], 0.9), (0.95, [900, 100], None),
     (0.53, [500, 500], 0.5), (0.54, [500, 500], None)])  # 2 sqrt(0.25 / 1000) = 0.032
 def test_chance_by_hand(accuracy, counts, chance):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))

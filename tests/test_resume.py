@@ -95,6 +95,16 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(module, trained, mo
             assert same(whole[key], killed[key]), key
 
 
+def test_a_run_that_is_ended_by_fewer_epochs_is_finished(monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_epoch(patch, 3)
+        run(ann, *SMALL, '--epochs', 4, '--name', 'k')
+    assert summary.read('logs/ann/k.jsonl').asked == 4
+    run(ann, *SMALL, '--epochs', 1, '--name', 'k', '--resume')
+    found = summary.read('logs/ann/k.jsonl')
+    assert (found.done, found.asked) == (2, 2)
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(capsys):
     run(ann, *SMALL, '--epochs', 1, '--resume', 'auto')
     assert 'resumed' not in capsys.readouterr().out
@@ -409,6 +419,18 @@ def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, 
         assert args[key] == value
 
 
+def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch, capsys):
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+    vgg = ['-a', 'VGG5', *SMALL[2:], '--name', 'v']
+    run(ann, *vgg, '--epochs', 1)
+    flags = [*vgg, *CALIBRATION, '--timesteps', 8, '--default_threshold', 0.2, '--pretrained_ann',
+             'trained_models/ann/v.pth', '--epochs']
+    run(snn, *flags, 1)
+    assert '--default_threshold has no effect here: it is of ResNets' in capsys.readouterr().out
+    run(snn, *flags, 2, '--resume')  # the same command line goes on
+    assert load('trained_models/snn/v.last.pth')['args']['default_threshold'] == 1.0
+
+
 @pytest.mark.parametrize('optimizer, flags', [('SGD', ['--no-amsgrad']), ('SGD', ['--image_size', 16]),
                                               ('Adam', ['--momentum', 0.1])])
 def test_resume_refuses_no_flag_that_means_nothing(optimizer, flags):
@@ -530,6 +552,29 @@ def test_without_images_held_out_the_seed_alone_decides(trained, monkeypatch):
 def test_a_fraction_that_holds_out_no_image(fraction):
     fails(ann, f'--validation_fraction {fraction} holds out none of 1437 train images; hold out a larger part', *SMALL,
           '--validation_fraction', fraction)
+
+
+# -- other images -----------------------------------------------------------------------------------------------------
+
+def test_a_network_of_other_classes_is_said_to_be_and_does_not_go_on(trained, capsys):
+    state = load(trained)
+    torch.save({**state, 'classes': ['oh', *state['classes'][1:]]}, 'other.pth')
+    line = 'other.pth: its output 0 is of the class oh, which is 0 here; what it has learned is of other classes'
+    images = [*SMALL, '--validation_fraction', 0.1]
+    for module, flags in ((ann, ['--test_only']), (ann, ['--epochs', 1]),
+                          (snn, [*FEW_STEPS, *CALIBRATION, '--test_only'])):
+        for path, times in ((trained, 0), ('other.pth', 1)):
+            capsys.readouterr()
+            run(module, *images, '--pretrained_ann', path, *flags)
+            assert capsys.readouterr().out.splitlines().count(line) == times
+    last = str(trained).replace('.pth', '.last.pth')
+    torch.save({**load(last), 'classes': ['oh', *state['classes'][1:]]}, 'other.last.pth')
+    fails(ann, 'other.last.pth: its output 0 is of the class oh, which is 0 here; go on with the same images', *images,
+          '--optimizer', 'Adam', '--epochs', 5, '--name', 'r', '--resume', 'other.last.pth')
+    torch.save({**load(last), 'trained_on': [{**state['trained_on'][0], 'images': 1436}]}, 'other.last.pth')
+    fails(ann, 'was trained on a set of 1436 images, and here are 1437; go on with the same', *images,
+          '--optimizer', 'Adam', '--epochs', 5, '--name', 'r', '--resume', 'other.last.pth')
+    assert not list(Path().rglob('r*.pth')) and not Path('logs/ann/r.jsonl').exists()
 
 
 # -- cached thresholds ------------------------------------------------------------------------------------------------

@@ -261,6 +261,11 @@ def test_values_that_no_run_writes(written, values):
         ann_script.main(['--summarize', path, '--figure', 'made.png'])
 
 
+def test_a_default_that_was_given_is_no_other_setting(written):
+    paths = [written(f'{seed}', epochs(0.5, 0.5), seed=seed, lr_reduce=reduce) for seed, reduce in ((0, 10), (1, 10.0))]
+    assert table(paths)[0][0][0]['seeds'] == '2'
+
+
 def test_the_same_run_twice(written):
     paths = [written(name, epochs(0.5, 0.5)) for name in ('a', 'b')]
     with pytest.raises(UserError, match='a.jsonl and b.jsonl are of the same settings and seed.*leave one out'):

@@ -28,12 +28,12 @@ def write(path, args, history, arguments=None):
 
 
 def holds(path, history):
-    """Whether a metrics file is there, and its lines are these epochs'."""
+    """Whether a metrics file is there, its lines are these epochs', and its run asks for no more of them."""
     try:
-        _, *epochs = map(json.loads, path.read_text(encoding='utf-8').splitlines())
-    except (OSError, ValueError):
+        run, *epochs = map(json.loads, path.read_text(encoding='utf-8').splitlines())
+        return epochs == json.loads(json.dumps(history)) and run['args']['epochs'] <= epochs[-1]['epoch']
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return epochs == json.loads(json.dumps(history))
 
 
 def commit():

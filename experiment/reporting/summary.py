@@ -94,6 +94,8 @@ def _run(path, args, machine, epochs):
         former['threshold_percentile'] = 100.0
     for key, value in former.items():
         settings.setdefault(key, value)
+    if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
+        settings['lr_reduce'] = _finite(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
