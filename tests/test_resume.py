@@ -419,6 +419,19 @@ def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, 
         assert args[key] == value
 
 
+def test_what_a_run_began_with_may_be_gone_when_it_goes_on(trained):
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'first')
+    for flag, network in (('--pretrained_snn', 'trained_models/snn/first.pth'), ('--pretrained_ann', trained)):
+        began = Path(shutil.copy(network, 'began.pth'))
+        flags = [*SPIKING, *(CALIBRATION if flag == '--pretrained_ann' else []), '--name', 's', flag, began]
+        run(snn, *flags, '--epochs', 1, '--resume', 'auto')
+        began.unlink()
+        run(snn, *flags, '--epochs', 2, '--resume', 'auto')
+        assert load('trained_models/snn/s.last.pth')['epoch'] == 2
+        Path('trained_models/snn/s.last.pth').unlink()
+        fails(snn, f'{began}: there is no such file', *flags, '--epochs', 2, '--resume', 'auto')
+
+
 def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch, capsys):
     monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
     vgg = ['-a', 'VGG5', *SMALL[2:], '--name', 'v']
