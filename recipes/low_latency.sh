@@ -13,8 +13,8 @@
 #     fine-tuning, T = 4, 2, 1     213, 128, 88 s an epoch; on the H200 6 s at T = 4
 #     a seed                     2 h 45 min    (its ANN, T = 8 and 4: 7 min)
 # With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
-# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes an hour and 50 minutes and gets a point less at T of 8 and 4; it
-# is in the names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
+# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes 1 h 50 min and gets a point less at T of 8 and 4; it is in the
+# names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
 # --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname "$0")/.."
