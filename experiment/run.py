@@ -37,12 +37,13 @@ def open_run(kind, args, start, data, model, device, loss_function) -> Run:
 
     Raises UserError where a run would go on with other images.
     """
+    # before a log is touched
+    others = split.check_classes(
+        data, start.state, start.path, start.resumed and not args.test_only) if start.state else []
     board = None if args.test_only else metrics.open_board(kind, start.name, args.tensorboard)
     say = log.open_log(kind, start.name, args.log)
     say(log.header(args, model, device))
-    notes = setup.notes(args, device) + start.said
-    if start.state:
-        notes += split.check_classes(data, start.state, start.path, start.resumed and not args.test_only)
+    notes = setup.notes(args, device) + start.said + others
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
         notes += split.notes(args, data, start.state, start.path)
     for note in notes:

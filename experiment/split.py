@@ -89,16 +89,16 @@ def check_classes(data, state, path, goes_on):
     goes_on: whether its training does; then other classes, or another number of images, raise a UserError.
     """
     known, here, last = state.get('classes'), data.classes, trainings(state)[-1]
-    known = known if isinstance(known, list) and len(known) == len(here) else here
-    said = [f'{path}: its output {number} is of the class {name}, which is {other} here'
-            for number, (name, other) in enumerate(zip(known, here, strict=True)) if name != other][:1]
-    if goes_on:
-        if not said and last and last['images'] not in (None, data.whole):
-            said = [f'{path}: was trained on a set of {last["images"]} images, and here are {data.whole}']
-        for line in said:
-            raise UserError(f'{line}; go on with the same images, or start anew from its weights with '
-                            '--pretrained_ann or --pretrained_snn')
-    return [f'{line}; what it has learned is of other classes' for line in said]
+    line = None
+    if isinstance(known, list) and len(known) == len(here) and known != here:
+        number = next(i for i, name in enumerate(here) if name != known[i])
+        line = f'{path}: its output {number} is of the class {known[number]}, which is {here[number]} here'
+    elif goes_on and last and last['images'] not in (None, data.whole):
+        line = f'{path}: was trained on a set of {last["images"]} images, and here are {data.whole}'
+    if line and goes_on:
+        raise UserError(f'{line}; go on with the same images, or start anew from its weights with --pretrained_ann or '
+                        '--pretrained_snn')
+    return [f'{line}; what it has learned is of other classes'] if line else []
 
 
 def notes(args, data, state, path):

@@ -200,7 +200,7 @@ def _open_snn(args):
     (again) once the name is locked: another run of that name may have gone on until then. Raises UserError.
     """
     source = args.resume if args.resume not in ('auto', 'last') else None
-    if args.resume and args.name and not source:  # its own says all, also where --pretrained_snn is gone by now
+    if args.resume in ('auto', 'last') and args.name and args.pretrained_snn:  # which may be gone by now
         own = files.paths('snn', args.name).last
         source = own if own.exists() else None
     state, note = _read_snn(args, source)

@@ -283,7 +283,7 @@ class _LIFLayer(torch.autograd.Function):
             g = g.to(compute_dtype)
             for i, (each, weight) in enumerate(zip(inputs, turned, strict=True)):
                 delay = each.train.start - start
-                rows = slice(0, 1 if once is not None else max(0, steps - delay))
+                rows = slice(0, 1 if each.train.constant else max(0, steps - delay))
                 if not rows.stop:
                     continue
                 out = unflatten(g[delay:] if once is None else once, train.shape)
