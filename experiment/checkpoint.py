@@ -181,6 +181,11 @@ def has_biases(state):
     return any(str(key).endswith(('.bias', '.running_var')) for key in state['state_dict'])
 
 
+def has_scales(state):
+    """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS."""
+    return any(str(key).endswith(('.factor', '.bound')) for key in state['state_dict'])
+
+
 def snn_settings(state, path):
     """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, the published code's older keys included.
 
@@ -237,7 +242,7 @@ def digest(tensors):
 
 
 # of thresholds that were cached before there were others
-FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0}
+FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
 
 
 def cached_thresholds(path, key, count):

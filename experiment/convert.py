@@ -27,7 +27,8 @@ def _balanced_thresholds(model, data, args, say):
     key = checkpoint.thresholds_key(model, {
         'architecture': args.architecture, 'dataset': args.dataset, 'images': checkpoint.digest({'images': images}),
         'timesteps': args.calibration_timesteps, 'percentile': args.threshold_percentile, 'seed': args.seed,
-        'encoding': args.encoding, 'delay': args.delay, 'initial_potential': args.initial_potential})
+        'encoding': args.encoding, 'delay': args.delay, 'initial_potential': args.initial_potential,
+        'carried': bool(model.carried)})
     if args.pretrained_ann:
         thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
         say(note)

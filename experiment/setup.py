@@ -3,6 +3,7 @@ import ctypes
 import platform
 import shlex
 import sys
+from functools import partial
 
 import torch
 
@@ -96,7 +97,8 @@ def build_snn(args, data, state=None):
 
     Raises UserError where they do not go together.
     """
-    return _build(self_models.VGG_SNN_STDB, self_models.RESNET_SNN_STDB, args, data,
+    resnet = partial(self_models.RESNET_SNN_STDB, scale=state is not None and checkpoint.has_scales(state))
+    return _build(self_models.VGG_SNN_STDB, resnet, args, data,
                   activation=args.activation, timesteps=args.timesteps, leak=args.leak, backend=args.backend,
                   encoding=args.encoding, delay=args.delay, initial_potential=args.initial_potential,
                   learn_threshold=args.learn_threshold, learn_leak=args.learn_leak,

@@ -61,13 +61,15 @@ class Parts:
     """What the layers of a network are made of.
 
     bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`. batch_norm: behind every
-    convolution and linear layer but the last. Raises ValueError for another activation.
+    convolution and linear layer but the last. scale: a factor in every plain identity. Raises ValueError for another
+    activation.
     """
 
-    def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False):
+    def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False,
+                 scale: bool = False):
         if activation not in ACTIVATIONS:
             raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
-        self.bias, self.levels, self.batch_norm = bias, levels, batch_norm
+        self.bias, self.levels, self.batch_norm, self.scale = bias, levels, batch_norm, scale
         self.quantized = activation == 'QCFS'
 
     def activation(self) -> nn.Module:
@@ -137,7 +139,7 @@ class BasicBlock(nn.Module):
         if stride != 1 or inputs != outputs:
             identity = parts.conv(inputs, outputs, 1, stride)
         else:
-            identity = [Scale()] if parts.bias else []
+            identity = [Scale()] if parts.scale else []
         self.identity, self.activation = nn.Sequential(*identity), parts.activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,13 +6,14 @@ to the next.
 import dataclasses
 import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from self_models.encoding import ENCODINGS, PoissonGenerator
-from self_models.layers import initialize
+from self_models.layers import Scale, initialize
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import (
     SynapticInput,
@@ -67,32 +68,44 @@ class LayerRecord:
                 yield samples, current, potentials
 
 
-def stages_of(modules: Iterable[nn.Module]) -> list[tuple]:
-    """[(synapse, nn.Dropout or None, number of pools), ...]: one for each LIF layer of a plain chain of modules."""
+class Stage(NamedTuple):
+    """An LIF layer and what follows it.
+
+    inputs: ((source, synapse), ...): the number of the LIF layer whose spikes come in, -1 for the input layer, and the
+    nn.Conv2d, nn.Linear, layers.Scale or None (the identity) that they go through. dropout: of its spikes, or None.
+    pools: 2x2 average pools behind it.
+    """
+    inputs: tuple[tuple[int, nn.Module | None], ...]
+    dropout: nn.Dropout | None = None
+    pools: int = 0
+
+
+def stages_of(modules: Iterable[nn.Module]) -> list[Stage]:
+    """A Stage for each LIF layer of a plain chain of modules."""
     stages = []
     for module in modules:
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            stages.append((module, None, 0))
+            stages.append(Stage(((len(stages) - 1, module),)))
         elif isinstance(module, nn.Dropout):
-            stages[-1] = (stages[-1][0], module, stages[-1][2])
+            stages[-1] = stages[-1]._replace(dropout=module)
         elif isinstance(module, nn.AvgPool2d):
-            stages[-1] = (*stages[-1][:2], stages[-1][2] + 1)
+            stages[-1] = stages[-1]._replace(pools=stages[-1].pools + 1)
     return stages
 
 
 class SpikingNetwork(nn.Module):
     """What the spiking VGG and ResNet share: hyper-parameters, thresholds and leaks, input and output.
 
-    A subclass builds its modules, calls `set_layers` and defines `balanced_stages()` and `convolutional(train)`, which
-    yields the inputs [SynapticInput, ...] and the SpikeTrain of one convolutional LIF layer after another and returns
-    the last; where LIF layers follow that are not convolutional, it defines `dense(train)` likewise.
+    A subclass builds its modules, calls `set_layers` and defines `stages()`, which lists its LIF layers.
 
     activation: 'STDB' (alpha, beta) or 'Linear' (gamma). encoding: 'poisson' (rate coding) or 'direct' (the image
     itself at each step). delay: 1, or 0 for neurons that fire in the step of their input. initial_potential: u(-1) in
     thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks` parameters.
 
-    thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`. initial_leak: of all
-    layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be at the output; no
+    thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`: parameters if learned,
+    else buffers. carried: the thresholds that the weights behind each layer were multiplied by, so that its spikes are
+    worth their threshold; None if spikes are worth 1, as published. initial_leak: of all layers, until leak_update or
+    learning. latency: the first step, from 0, at which a spike can be at the output; no
     fewer time steps than latency + 1 give more than nothing.
     """
 
@@ -114,23 +127,34 @@ class SpikingNetwork(nn.Module):
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.input_layer = PoissonGenerator(rate)
 
-    def set_layers(self, names: list[str], depth: int, balanced: int) -> None:
-        """names: of the LIF layers' synapses; depth: LIF layers on the shortest way from input to output;
-        balanced: how many of them, from the first, threshold balancing reaches."""
-        self.layer_names, self.depth, self.balanced = names, depth, balanced
+    def set_layers(self, names: list[str], depth: int, first: int, carries: bool) -> None:
+        """names: of the LIF layers' synapses; depth: LIF layers on the shortest way from input to output; first: how
+        many are one chain from the input on; carries: whether the weights behind a layer can carry its threshold."""
+        self.layer_names, self.depth, self.first, self.carries = names, depth, first, carries
 
-        def values(value, learned):
-            # fixed ones stay on the CPU, where reading them waits for nothing
-            return (nn.Parameter(torch.full((len(names),), value)) if learned
-                    else torch.full((len(names),), value, dtype=torch.float64))
-
-        self.thresholds = values(self.default_threshold, self.learn_threshold)
-        self.leaks = values(self.initial_leak, self.learn_leak)
+        for what, value, learned in (('thresholds', self.default_threshold, self.learn_threshold),
+                                     ('leaks', self.initial_leak, self.learn_leak)):
+            if learned:
+                self.register_parameter(what, nn.Parameter(torch.full((len(names),), value)))
+            else:
+                self.register_buffer(what, torch.full((len(names),), value, dtype=torch.float64))
+        self.carried, self._numbers = None, {}
         initialize(self)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
+            state_dict.setdefault(prefix + what, getattr(self, what))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def latency(self) -> int:
         return self.depth * self.delay
+
+    @property
+    def balanced(self) -> int:
+        """How many of the LIF layers, from the first on, threshold balancing reaches: all if the weights carry the
+        thresholds, else, as published, those before the residual blocks."""
+        return len(self.layer_names) if self.carried else self.first
 
     @property
     def leak(self) -> float | None:
@@ -155,13 +179,27 @@ class SpikingNetwork(nn.Module):
     def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
         """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
 
-        Raises ValueError for another number of them, or where one is not above 0. Without thresholds, nothing happens.
+        If the network carries its thresholds, the weights behind each layer change with its threshold. Raises
+        ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
         """
         thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
         if thresholds and len(thresholds) not in (self.balanced, len(self.thresholds)):
             raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.thresholds)} LIF layers'
                              + (f', {self.balanced} of them balanced' if self.balanced < len(self.thresholds) else ''))
         self.thresholds[:len(thresholds)] = torch.tensor(thresholds, dtype=torch.float64).to(self.thresholds)
+        if self.carried:
+            self.carry(thresholds)
+
+    @torch.no_grad()
+    def carry(self, thresholds: Sequence[float]) -> None:
+        """Have the weights behind the first layers carry these thresholds, in place of those that they carry now."""
+        carried = self.carried or [1.0] * len(self.thresholds)
+        self.carried = [*thresholds, *carried[len(thresholds):]]
+        behind = [*(stage.inputs for stage in self.stages()), ((len(carried) - 1, self.classifier[-1]),)]
+        for source, synapse in (each for inputs in behind for each in inputs):
+            if source >= 0 and self.carried[source] != carried[source]:
+                values = synapse.factor if isinstance(synapse, Scale) else synapse.weight
+                values *= self.carried[source] / carried[source]
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -171,16 +209,19 @@ class SpikingNetwork(nn.Module):
         if self.learn_leak:
             self.leaks.clamp_(SMALLEST, 1)
 
-    def neuron_parameters(self) -> list:
-        """The learned thresholds and leaks, which take no weight decay."""
-        return [values for values in (self.thresholds, self.leaks) if isinstance(values, nn.Parameter)]
-
     def lif_parameters(self, index: int) -> LIFParameters:
-        """The LIFParameters of LIF layer `index`."""
-        threshold, leak = (values[index] if isinstance(values, nn.Parameter) else values[index].item()
-                           for values in (self.thresholds, self.leaks))
+        """The LIFParameters of LIF layer `index`: tensors () of what is learned, numbers of what is not."""
+        threshold, leak = (values[index] if values.requires_grad else self._as_numbers(what, values)[index]
+                           for what, values in (('thresholds', self.thresholds), ('leaks', self.leaks)))
         return LIFParameters(threshold, leak, self.activation, self.alpha, self.beta, self.gamma, self.backend,
                              self.delay, self.initial_potential)
+
+    def _as_numbers(self, what, values):
+        """A fixed 1-D tensor as a list, read anew only once it changes, as a GPU's host waits for that."""
+        state = (values.data_ptr(), None if values.is_inference() else values._version)
+        if state[1] is None or self._numbers.get(what, (None,))[0] != state:
+            self._numbers[what] = state, values.tolist()
+        return self._numbers[what][1]
 
     def encode(self, x: torch.Tensor, steps: int) -> SpikeTrain | DirectInput:
         """What the first layer is given of images x (B, C, H, W) over `steps` steps.
@@ -235,9 +276,14 @@ class SpikingNetwork(nn.Module):
         weight = self.classifier[-1].weight
         return SpikingNetwork.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
 
+    def stages(self) -> list[Stage]:
+        """The LIF layers, in the order in which they run."""
+        raise NotImplementedError
+
     def last_spikes(self, x: torch.Tensor) -> SpikeTrain:
         """The spikes that the output layer receives from images x (B, C, H, W)."""
-        train = self.input_train(x)
+        train, stages = self.input_train(x), self.stages()
+        dense = next((i for i, stage in enumerate(stages) if isinstance(stage.inputs[0][1], nn.Linear)), len(stages))
         # Samples go through the convolutions in groups, so that, when learning, gradients wait for one group only:
         # autograd takes the last group back to the input before it begins with the one before.
         size = len(x)
@@ -245,47 +291,42 @@ class SpikingNetwork(nn.Module):
             size = max(1, GROUP_BYTES[x.device.type]
                        // (train.steps * self.largest_convolution(train.shape) * x.itemsize))
         groups = [slice(i, i + size) for i in range(0, len(x), size)]
-        train = join([last(self.convolutional(train.part(samples))) for samples in groups])
-        return last(self.dense(train))
+        train = join([last(self.layers(train.part(samples), 0, dense)) for samples in groups])
+        return last(self.layers(train, dense, len(stages)))
 
     def record(self, x: torch.Tensor) -> Iterator[LayerRecord]:
         """Yield what every LIF layer is given and does, in the order of `layer_names`, as images x (B, C, H, W) go
         through: input current, membrane potentials, spikes. `timesteps` must be above `latency`."""
-        def layers():
-            train = yield from self.convolutional(self.input_train(x))
-            yield from self.dense(train)
-        for index, (inputs, train) in enumerate(layers()):
+        for index, (inputs, train) in enumerate(self.layers(self.input_train(x), 0, len(self.stages()))):
             yield LayerRecord(self.layer_names[index], self.lif_parameters(index), inputs, train)
 
     def input_train(self, x: torch.Tensor) -> SpikeTrain | DirectInput:
         """What the first layer is given that can reach the output: of T steps the last `latency` cannot."""
         return self.encode(x, self.timesteps - self.latency)
 
-    def dense(self, train: SpikeTrain) -> Layers:
-        """The LIF layers after the convolutional ones: none."""
-        yield from ()
-        return train
-
     def largest_convolution(self, shape: tuple) -> int:
-        """The most values that one of the balanced convolutions takes and gives, of one sample at one step.
+        """The most values that one of the convolutions takes and gives, of one sample at one step.
 
         shape: (C, H, W) of the images.
         """
-        sizes, train = [], SpikeTrain(None, shape, 0)
-        for synapse, _, pools in self.balanced_stages():
-            if isinstance(synapse, nn.Linear):
+        sizes, trains = [0], {-1: SpikeTrain(None, shape, 0)}
+        for index, stage in enumerate(self.stages()):
+            inputs = [SynapticInput(trains[source], synapse) for source, synapse in stage.inputs]
+            if isinstance(inputs[0].synapse, nn.Linear):
                 break
-            shape = SynapticInput(train, synapse).output_shape()
-            sizes.append(math.prod(train.pooled_shape) + math.prod(shape))
-            train = SpikeTrain(None, shape, 0, pools=pools)
+            sizes += [math.prod(each.train.pooled_shape) + math.prod(each.output_shape()) for each in inputs]
+            trains[index] = SpikeTrain(None, inputs[0].output_shape(), 0, pools=stage.pools)
         return max(sizes)
 
-    def chain(self, train: SpikeTrain | DirectInput, stages: list[tuple], first: int = 0) -> Layers:
-        """LIF layers one after the other, from number `first` on: yields what `convolutional` does, returns the last
-        train."""
-        for index, (synapse, dropout, pools) in enumerate(stages, first):
-            inputs = [SynapticInput(train, synapse)]
-            train = lif_layer(inputs, self.lif_parameters(index), dropout, pools)
+    def layers(self, train: SpikeTrain | DirectInput, first: int, stop: int) -> Layers:
+        """Run LIF layers first ... stop - 1, given the spikes of the layer before: yields the inputs
+        [SynapticInput, ...] and the SpikeTrain of one after another, returns the last train."""
+        stages, trains = self.stages()[first:stop], {first - 1: train}
+        for index, stage in enumerate(stages, first):
+            inputs = [SynapticInput(trains[source], synapse) for source, synapse in stage.inputs]
+            needed = {source for later in stages[index - first + 1:] for source, _ in later.inputs}
+            trains = {source: each for source, each in trains.items() if source in needed}
+            train = trains[index] = lif_layer(inputs, self.lif_parameters(index), stage.dropout, stage.pools)
             yield inputs, train
         return train
 

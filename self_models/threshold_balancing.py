@@ -82,10 +82,11 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
                     percentile: float = 100) -> list[float]:
     """Balance the thresholds of a spiking network, layer after layer; returns them, a list of floats.
 
-    A layer's threshold is the maximum over images, units and steps of its input current W s, with the layers before
+    A layer's threshold is the maximum over images, units and steps of its input current W s + b, with the layers before
     it spiking at the thresholds already found, at leak 1 and without dropout; or, less at the mercy of outliers, a
     percentile of those currents (as Rueckauer et al. 2017 take one of activations). Of a ResNet only the pre-process
-    layers are balanced.
+    layers are balanced. If the network carries its thresholds (copy_weights says when), all layers are, and a spike is
+    worth its threshold: that goes into the weights behind it, so that currents and biases stay in the ANN's units.
 
     model: VGG_SNN_STDB or RESNET_SNN_STDB; it is left at the thresholds found, else as it was.
     images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
@@ -112,6 +113,14 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     return thresholds
 
 
+class Source(NamedTuple):
+    """What a layer gets its spikes from: their store (None of direct input), a train that tells their shape, and what
+    a spike is worth in the weights behind, beside what they carry already."""
+    store: SpikeStore | None
+    train: SpikeTrain | DirectInput
+    worth: float = 1.0
+
+
 def _balance_all(model, images, timesteps, percentile, progress):
     """The thresholds, one layer after another; find_thresholds without its care for the model."""
     # a group is what runs again at the least (see balance); the steps make up the batch
@@ -119,35 +128,44 @@ def _balance_all(model, images, timesteps, percentile, progress):
     fitting = BLOCK_BYTES // 2 // (model.largest_convolution(shape) * images.itemsize)
     size = max(1, min(16, len(images) // 8, fitting))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
-    stages = model.balanced_stages()
-    device, dtype = stages[0][0].weight.device, stages[0][0].weight.dtype
+    stages = model.stages()[:model.balanced]
+    first = stages[0].inputs[0][1]
+    device, dtype = first.weight.device, first.weight.dtype
+    carried = model.carried
+    # With a delay, what a layer does at its last step reaches nothing. A bias and an initial potential act from the
+    # first step on, also before the first spike comes, and in a residual block two delays meet: there the trains begin
+    # with empty rows.
+    shift = model.delay if carried or model.initial_potential or first.bias is not None else 0
     if model.encoding == 'direct':
-        train, store = DirectInput(None, shape, timesteps), None
+        sources = {-1: Source(None, DirectInput(None, shape, timesteps))}
     else:
         # of the input only the bits are stored; a pixel's sign is the mask of its train
-        train, store = SpikeTrain(None, shape, 0), SpikeStore(timesteps, images[0].numel())
+        sources = {-1: Source(SpikeStore(timesteps, images[0].numel()), SpikeTrain(None, shape, 0))}
         for group in groups:
             for t in range(timesteps):
-                store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
+                sources[-1].store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
     steps, thresholds = timesteps, []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(device.type, enabled=False)):
-        for index, (synapse, _, pools) in enumerate(stages):
-            source = partial(current_source, store, train, images if index == 0 else None, synapse)
-            shape = SynapticInput(train, synapse).output_shape()
-            later = index + 1 < len(stages)
-            # With a delay, what a layer does at its last step reaches nothing. A bias and an initial potential act
-            # from the first step on, also before the first spike comes: there the trains begin with empty rows.
-            shift = model.delay if synapse.bias is not None or model.initial_potential else 0
+        for index, stage in enumerate(stages):
+            inputs = [(sources[source], synapse) for source, synapse in stage.inputs]
+            source = partial(current_source, inputs, images if index == 0 else None, dtype, device)
+            shape = SynapticInput(inputs[0][0].train, inputs[0][1]).output_shape()
+            needed = {number for later in stages[index + 1:] for number, _ in later.inputs}
             kept_steps = steps if shift else steps - model.delay
-            output = SpikeStore(kept_steps, math.prod(shape), shift) if later else None
-            memory = max(CHUNK_BYTES[device.type], min(synapse.weight.nbytes, BLOCK_BYTES))
-            block = max(1, memory // (size * dtype.itemsize * (math.prod(train.shape) + math.prod(shape))))
+            output = SpikeStore(kept_steps, math.prod(shape), shift) if index in needed else None
+            memory = max(CHUNK_BYTES[device.type], *(min(synapse.weight.nbytes, BLOCK_BYTES) for _, synapse in inputs
+                                                     if hasattr(synapse, 'weight')))
+            values = math.prod(shape) + sum(math.prod(each.train.shape) for each, _ in inputs)
+            block = max(1, memory // (size * dtype.itemsize * values))
             pieces = Pieces(groups, [(i, min(i + block, steps)) for i in range(0, steps, block)])
             neuron = model.lif_parameters(index).detached()
-            threshold = balance(source, pieces, shape[0], neuron, percentile, output, bar)
+            narrow = source if len(inputs) == 1 else None
+            threshold = balance(source(), pieces, neuron, percentile, output, bar, narrow, shape[0])
             if not 0 < threshold < math.inf:
-                if store is not None and not store.spiked and synapse.bias is None:
+                store, biased = inputs[0][0].store, any(getattr(synapse, 'bias', None) is not None
+                                                        for _, synapse in inputs)
+                if store is not None and not store.spiked and not biased:
                     why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, '
                            'or train the ANN further')
                 elif percentile == 100 or threshold:
@@ -157,83 +175,106 @@ def _balance_all(model, images, timesteps, percentile, progress):
                            'found: take a higher percentile, or train the ANN further')
                 raise DeadLayerError(f'{model.layer_names[index]} {why}')
             thresholds.append(threshold)
-            store, train, steps = output, SpikeTrain(None, shape, 0, pools=pools), kept_steps
+            sources = {number: each for number, each in sources.items() if number in needed}
+            sources[index] = Source(output, SpikeTrain(None, shape, 0, pools=stage.pools),
+                                    threshold / carried[index] if carried else 1.0)
+            steps = kept_steps
     return thresholds
 
 
-def current_source(store: SpikeStore | None, train: SpikeTrain | DirectInput, images: torch.Tensor | None,
-                   synapse: nn.Module, channels: slice | torch.Tensor = slice(None)) -> Callable:
-    """A function (group, first, stop) -> (m, b, N) currents, from the stored spikes of `train`, or from direct input.
+def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.Tensor | None, dtype: torch.dtype,
+                   device: torch.device, channels: slice | torch.Tensor = slice(None)) -> Callable:
+    """A function (group, first, stop) -> (m, b, N) currents of a layer, from stored spikes or from direct input.
 
-    images: (B, C, H, W) that are the direct input or whose signs these spikes have, or None. channels: indices of the
-    output channels that are wanted; all of them unless given.
+    inputs: pairs of a Source and the synapse that it comes in through. images: (B, C, H, W) that are the direct input
+    or whose signs the spikes have, or None. channels: indices of the output channels that are wanted; all of them
+    unless given, which a layer of several inputs needs.
     """
-    dtype, device = synapse.weight.dtype, synapse.weight.device
-    weight = prepare(synapse.weight[channels], dtype)
-    bias = None if synapse.bias is None else synapse.bias.detach()[channels]
+    weights = [prepare(synapse.weight[channels], dtype) * source.worth if hasattr(synapse, 'weight') else None
+               for source, synapse in inputs]
+    biases = [None if getattr(synapse, 'bias', None) is None else synapse.bias.detach()[channels]
+              for _, synapse in inputs]
 
     def current(group, first, stop):
-        steps = stop - first
-        if train.constant:
-            part = DirectInput(images[group].to(device), train.shape, steps)
-        else:
-            mask = None if images is None else flatten(images[group].sign(), 1)[0].to(device, dtype)
-            part = SpikeTrain(store.read(group, first, stop, device), train.shape, 0, mask=mask, pools=train.pools)
-        return input_current([SynapticInput(part, synapse)], (0, steps), [weight], [bias], slice(None), dtype,
-                             dtype).expand(steps, -1, -1)
+        steps, synapses = stop - first, []
+        for (store, train, worth), synapse in inputs:
+            if train.constant:
+                part = DirectInput(images[group].to(device), train.shape, steps)
+            else:
+                mask = None if images is None else flatten(images[group].sign(), 1)[0].to(device, dtype)
+                if worth != 1 and not hasattr(synapse, 'weight'):
+                    mask = torch.full((), worth, dtype=dtype, device=device).expand(group.stop - group.start, 1)
+                part = SpikeTrain(store.read(group, first, stop, device), train.shape, 0, mask=mask, pools=train.pools)
+            synapses.append(SynapticInput(part, synapse))
+        return input_current(synapses, (0, steps), weights, biases, slice(None), dtype, dtype).expand(steps, -1, -1)
 
     return current
 
 
-def balance(source: Callable, pieces: Pieces, channels: int, neuron: LIFParameters, percentile: float,
-            output: SpikeStore | None, bar: tqdm) -> float:
+def balance(current: Callable, pieces: Pieces, neuron: LIFParameters, percentile: float, output: SpikeStore | None,
+            bar: tqdm, narrow: Callable | None = None, channels: int = 1) -> float:
     """The largest of the currents over all pieces, or a percentile of them; `output` is given the spikes at that.
 
-    source: current_source, but for its argument `channels`, of which the layer has so many.
+    current: (group, first, stop) -> (m, b, N). narrow: gives the same function of some of the layer's `channels` alone.
 
     Spikes need the threshold, and the threshold needs every current. So that currents need not be found twice, spikes
     are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. It seldom
-    grows, as it starts from that of the few channels that look largest, which cost little to run through first.
+    grows, as it starts from a current that is likely the largest.
     """
     if not pieces.blocks:  # the delays of the layers before have used up every step
         return 0.0
-    current = source()
-
-    def run(group, threshold):
-        at_start, state = threshold, None
-        for first, stop in pieces.blocks:
-            step_currents = current(group, first, stop)
-            if percentile == 100:
-                largest = step_currents.max().item()
-                if math.isnan(largest):
-                    return math.inf
-                threshold = max(threshold, largest)
-            if output is not None and threshold == at_start:
-                spikes = torch.empty(step_currents.shape, dtype=torch.bool, device=step_currents.device)
-                flat = step_currents.flatten(1)
-                state = lif_forward(flat, spikes.flatten(1), neuron._replace(threshold=threshold), state,
-                                    potentials=flat if step_currents.is_contiguous() else None)
-                output.write(group, first, spikes)
-        return threshold
-
     if percentile < 100:
-        threshold = current_percentile(current, pieces, percentile, bar)
-        if output is not None and 0 < threshold < math.inf:
-            for group in pieces.groups:
-                run(group, threshold)
-        return threshold
-    threshold, last_growth = 0.0, 0
-    if output is not None:
-        threshold = likely_threshold(source, current, pieces, channels)
-    for number, group in enumerate(pieces.groups):
-        before, threshold = threshold, run(group, threshold)
-        if threshold > before:
-            last_growth = number + 1
-        bar.update()
+        threshold, last_growth = current_percentile(current, pieces, percentile, bar), len(pieces.groups)
+    else:
+        threshold, last_growth = 0.0, 0
+        if output is not None:
+            threshold = likely_threshold(current, pieces, narrow, channels)
+        for number, group in enumerate(pieces.groups):
+            before, threshold = threshold, largest_current(current, group, pieces, neuron, threshold, output)
+            if threshold > before:
+                last_growth = number + 1
+            bar.update()
     if output is not None and 0 < threshold < math.inf:
         for group in pieces.groups[:last_growth]:
-            run(group, threshold)
+            write_spikes(current, group, pieces, neuron._replace(threshold=threshold), output)
     return threshold
+
+
+def largest_current(current: Callable, group: slice, pieces: Pieces, neuron: LIFParameters, least: float,
+                    output: SpikeStore | None) -> float:
+    """The largest current of a group, at least `least`; infinite if one is no number.
+
+    `output` is given the spikes at the threshold `least` for as long as no current is larger.
+    """
+    state = None
+    for first, stop in pieces.blocks:
+        step_currents = current(group, first, stop)
+        largest = step_currents.max().item()
+        if math.isnan(largest):
+            return math.inf
+        if largest > least:
+            least, output = largest, None
+        if output is not None:
+            state = write_block(step_currents, group, first, neuron._replace(threshold=least), output, state)
+    return least
+
+
+def write_spikes(current: Callable, group: slice, pieces: Pieces, neuron: LIFParameters, output: SpikeStore) -> None:
+    """Give `output` the spikes of a group."""
+    state = None
+    for first, stop in pieces.blocks:
+        state = write_block(current(group, first, stop), group, first, neuron, output, state)
+
+
+def write_block(step_currents: torch.Tensor, group: slice, first: int, neuron: LIFParameters, output: SpikeStore,
+                state: tuple | None) -> tuple:
+    """Give `output` the spikes that currents (m, b, N) cause from the step `first` on; state: as for lif_forward."""
+    spikes = torch.empty(step_currents.shape, dtype=torch.bool, device=step_currents.device)
+    flat = step_currents.flatten(1)
+    state = lif_forward(flat, spikes.flatten(1), neuron, state,
+                        potentials=flat if step_currents.is_contiguous() else None)
+    output.write(group, first, spikes)
+    return state
 
 
 def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
@@ -260,20 +301,23 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
     return (index + 1) / BINS * top if index > 0 else 0.0
 
 
-def likely_threshold(source: Callable, current: Callable, pieces: Pieces, channels: int) -> float:
+def likely_threshold(current: Callable, pieces: Pieces, narrow: Callable | None, channels: int) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
-    It is where the eighth of the channels that is the largest in the last few steps has its own largest current.
+    It is where the eighth of the channels that is the largest in the last few steps has its own largest current, which
+    costs little to find; without `narrow` the largest in those steps.
     """
     groups, blocks = pieces
     steps = blocks[-1][1]
     few = max(1, steps // 16)
     late = [(max(i, steps - few), stop) for i, stop in blocks if stop > steps - few]
+    if narrow is None:
+        return max(0.0, *(current(group, i, stop).max().item() for group in groups for i, stop in late))
     # currents are stored channels-last: (m, b, H * W * C); of each step the largest, as one outlier says little
     largest = sum(current(group, i, stop).view(stop - i, -1, channels).amax(1).sum(0)
                   for group in groups for i, stop in late)
-    narrow = source(largest.topk(-(-channels // 8)).indices)
-    _, group, block = max(((narrow(group, *block).max().item(), group, block) for group in groups for block in blocks),
-                          key=lambda found: found[0])
+    few_channels = narrow(largest.topk(-(-channels // 8)).indices)
+    _, group, block = max(((few_channels(group, *block).max().item(), group, block)
+                           for group in groups for block in blocks), key=lambda found: found[0])
     # found by the same product as later on: another one's last bit may differ
     return max(0.0, current(group, *block).max().item())

@@ -1,7 +1,6 @@
 """VGG as a spiking network."""
 from self_models.layers import vgg_layers
-from self_models.spike_train import DirectInput, SpikeTrain
-from self_models.spiking_network import Layers, SpikingNetwork, stages_of
+from self_models.spiking_network import SpikingNetwork, Stage, stages_of
 
 
 class VGG_SNN_STDB(SpikingNetwork):
@@ -25,13 +24,7 @@ class VGG_SNN_STDB(SpikingNetwork):
                                                     bias=bias)
         names = [f'{part}.{i}' for part in ('features', 'classifier')
                  for i, module in enumerate(getattr(self, part)) if hasattr(module, 'weight')]
-        self.set_layers(names[:-1], depth=len(names) - 1, balanced=len(names) - 1)
+        self.set_layers(names[:-1], depth=len(names) - 1, first=len(names) - 1, carries=bias)
 
-    def balanced_stages(self) -> list[tuple]:
+    def stages(self) -> list[Stage]:
         return stages_of([*self.features, *self.classifier[:-1]])
-
-    def convolutional(self, train: SpikeTrain | DirectInput) -> Layers:
-        return self.chain(train, stages_of(self.features))
-
-    def dense(self, train: SpikeTrain) -> Layers:
-        return self.chain(train, stages_of(self.classifier[:-1]), first=len(stages_of(self.features)))

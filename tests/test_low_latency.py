@@ -426,7 +426,7 @@ def test_relu_with_batch_norm_is_folded_and_balanced():
 def test_an_ann_without_batch_norm_is_copied_as_it_is():
     model, snn = VGG('VGG5', dataset='DIGITS'), VGG_SNN_STDB('VGG5', dataset='DIGITS')
     copy_weights(model, snn)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), snn.state_dict().values(), strict=True))
+    assert all(torch.equal(value, snn.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize('spoil', [
