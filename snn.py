@@ -10,6 +10,7 @@ trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 from functools import partial
 
 from experiment import options
+from self_models import surrogate
 
 
 def get_args_parser():
@@ -24,7 +25,8 @@ def get_args_parser():
     add('--leak', type=options.fraction, default=1.0, metavar='L', help='in (0, 1]; 1 is IF; default %(default)s')
     add('--default_threshold', type=options.positive, default=1.0, metavar='V',
         help='of layers that are not balanced; default %(default)s')
-    add('--activation', default='STDB', choices=['STDB', 'Linear'], help='surrogate gradient; default %(default)s')
+    add('--activation', default='STDB', choices=list(surrogate.SURROGATES),
+        help='surrogate gradient; default %(default)s')
     add('--encoding', default='poisson', choices=['poisson', 'direct'],
         help='what the first layer is given: Poisson spikes, or the image itself at every step; default %(default)s, '
              'of an ANN of QCFS direct')
@@ -34,9 +36,9 @@ def get_args_parser():
         help='of every neuron, in thresholds, in [0, 1); default %(default)s, of an ANN of QCFS 0.5')
     add('--learn_threshold', action=options.Switch, help='learn a threshold for each layer, with the weights')
     add('--learn_leak', action=options.Switch, help='learn a leak for each layer, with the weights')
-    add('--alpha', type=options.non_negative, default=0.3, metavar='X', help='height of STDB; default %(default)s')
-    add('--beta', type=options.non_negative, default=0.01, metavar='X', help='decay of STDB; default %(default)s')
-    add('--gamma', type=options.non_negative, default=0.3, metavar='X', help='height of Linear; default %(default)s')
+    for flag, default in surrogate.FLAGS.items():
+        add(f'--{flag}', type=options.positive if flag == 'width' else options.non_negative, default=default,
+            metavar='X', help=f'{surrogate.meaning(flag)}; default %(default)s')
     add('--output', default='fitted', choices=['fitted', 'mean', 'sum'],
         help="what the loss sees of the output over time: its mean in the units of the ANN's logits, by a factor that "
              'conversion puts into the last weights; the plain mean; or, as published, the sum; default %(default)s')

@@ -21,6 +21,7 @@ from experiment import engine
 from self_models import RESNET_SNN_STDB, VGG, VGG_SNN_STDB, LIFParameters, ResNet, find_thresholds
 from self_models.lif import lif_backward, lif_forward
 from self_models.lif_layer import CHUNK_BYTES
+from self_models.surrogate import SURROGATES
 
 LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}
 MATRIX = {'cpu': 2048, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate, on all cores
@@ -221,13 +222,13 @@ SCANS = {'scan forward': 'STDB', 'scan backward, STDB': 'STDB', 'scan backward, 
 def scan_job(backend, task, row, device):
     """A neurons' scan over time alone, of as many as go through it at once; backend: 'torch' or 'triton'."""
     size = CHUNK_BYTES[device.type] // (4 * row.steps)
-    neuron = LIFParameters(1.0, 1.0, SCANS[task], 0.3, 0.01, 0.3, backend, 0 if row.direct else 1)
+    neuron = LIFParameters(1.0, 1.0, SURROGATES[SCANS[task]](), backend, 0 if row.direct else 1)
     current, spikes = torch.randn(row.steps, size, device=device), torch.zeros(row.steps, size, device=device).bool()
     lif_forward(current, spikes, neuron)
     if task == 'scan forward':
         return Job(lambda: lif_forward(current, spikes, neuron))
     grad = torch.zeros(row.steps, size, device=device)  # zeros stay finite however often they go through it in place
-    state = spikes if neuron.activation == 'STDB' else torch.rand(row.steps, size, device=device)
+    state = spikes if neuron.surrogate.of_spikes else torch.rand(row.steps, size, device=device)
     return Job(lambda: lif_backward(grad, state, 1, neuron))
 
 
@@ -310,5 +311,5 @@ def parts_of(device, parts):
 def name_scans():
     """Have the profiler see the scans over time of our networks."""
     from self_models import lif_layer
-    for name in ('lif_forward', 'linear_factor', 'lif_backward'):
+    for name in ('lif_forward', 'surrogate_state', 'lif_backward'):
         setattr(lif_layer, name, torch.profiler.record_function('scan over time')(getattr(lif_layer, name)))

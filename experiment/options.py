@@ -7,6 +7,7 @@ import sys
 import time
 
 from experiment import UserError
+from self_models import surrogate
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
 FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
@@ -221,7 +222,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
 
 
 # what flags that files of former versions do not know were then
-FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False}
+FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
+          'width': 1.0}
 FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
@@ -235,9 +237,8 @@ def without_effect(settings):
         'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'momentum': (settings.get('optimizer') == 'SGD', '--optimizer SGD'),
         'amsgrad': (settings.get('optimizer') == 'Adam', '--optimizer Adam'),
-        'alpha': (settings.get('activation') == 'STDB', '--activation STDB'),
-        'beta': (settings.get('activation') == 'STDB', '--activation STDB'),
-        'gamma': (settings.get('activation') == 'Linear', '--activation Linear'),
+        **{flag: (settings.get('activation') in of, f'--activation {" or ".join(of)}')
+           for flag, of in ((flag, surrogate.users(flag)) for flag in surrogate.FLAGS)},
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
         'kernel_size': (vgg, 'VGGs'),
         # a conversion balances all thresholds of a VGG

@@ -9,6 +9,7 @@ import torch
 
 import self_models
 from experiment import UserError, checkpoint, data, distributed
+from self_models.surrogate import FLAGS
 
 
 def set_up_device(args):
@@ -104,7 +105,7 @@ def build_snn(args, data, state=None):
                   learn_threshold=args.learn_threshold, learn_leak=args.learn_leak,
                   bias=state is not None and checkpoint.has_biases(state),
                   # None where all thresholds are the checkpoint's
-                  default_threshold=args.default_threshold or 1.0, alpha=args.alpha, beta=args.beta, gamma=args.gamma)
+                  default_threshold=args.default_threshold or 1.0, **{flag: getattr(args, flag) for flag in FLAGS})
 
 
 def _build(vgg, resnet, args, data, **options):

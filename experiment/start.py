@@ -9,6 +9,7 @@ from typing import IO, NamedTuple
 
 from experiment import UserError, checkpoint, distributed, files, options, split
 from self_models.conversion import QUANTIZED
+from self_models.surrogate import FLAGS
 
 
 class Start(NamedTuple):
@@ -258,7 +259,7 @@ def adopt(args, state, path, resumed=False):
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
     settings |= {key: saved[key] for key in (
-        'architecture', 'dataset', 'kernel_size', 'image_size', 'alpha', 'beta', 'gamma', 'output', *options.FORMER)
+        'architecture', 'dataset', 'kernel_size', 'image_size', 'output', *FLAGS, *options.FORMER)
         if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
     thresholds = settings.pop('thresholds')  # no flag

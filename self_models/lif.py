@@ -16,22 +16,18 @@ from typing import NamedTuple
 
 import torch
 
-from self_models.surrogate import apply_stdb_factor, linear_factor
+from self_models.surrogate import Surrogate
 
 
 class LIFParameters(NamedTuple):
     """What an LIF layer needs to know.
 
-    threshold, leak: numbers, or tensors () that gradients are wanted of. activation: 'STDB' (alpha, beta) or 'Linear'
-    (gamma), the surrogate. backend: 'torch', or 'triton' for the kernels of lif_triton.py. delay: steps from input to
-    spike, 1 or 0. initial_potential: F, in thresholds.
+    threshold, leak: numbers, or tensors () that gradients are wanted of. backend: 'torch', or 'triton' for the kernels
+    of lif_triton.py. delay: steps from input to spike, 1 or 0. initial_potential: F, in thresholds.
     """
     threshold: float | torch.Tensor
     leak: float | torch.Tensor
-    activation: str
-    alpha: float
-    beta: float
-    gamma: float
+    surrogate: Surrogate
     backend: str = 'torch'
     delay: int = 1
     initial_potential: float = 0.0
@@ -44,7 +40,7 @@ class LIFParameters(NamedTuple):
     @property
     def height(self) -> float | torch.Tensor:
         """Of the surrogate, with respect to the potential: z = u / theta - 1, so dz/du = 1 / theta."""
-        return (self.alpha if self.activation == 'STDB' else self.gamma) / self.threshold
+        return self.surrogate.height / self.threshold
 
     @property
     def reset(self) -> float | torch.Tensor:
@@ -101,8 +97,8 @@ def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFPara
 def lif_backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters: LIFParameters) -> None:
     """Turn the gradient of the spikes into that of the currents, in place.
 
-    grad (n, M): the gradient of the spikes times parameters.height. state (n, M): for STDB the spikes, bool; for Linear
-    linear_factor() of the potentials. start: the step at which row 0's spikes leave.
+    grad (n, M): the gradient of the spikes times parameters.height. state (n, M): surrogate_state() of the potentials.
+    start: the step at which row 0's spikes leave.
 
     With ds/dp = height f, the reset without gradient:   g[k] = lambda g[k+1] + f[k] grad[k]
     """
@@ -111,19 +107,15 @@ def lif_backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters
         from self_models import lif_triton
         lif_triton.backward(grad, state, start, parameters)
         return
-    if parameters.activation == 'Linear':
-        grad.mul_(state)
-    else:
-        apply_stdb_factor(grad, state, start, parameters.beta)
+    parameters.surrogate.multiply(grad, state, start)
     later, *rows = reversed(grad.unbind())
     for row in rows:
         later = row.add_(later, alpha=parameters.leak)
 
 
 def surrogate_state(potentials: torch.Tensor, parameters: LIFParameters) -> torch.Tensor:
-    """What lif_backward needs, from the potentials p (n, M)."""
-    threshold = parameters.detached().threshold
-    return potentials > threshold if parameters.activation == 'STDB' else linear_factor(potentials, threshold)
+    """What lif_backward needs, from the potentials p (n, M): the surrogate's factors, or the spikes (bool)."""
+    return parameters.surrogate.state(potentials, parameters.detached().threshold)
 
 
 def parameter_gradients(grad: torch.Tensor, potentials: torch.Tensor,

@@ -3,7 +3,7 @@
 Layer by layer: a layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over
 T * B images and a scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever held;
 what training keeps of a layer is its spikes, one byte for each neuron and step, from which STDB's gradient follows.
-LinearSpike's needs the potentials too, and so do gradients of the threshold and the leak.
+For other surrogates it also keeps the factor, for gradients of the threshold and the leak the potentials.
 """
 import dataclasses
 import math
@@ -19,7 +19,6 @@ from self_models.lif import (
     LIFParameters,
     lif_backward,
     lif_forward,
-    linear_factor,
     parameter_gradients,
     surrogate_state,
 )
@@ -196,8 +195,9 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
     learns = torch.is_grad_enabled() and (parameters.learned or any(
         tensor is not None and tensor.requires_grad
         for each in inputs for tensor in (each.weight, each.bias, each.train.proxy)))
-    learned, linear = learns and parameters.learned, learns and parameters.activation == 'Linear'
-    kept = torch.empty(spikes.shape, dtype=dtype, device=device) if learned or linear else spikes
+    learned = learns and parameters.learned  # then the potentials are kept; factored: else the surrogate's factors
+    factored = learns and not learned and not parameters.surrogate.of_spikes
+    kept = torch.empty(spikes.shape, dtype=dtype, device=device) if learned or factored else spikes
     numbers = parameters.detached()
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         ready = [[prepare(getattr(each, kind), compute_dtype) for each in inputs] for kind in ('weight', 'bias')]
@@ -206,14 +206,14 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
             potentials = current if len(current) == steps else None
             if learned:
                 potentials = kept[:, samples].flatten(1)
-            elif linear and potentials is None:
+            elif factored and potentials is None:
                 potentials = current.new_empty(steps, current.shape[1])
             u, _ = lif_forward(current if len(current) == steps else current[0], spikes[:, samples].flatten(1), numbers,
                                potentials=potentials)
             # A potential that is not finite stays so: the last ones tell. Spikes do not, as NaN exceeds no threshold.
             fault = fault + sum(0 * end for end in torch.aminmax(u))
-            if linear and not learned:
-                kept[:, samples] = linear_factor(potentials, numbers.threshold).view(kept[:, samples].shape)
+            if factored:
+                kept[:, samples] = surrogate_state(potentials, numbers).view(kept[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
             mask = dropout_factors(torch.empty(batch, size, dtype=dtype, device=device), dropout.p)

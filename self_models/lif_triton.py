@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from self_models.surrogate import first_stdb_factor
+from self_models.surrogate import SpikeTimeDependent
 
 BLOCK = 256  # neurons of a program
 
@@ -40,7 +40,8 @@ def _forward(current, potentials, spikes, u, fired, scalars, steps, neurons, cur
 
 
 @triton.jit(do_not_specialize=['steps'])
-def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, STDB: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, STDB: tl.constexpr,
+              FACTORS: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < neurons
     leak, factor, decay = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 2)
@@ -65,7 +66,7 @@ def _backward(grad, state, scalars, steps, neurons, grad_stride, state_stride, S
     step = 0
     while step < steps:
         value = tl.load(grad + i, inside, other=0)
-        if not STDB:
+        if FACTORS:
             value *= tl.load(state + i, inside, other=0)
         carried = leak * carried + value
         tl.store(grad + i, carried, inside)
@@ -95,10 +96,14 @@ def forward(current: torch.Tensor, potentials: torch.Tensor | None, spikes: torc
 
 def backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters) -> None:
     """lif_backward of lif.py: turns the gradient of the spikes, grad (n, M), into that of the currents in place."""
-    steps, neurons = grad.shape
-    stdb = parameters.activation == 'STDB'
-    first, decay = first_stdb_factor(start, parameters.beta), math.exp(-parameters.beta)
+    (steps, neurons), surrogate, first, decay = grad.shape, parameters.surrogate, 0.0, 0.0
+    stdb = type(surrogate) is SpikeTimeDependent
+    if stdb:
+        first, decay = surrogate.before_first_spike(start), math.exp(-surrogate.beta)
+    elif surrogate.of_spikes:
+        surrogate.multiply(grad, state, start)
     with torch.cuda.device_of(grad):
         _backward[(triton.cdiv(neurons, BLOCK),)](
-            grad, state.view(torch.uint8) if stdb else state, _scalars(grad, parameters.leak, first, decay), steps,
-            neurons, grad.stride(0), state.stride(0), STDB=stdb, BLOCK=BLOCK)
+            grad, state.view(torch.uint8) if surrogate.of_spikes else state,
+            _scalars(grad, parameters.leak, first, decay), steps, neurons, grad.stride(0), state.stride(0), STDB=stdb,
+            FACTORS=not surrogate.of_spikes, BLOCK=BLOCK)

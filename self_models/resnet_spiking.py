@@ -9,11 +9,16 @@ class RESNET_SNN_STDB(SpikingNetwork):
     """The ResNet of resnet.py with an LIF layer in place of every ReLU (Rathi et al. 2020).
 
     resnet_name, labels, dataset, input_shape: as for ResNet, as are the parameters' names, so that its state_dict
-    fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T; leak in (0, 1];
+    fits. activation: the surrogate gradient, of alpha, beta, gamma and width. timesteps T; leak in (0, 1];
     default_threshold: of every LIF layer until threshold_update, of those in blocks thereafter. dropout: one mask a
     sample, held over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. bias: biases in every layer,
+<<<<<<< HEAD
     as an ANN with batch norm leaves them once that is folded. scale: a factor in every plain identity, for spikes that
     are worth their threshold; biases bring it with them. encoding, delay, initial_potential, learn_threshold, learn_leak: as for SpikingNetwork. Raises ValueError for values that make
+=======
+    and a factor in every plain identity, as an ANN with batch norm needs them once that is folded. width, encoding,
+    delay, initial_potential, learn_threshold, learn_leak: as for SpikingNetwork. Raises ValueError for values that make
+>>>>>>> 74f63c5
     no network.
     """
 

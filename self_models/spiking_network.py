@@ -26,7 +26,7 @@ from self_models.lif_layer import (
     working_bytes,
 )
 from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, flatten, join, unflatten
-from self_models.surrogate import SURROGATES
+from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
 SMALLEST = 1e-4  # that a learned threshold or leak becomes
@@ -98,9 +98,10 @@ class SpikingNetwork(nn.Module):
 
     A subclass builds its modules, calls `set_layers` and defines `stages()`, which lists its LIF layers.
 
-    activation: 'STDB' (alpha, beta) or 'Linear' (gamma). encoding: 'poisson' (rate coding) or 'direct' (the image
-    itself at each step). delay: 1, or 0 for neurons that fire in the step of their input. initial_potential: u(-1) in
-    thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks` parameters.
+    activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
+    (rate coding) or 'direct' (the image itself at each step). delay: 1, or 0 for neurons that fire in the step of their
+    input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks`
+    parameters.
 
     thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`: parameters if learned,
     else buffers. carried: the thresholds that the weights behind each layer were multiplied by, so that its spikes are
@@ -111,7 +112,8 @@ class SpikingNetwork(nn.Module):
 
     def __init__(self, activation: str, timesteps: int, leak: float, default_threshold: float, alpha: float,
                  beta: float, gamma: float, backend: str, rate: float, encoding: str = 'poisson', delay: int = 1,
-                 initial_potential: float = 0.0, learn_threshold: bool = False, learn_leak: bool = False):
+                 initial_potential: float = 0.0, learn_threshold: bool = False, learn_leak: bool = False,
+                 width: float = 1.0):
         super().__init__()
         for what, value, known in (('backend', backend, ('torch', 'triton')), ('activation', activation, SURROGATES),
                                    ('encoding', encoding, ENCODINGS), ('delay', delay, (0, 1))):
@@ -121,7 +123,8 @@ class SpikingNetwork(nn.Module):
             raise ValueError(f'initial_potential must be at least 0 and below 1, not {initial_potential}')
         self.backend, self.encoding, self.delay = backend, encoding, delay
         self.initial_potential = float(initial_potential)
-        self.activation, self.alpha, self.beta, self.gamma = activation, alpha, beta, gamma
+        self.activation, self.alpha, self.beta, self.gamma, self.width = activation, alpha, beta, gamma, width
+        _ = self.surrogate  # raises ValueError for values that make none
         self.default_threshold = check_threshold(default_threshold)
         self.learn_threshold, self.learn_leak = learn_threshold, learn_leak
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
@@ -209,19 +212,24 @@ class SpikingNetwork(nn.Module):
         if self.learn_leak:
             self.leaks.clamp_(SMALLEST, 1)
 
+    @property
+    def surrogate(self) -> Surrogate:
+        return SURROGATES[self.activation](**{flag: getattr(self, flag) for flag in FLAGS})
+
     def lif_parameters(self, index: int) -> LIFParameters:
         """The LIFParameters of LIF layer `index`: tensors () of what is learned, numbers of what is not."""
         threshold, leak = (values[index] if values.requires_grad else self._as_numbers(what, values)[index]
                            for what, values in (('thresholds', self.thresholds), ('leaks', self.leaks)))
-        return LIFParameters(threshold, leak, self.activation, self.alpha, self.beta, self.gamma, self.backend,
-                             self.delay, self.initial_potential)
+        return LIFParameters(threshold, leak, self.surrogate, self.backend, self.delay, self.initial_potential)
 
     def _as_numbers(self, what, values):
         """A fixed 1-D tensor as a list, read anew only once it changes, as a GPU's host waits for that."""
-        state = (values.data_ptr(), None if values.is_inference() else values._version)
-        if state[1] is None or self._numbers.get(what, (None,))[0] != state:
-            self._numbers[what] = state, values.tolist()
-        return self._numbers[what][1]
+        version = None if values.is_inference() else values._version
+        known, known_version, numbers = self._numbers.get(what, (None, None, None))
+        if known is not values or version is None or version != known_version:
+            numbers = values.tolist()
+            self._numbers[what] = values, version, numbers
+        return numbers
 
     def encode(self, x: torch.Tensor, steps: int) -> SpikeTrain | DirectInput:
         """What the first layer is given of images x (B, C, H, W) over `steps` steps.

@@ -7,11 +7,11 @@ class VGG_SNN_STDB(SpikingNetwork):
     """The VGG of vgg.py with an LIF layer in place of every ReLU (Rathi et al. 2020).
 
     vgg_name, labels, dataset, kernel_size, input_shape: as for VGG, as are the parameters' names, so that its
-    state_dict fits. activation: 'STDB' (alpha, beta) or 'Linear' (gamma), the surrogate gradient. timesteps T;
+    state_dict fits. activation: the surrogate gradient, of alpha, beta, gamma and width. timesteps T;
     leak in (0, 1]; default_threshold: of every LIF layer until threshold_update. dropout: one mask a sample, held
     over all steps. backend: 'torch', or 'triton' for fused kernels on CUDA. bias: biases in every layer, as an ANN with
-    batch norm leaves them once that is folded. encoding, delay, initial_potential, learn_threshold, learn_leak: as for
-    SpikingNetwork. Raises ValueError for values that make no network.
+    batch norm leaves them once that is folded. width, encoding, delay, initial_potential, learn_threshold,
+    learn_leak: as for SpikingNetwork. Raises ValueError for values that make no network.
     """
 
     def __init__(self, vgg_name: str, activation: str = 'STDB', labels: int = 10, timesteps: int = 100,

@@ -2,10 +2,33 @@
 
 It uses the modules of a network of self_models but none of its machinery, so the two can be held against each other.
 """
+import math
+
 import torch
 from torch import nn
 
-from self_models import STDB, LinearSpike
+GRADIENTS = {  # of a spike with respect to z, from x: z, for STDB the steps since the neuron's last earlier spike
+    'STDB': lambda x, model: model.alpha * torch.exp(-model.beta * x),
+    'Linear': lambda x, model: model.gamma * (1 - x.abs()).clamp(min=0),
+    'Rectangle': lambda x, model: model.gamma * (x.abs() < model.width / 2).to(x.dtype),
+    'ATan': lambda x, model: model.gamma / (1 + (math.pi * model.width * x / 2) ** 2),
+    'FastSigmoid': lambda x, model: model.gamma / (1 + model.width * x.abs()) ** 2,
+    'Sigmoid': lambda x, model: 4 * model.gamma * torch.sigmoid(model.width * x) * (1 - torch.sigmoid(model.width * x))}
+
+
+class Spike(torch.autograd.Function):
+    """[z > 0] with the surrogate gradient of a model."""
+
+    @staticmethod
+    def forward(ctx, z, x, model):
+        ctx.save_for_backward(x)
+        ctx.model = model
+        return (z > 0).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        return grad * GRADIENTS[ctx.model.activation](x, ctx.model), None, None
 
 
 class Layer:
@@ -21,10 +44,7 @@ class Layer:
 
     def fire(self, potential, t):
         z = potential / self.threshold - 1
-        if self.model.activation == 'STDB':
-            spikes = STDB.apply(z, t - self.last, self.model.alpha, self.model.beta)
-        else:
-            spikes = LinearSpike.apply(z, self.model.gamma)
+        spikes = Spike.apply(z, t - self.last if self.model.activation == 'STDB' else z.detach(), self.model)
         self.last = torch.where(spikes.bool(), torch.full_like(self.last, t), self.last)
         return spikes
 

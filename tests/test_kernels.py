@@ -6,7 +6,8 @@ import torch
 
 from conftest import fill, ternary
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, LIFParameters, find_thresholds
-from self_models.lif import lif_backward, lif_forward, linear_factor
+from self_models.lif import lif_backward, lif_forward, surrogate_state
+from self_models.surrogate import SURROGATES
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 if DEVICE == 'cpu':
@@ -16,7 +17,7 @@ pytest.importorskip('triton')
 
 def both(steps, neurons, dtype=torch.float64, **options):
     """(torch, triton), of each: potentials, spikes and gradient of the currents of one run, and its last state."""
-    values = {'threshold': 0.7, 'leak': 0.9, 'activation': 'STDB', 'alpha': 0.3, 'beta': 0.04, 'gamma': 0.3, **options}
+    values = {'threshold': 0.7, 'leak': 0.9, 'surrogate': SURROGATES['STDB'](beta=0.04), **options}
     results = []
     for backend in ('torch', 'triton'):
         generator = torch.Generator().manual_seed(steps)
@@ -26,14 +27,13 @@ def both(steps, neurons, dtype=torch.float64, **options):
         # rows apart from one another, as those of a few samples among many are
         fired = torch.zeros(steps, neurons + 5, dtype=torch.bool, device=DEVICE)
         state = lif_forward(current, fired[:, 2:neurons + 2], neuron, potentials=current)
-        linear = linear_factor(current, neuron.threshold) if neuron.activation == 'Linear' else fired[:, 2:-3]
-        lif_backward(grad, linear, 3, neuron)
+        lif_backward(grad, surrogate_state(current, neuron), 3, neuron)
         results.append((current, fired, grad, *state))
     return results
 
 
 @pytest.mark.parametrize('steps, neurons', [(1, 1), (1, 300), (7, 256), (40, 513)])
-@pytest.mark.parametrize('options', [{}, {'leak': 1.0}, {'activation': 'Linear'}])
+@pytest.mark.parametrize('options', [{}, {'leak': 1.0}, *({'surrogate': kind()} for kind in SURROGATES.values())])
 def test_against_the_plain_scans(steps, neurons, options):
     plain, fused = both(steps, neurons, **options)
     assert torch.equal(plain[1], fused[1])  # the spikes, and nothing beside them
@@ -50,7 +50,7 @@ def test_float32_is_close_to_float64():
 
 
 def test_state_goes_on_from_call_to_call():
-    neuron = LIFParameters(0.7, 0.9, 'STDB', 0.3, 0.04, 0.3, 'triton')
+    neuron = LIFParameters(0.7, 0.9, SURROGATES['STDB'](beta=0.04), 'triton')
     current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
     fired = torch.zeros(12, 50, dtype=torch.bool, device=DEVICE)
     whole = current.clone()

@@ -23,6 +23,7 @@ from self_models import (
     find_thresholds,
 )
 from self_models.lif import lif_forward
+from self_models.surrogate import SURROGATES
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -92,7 +93,7 @@ def test_numbers_of_the_published_successor(architecture, timesteps, seed):
 
 def test_a_neuron_without_delay_by_hand():
     # theta 1, leak 1/2, u(-1) = 1/2: h = .25 + .9 = 1.15 fires, u = .15; h = .075 + .9 = .975; h = .4875 + .9 fires
-    neuron = LIFParameters(1.0, 0.5, 'STDB', 0.3, 0.01, 0.3, delay=0, initial_potential=0.5)
+    neuron = LIFParameters(1.0, 0.5, SURROGATES['STDB'](), delay=0, initial_potential=0.5)
     for current in (torch.full((3, 1), 0.9, dtype=torch.float64), torch.full((1,), 0.9, dtype=torch.float64)):
         h, spikes = torch.empty(3, 1, dtype=torch.float64), torch.empty(3, 1, dtype=torch.bool)
         lif_forward(current, spikes, neuron, potentials=h)
@@ -105,7 +106,7 @@ def test_under_constant_current_a_neuron_fires_as_often_as_qcfs_says(timesteps):
     # clip(floor(T I / theta + 1/2), 0, T) times, from theta / 2 and without leak
     current, theta = torch.linspace(-0.9, 2.1, 1009, dtype=torch.float64) + 1e-5 * math.pi, 0.7  # no ties
     spikes = torch.empty(timesteps, 1009, dtype=torch.bool)
-    neuron = LIFParameters(theta, 1.0, 'STDB', 0.3, 0.01, 0.3, delay=0, initial_potential=0.5)
+    neuron = LIFParameters(theta, 1.0, SURROGATES['STDB'](), delay=0, initial_potential=0.5)
     lif_forward(current, spikes, neuron)
     want = (timesteps * current / theta + 0.5).floor().clamp(0, timesteps)
     assert torch.equal(spikes.sum(0).double(), want)

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from self_models import STDB, LIFParameters, LinearSpike, PoissonGenerator
-from self_models.lif import lif_backward, lif_forward, linear_factor
+from self_models.lif import lif_backward, lif_forward, surrogate_state
+from self_models.surrogate import SURROGATES
 
 
-def make(threshold=1.0, leak=1.0, activation='STDB'):
-    return LIFParameters(threshold, leak, activation, alpha=0.3, beta=0.01, gamma=0.3)
+def make(threshold=1.0, leak=1.0, activation='STDB', **flags):
+    return LIFParameters(threshold, leak, SURROGATES[activation](**flags))
 
 
 def potentials_and_spikes(current, neuron, dtype=torch.float64):
@@ -80,7 +81,7 @@ def test_surrogates_have_their_published_defaults(activation):
 
 def test_stdb_gradient_of_a_layer_by_hand():
     # one neuron, theta 2, leak 1/2; fires in rows 0 and 2 (see above), first row at step 1
-    neuron = make(threshold=2.0, leak=0.5)._replace(alpha=1.0, beta=0.1)
+    neuron = make(threshold=2.0, leak=0.5, alpha=1.0, beta=0.1)
     fired = torch.tensor([[True], [False], [True], [False]])
     # steps 1, 2, 3, 4; last earlier spike at -999, 1, 1, 3
     expected = [math.exp(-0.1 * dt) for dt in (1000, 1, 2, 1)]
@@ -94,7 +95,8 @@ def test_stdb_gradient_of_a_layer_by_hand():
 
 
 def test_linear_factor_by_hand():
-    assert linear_factor(torch.tensor([0.0, 1.0, 2.0, 3.0, 5.0]), 2.0).tolist() == [0, 0.5, 1, 0.5, 0]
+    potentials = torch.tensor([[0.0, 1.0, 2.0, 3.0, 5.0]])
+    assert surrogate_state(potentials, make(2.0, activation='Linear')).tolist() == [[0, 0.5, 1, 0.5, 0]]
 
 
 def test_poisson_keeps_sign_and_rate():

@@ -22,6 +22,7 @@ from self_models import LayerRecord, LIFParameters, ResNet
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
 from self_models.spike_train import SpikeTrain
+from self_models.surrogate import SURROGATES
 
 SMALL = digits(40, 30)
 FLAGS = [*SMALL, '--timesteps', '9', '--default_threshold', '0.2']
@@ -125,7 +126,7 @@ def test_delta_t_is_that_of_the_gradient():
     counts = count.delta_t(train)
     assert counts.sum() == 15 * 60 and (counts[:6] > 0).all()
     # at leak 0 lif_backward leaves the factors exp(-beta dt) alone; of a neuron that never fired it is exp(-300)
-    neuron = LIFParameters(1.0, 0.0, 'STDB', 1.0, 0.3, 0.0)
+    neuron = LIFParameters(1.0, 0.0, SURROGATES['STDB'](alpha=1.0, beta=0.3))
     factors = torch.ones(15, 60, dtype=torch.float64)
     lif_backward(factors, train.spikes.flatten(1), 1, neuron)
     want = sum(count * math.exp(-0.3 * dt) for dt, count in enumerate(counts.tolist()) if dt > 0)
@@ -138,7 +139,7 @@ def test_z_by_hand():
     # u = 0, 1.2, 2.4, 2.4 + 1.2 - 2 after inputs 0, 1, 1, 1
     branches = [SynapticInput(train_of(torch.tensor([0., 1, 1, 1]).view(4, 1, 1)), synapse)]
     with torch.no_grad():
-        counts = count.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, 'Linear', 0.3, 0.01, 0.3), branches,
+        counts = count.z_values(LayerRecord('a', LIFParameters(2.0, 1.0, SURROGATES['Linear']()), branches,
                                              branches[0].train))
     between = {round(count.Z_EDGES[i], 1): int(n) for i, n in enumerate(counts[1:-1].tolist()) if n}
     # z = -1 (a bin holds its upper edge), -0.4 and 0.2 (which rounding may put on either side), -0.2
@@ -260,7 +261,7 @@ def test_summary_by_hand():
     layer = count.Layer('a', 10, 0.5, 1, torch.tensor([2., 6]), torch.tensor([30., 10]))
     connection = count.Connection('b', 'linear', 10, 1, 2, None, 1000, 2000, 0, spikes=8, operations=800,
                                   nonzero_operations=400)
-    model = SimpleNamespace(activation='STDB', alpha=0.5, beta=0.25)
+    model = SimpleNamespace(surrogate=SURROGATES['STDB'](alpha=0.5, beta=0.25))
     got = numbers.summary(model, [layer, layer], [connection], 4)
     assert got['layers'][1]['firing_rate_by_step'] == pytest.approx([0.05, 0.15])
     assert got['layers'][1]['spikes_per_neuron'] == pytest.approx(0.2)

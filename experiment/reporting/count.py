@@ -12,7 +12,7 @@ from tqdm import tqdm
 from experiment import engine
 from experiment.data import epoch_loader
 
-Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z, which Linear's gradient depends on
+Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z
 
 
 @dataclasses.dataclass
@@ -176,7 +176,7 @@ def measure(model, data, device, args):
                 name, train = record.name, record.spikes
                 if index == 0:
                     count_layer(layers, 'input', record.inputs[0].train)
-                surrogate = delta_t(train) if model.activation == 'STDB' else z_values(record)
+                surrogate = delta_t(train) if model.surrogate.of_spikes else z_values(record)
                 count_layer(layers, name, train, record.parameters.detached(), surrogate)
                 for branch in record.inputs:
                     plain = branch.weight is None

@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 from experiment.reporting.count import Z_EDGES
@@ -91,20 +92,22 @@ def surrogate_numbers(model, layers):
     counts = sum(F.pad(layer.surrogate, (0, longest - len(layer.surrogate))) for layer in layers)
     total = counts.sum().item()
     by_layer = {layer.name: layer.surrogate.tolist() for layer in layers}
-    if model.activation == 'Linear':
-        # gamma max(0, 1 - |z|)
-        gradient = [model.gamma * max(0, 1 - abs(z)) for z in Z_EDGES]
-        return {'activation': 'Linear', 'formula': 'gamma max(0, 1 - |z|), z = u/theta - 1', 'gamma': model.gamma,
-                'z_edges': Z_EDGES, 'gradient_at_edges': gradient,
+    surrogate = model.surrogate
+    about = {'activation': surrogate.name, 'formula': surrogate.formula + (
+        '' if surrogate.of_spikes else ', z = u/theta - 1')}
+    about |= {flag: getattr(surrogate, flag) for flag in surrogate.flags}
+
+    def gradient(arguments):
+        return surrogate.gradient(torch.tensor(arguments, dtype=torch.float64)).tolist()
+
+    if not surrogate.of_spikes:
+        return {**about, 'z_edges': Z_EDGES, 'gradient_at_edges': gradient(Z_EDGES),
                 'count': counts[1:-1].tolist(), 'below': counts[0].item(), 'above': counts[-1].item(), 'total': total,
                 'count_by_layer': by_layer, 'count_by_layer_is': 'below, then the bins, then above'}
-    # alpha exp(-beta dt)
-    gradient = [model.alpha * math.exp(-model.beta * dt) for dt in range(1, len(counts))]
-    first = min(layer.first_step for layer in layers)
-    return {'activation': 'STDB', 'formula': 'alpha exp(-beta delta_t)', 'alpha': model.alpha, 'beta': model.beta,
-            'delta_t': list(range(1, len(counts))), 'gradient': gradient, 'count': counts[1:].tolist(),
+    delta_t, first = list(range(1, len(counts))), min(layer.first_step for layer in layers)
+    return {**about, 'delta_t': delta_t, 'gradient': gradient(delta_t), 'count': counts[1:].tolist(),
             'never': counts[0].item(), 'never_share': counts[0].item() / total,
-            'never_largest_gradient': model.alpha * math.exp(-model.beta * (first + NEVER)), 'total': total,
+            'never_largest_gradient': gradient(first + NEVER), 'total': total,
             'count_by_layer': by_layer, 'count_by_layer_is': 'never, then delta_t = 1, 2, ...'}
 
 

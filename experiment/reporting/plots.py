@@ -1,5 +1,6 @@
 """The figures of a report, each drawn from the report's numbers alone. It needs no torch."""
 import math
+import re
 
 from experiment.reporting import figures
 
@@ -57,13 +58,15 @@ def draw_surrogate(report):
     shares = [100 * count / numbers['total'] for count in numbers['count']]
     figure = figures.new_figure(8, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
-    if numbers['activation'] == 'STDB':
+    formula = numbers['formula'].removesuffix(', z = u/theta - 1').replace('delta_t', 'Δt')
+    formula = re.sub(r'\b(alpha|beta|gamma|width)\b', lambda flag: f'{numbers[flag.group()]:g}', formula)
+    top.set(title=f'{numbers["activation"]}: {formula}')
+    if 'delta_t' in numbers:
         # a neuron is looked at in T - L steps: of one there is no delta_t, and a single one makes no line
         top.plot(numbers['delta_t'], numbers['gradient'], color=ANN, marker='o' if len(shares) == 1 else None)
         bottom.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_xlim(0, max(2, len(shares) + 1))
         bottom.bar(numbers['delta_t'], shares, width=1, color=SNN)
-        top.set(title=f'STDB: {numbers["alpha"]:g} exp(-{numbers["beta"]:g} Δt)')
         bottom.set(xlabel='Δt, time steps since the last earlier spike')
         apart = (f'not drawn: never fired before, {numbers["never_share"]:.1%}\n'
                  f'(gradient {numbers["never_largest_gradient"]:.1e} or less)')
@@ -72,7 +75,6 @@ def draw_surrogate(report):
         bottom.set_xlim(edges[0], edges[-1])
         top.plot(edges, numbers['gradient_at_edges'], color=ANN)
         bottom.bar(edges[:-1], shares, width=edges[1] - edges[0], align='edge', color=SNN)
-        top.set(title=f'Linear: {numbers["gamma"]:g} max(0, 1 - |z|)')
         bottom.set(xlabel='z = u/θ - 1')
         apart = (f'not drawn: below {edges[0]:g}, {numbers["below"] / numbers["total"]:.1%};\n'
                  f'above {edges[-1]:g}, {numbers["above"] / numbers["total"]:.1%}')

@@ -15,6 +15,7 @@ from experiment import UserError
 from experiment.files import write_atomically
 from experiment.options import FORMER, FORMER_ANN
 from experiment.reporting import figures
+from self_models.surrogate import FLAGS
 
 # Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',
@@ -23,8 +24,8 @@ NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'back
 ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
 # Settings that the converted network does not depend on.
 TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
-            'momentum', 'amsgrad', 'dropout', 'label_smoothing', 'activation', 'alpha', 'beta', 'gamma',
-            'output', 'learn_threshold', 'learn_leak'}
+            'momentum', 'amsgrad', 'dropout', 'label_smoothing', 'activation', *FLAGS, 'output',
+            'learn_threshold', 'learn_leak'}
 
 
 class Run(NamedTuple):
