@@ -182,8 +182,9 @@ def has_biases(state):
 
 
 def has_scales(state):
-    """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS."""
-    return any(str(key).endswith(('.factor', '.bound')) for key in state['state_dict'])
+    """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS; 'channel' for channels."""
+    found = [value for key, value in state['state_dict'].items() if str(key).endswith(('.factor', '.bound'))]
+    return 'channel' if any(getattr(value, 'ndim', 0) for value in found) else bool(found)
 
 
 def snn_settings(state, path):

@@ -1,5 +1,5 @@
 """From an ANN to a spiking network: copying its weights, folding batch norm, putting QCFS bounds to thresholds."""
-import math
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -7,18 +7,21 @@ from torch import nn
 
 from self_models.encoding import PoissonGenerator
 from self_models.layers import Scale
+from self_models.plain import QUANTIZED, checked_bound, spiking
 from self_models.qcfs import QCFS
 from self_models.resnet import ResNet
 from self_models.resnet_spiking import RESNET_SNN_STDB
-from self_models.spiking_network import SpikingNetwork
+from self_models.spiking_network import SpikingNetwork, Stage
 from self_models.threshold_balancing import DeadLayerError, find_thresholds
 from self_models.vgg import VGG
 from self_models.vgg_spiking import VGG_SNN_STDB
 
-__all__ = ['DeadLayerError', 'convert', 'copy_weights', 'find_thresholds', 'is_quantized']
+__all__ = ['QUANTIZED', 'DeadLayerError', 'LayoutError', 'convert', 'copy_weights', 'find_thresholds',
+           'is_quantized']
 
-# with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
-QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
+
+class LayoutError(ValueError):
+    """An ANN and a spiking network whose modules are not of one layout."""
 
 
 def is_quantized(ann: nn.Module) -> bool:
@@ -41,28 +44,39 @@ def unwrapped(ann: nn.Module) -> nn.Module:
         ann = inner
 
 
-def convert(ann: VGG | ResNet, timesteps: int, **options) -> SpikingNetwork:
+def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
     """The spiking network of an ANN whose activations are QCFS, ready to run: nothing is left to be balanced.
 
     Its output over `timesteps` steps, divided by them, stands for the ANN's logits; at T = 1 and levels 1 it equals
-    them. Batch norm is folded in its running statistics. options: of VGG_SNN_STDB or RESNET_SNN_STDB, in place of
-    direct input, delay 0, initial potential 1/2 and leak 1.
+    them. A VGG or a ResNet becomes a VGG_SNN_STDB or a RESNET_SNN_STDB, batch norm folded in its running statistics;
+    any other network, and one of these whose modules were exchanged, what spiking() makes of it. options: of these, in
+    place of direct input, delay 0, initial potential 1/2 and leak 1.
 
-    Raises ValueError for an ANN without QCFS, whose thresholds are to be balanced (find_thresholds), for one whose
-    modules are not those of its layout, and if a bound or a batch norm is not finite or not above 0. Source: Bu et al.,
-    ICLR 2022.
+    Raises ValueError for an ANN without QCFS, whose thresholds are to be balanced (find_thresholds), for a network that
+    cannot be spiking, and if a bound or a batch norm is not finite or not above 0. Source: Bu et al., ICLR 2022.
     """
     ann = unwrapped(ann)
     if not is_quantized(ann):
-        raise ValueError('an ANN without QCFS has no bounds to take thresholds from: build the spiking network, copy '
-                         'the weights with copy_weights and balance the thresholds with find_thresholds')
-    kind, scale = (VGG_SNN_STDB, {}) if isinstance(ann, VGG) else (RESNET_SNN_STDB, {'scale': True})
-    weight, head = next(ann.parameters()), ann.classifier[-1]
-    layout = {**ann.layout, 'labels': getattr(head, 'out_features', ann.layout['labels'])}
-    snn = kind(**layout, timesteps=timesteps, bias=has_biases(ann), **scale, **{**QUANTIZED, **options})
-    snn.to(weight.device, weight.dtype).train(ann.training)
-    copy_weights(ann, snn)
-    return snn
+        raise ValueError('an ANN without QCFS has no bounds to take thresholds from: quantize() gives it some, to be '
+                         'trained; or balance the thresholds of spiking(ann, timesteps) with find_thresholds')
+    kind = next((kind for kind in (VGG, ResNet) if isinstance(ann, kind) and type(ann).forward is kind.forward), None)
+    if kind:
+        weight, head = next(ann.parameters()), ann.classifier[-1]
+        layout = {**ann.layout, 'labels': getattr(head, 'out_features', ann.layout['labels'])}
+        build = VGG_SNN_STDB if kind is VGG else partial(RESNET_SNN_STDB, scale=scales_of(ann))
+        snn = build(**layout, timesteps=timesteps, bias=has_biases(ann), **{**QUANTIZED, **options})
+        snn.to(weight.device, weight.dtype).train(ann.training)
+        try:
+            copy_weights(ann, snn)
+            return snn
+        except LayoutError:
+            pass
+    return spiking(ann, timesteps, **options)
+
+
+def scales_of(ann: nn.Module) -> bool | str:
+    """The `scale` of a RESNET_SNN_STDB that a QCFS ANN is converted to."""
+    return 'channel' if any(module.bound.dim() for module in ann.modules() if isinstance(module, QCFS)) else True
 
 
 @torch.no_grad()
@@ -70,14 +84,15 @@ def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
     """Copy an ANN's weights and biases into the spiking network of its layout, batch norm folded.
 
     Of QCFS activations the bounds become thresholds; as spikes are 0 or 1, a bound also goes into the weights of the
-    next synapse, of a plain identity into its Scale. If the spiking network has biases, so does each threshold of an
-    ANN with ReLU, now and when it is balanced. Raises ValueError as `convert` does, and for an ANN and a spiking
-    network of different layouts; then nothing is copied.
+    next synapse, of a plain identity into its Scale. Bounds of channels go into the weights on both sides, and the
+    threshold is 1. If the spiking network has biases, so does each threshold of an ANN with ReLU, now and when it is
+    balanced. Raises ValueError as `convert` does, and LayoutError, a ValueError, for an ANN and a spiking network of
+    different layouts; then nothing is copied.
     """
     ann = unwrapped(ann)
     pairs = list(matching_layers(ann, snn))
     folded = [(target, *folded_layer(source, norm, target)) for source, norm, target in pairs if source is not None]
-    bounds = [bound_of(module) for module in ann.modules() if isinstance(module, QCFS)]
+    bounds = [checked_bound(module) for module in ann.modules() if isinstance(module, QCFS)]
     for target, weight, bias in folded:
         target.weight.copy_(weight)
         if target.bias is not None:
@@ -86,10 +101,31 @@ def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
         if isinstance(module, Scale):
             module.factor.fill_(1)
     snn.carried = None
-    if bounds:
-        snn.threshold_update(1.0, bounds)
+    if any(bound.dim() for bound in bounds):
+        fold_channels(snn, bounds)
+        snn.threshold_update(1.0, [1.0] * len(bounds))
+    elif bounds:
+        snn.threshold_update(1.0, [bound.item() for bound in bounds])
     if bounds or snn.carries:
         snn.carry(snn.thresholds.tolist())
+
+
+def fold_channels(snn: SpikingNetwork, bounds: list[torch.Tensor]) -> None:
+    """Divide what a layer is given by the bounds of its channels, and multiply what it gives: W / theta a row here,
+    W theta a column in the synapses behind, so that its threshold is 1."""
+    last = [Stage(((len(bounds) - 1, snn.classifier[-1]),))]
+    for stage, bound in zip([*snn.stages(), *last], [*bounds, torch.ones(())]):
+        for source, synapse in stage.inputs:
+            if isinstance(synapse, Scale):
+                synapse.factor.copy_((bounds[source] / bound).view(-1, 1, 1))
+                continue
+            ones, tail = [1] * (synapse.weight.dim() - 2), synapse.weight.shape[1]
+            synapse.weight /= bound.view(-1, 1, *ones)
+            if synapse.bias is not None:
+                synapse.bias /= bound
+            if source >= 0:  # behind a feature map a linear layer has a column for each pixel of a channel
+                columns = bounds[source].repeat_interleave(tail // max(1, bounds[source].numel()))
+                synapse.weight *= columns.view(1, -1, *ones)
 
 
 def matching_layers(ann: nn.Module, snn: nn.Module):
@@ -128,17 +164,18 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
         sources.append((name, module))
     for i, ((name, source), (other, target)) in enumerate(zip_longest(sources, targets, fillvalue=('nothing', None))):
         if source is None or target is None or layout(source) != layout(target):
-            raise ValueError(f'{name} of the ANN is {source}, and {other} of the spiking network {target}: they are of '
-                             'different layouts')
+            raise LayoutError(f'{name} of the ANN is {source}, and {other} of the spiking network {target}: the two '
+                              'are of different layouts')
         if isinstance(source, (nn.Conv2d, nn.Linear)):
             if target.bias is None and (source.bias is not None or i in norms):
-                raise ValueError(f'{name} of the ANN has a bias or a batch norm, and {other} of the spiking network '
-                                 'has no bias: build that with bias=True')
+                raise LayoutError(f'{name} of the ANN has a bias or a batch norm, and {other} of the spiking network '
+                                  'has no bias: build that with bias=True')
             yield source, norms.get(i), target
 
 
 def folded_layer(layer: nn.Module, norm: nn.Module | None, target: nn.Module) -> tuple:
-    """(weight, bias or None) of a layer with its batch norm folded in: gamma (W x + b - mean) / sqrt(var + eps) + beta"""
+    """(weight, bias or None) of a layer with its batch norm folded in."""
+    # gamma (W x + b - mean) / sqrt(var + eps) + beta
     if norm is None:
         return layer.weight, layer.bias
     factor = (norm.running_var + norm.eps).rsqrt()
@@ -148,11 +185,6 @@ def folded_layer(layer: nn.Module, norm: nn.Module | None, target: nn.Module) ->
     return weight, bias if norm.bias is None else bias + norm.bias
 
 
-def bound_of(activation: QCFS) -> float:
-    bound = activation.bound.item()
-    if not 0 < bound < math.inf:
-        raise ValueError(f'a QCFS bound must be finite and above 0, not {bound}')
-    return bound
 
 
 def check_norm(norm: nn.Module) -> None:

@@ -26,11 +26,14 @@ ACTIVATIONS = ('ReLU', 'QCFS')
 
 
 class Scale(nn.Module):
-    """A factor () that conversion sets: of a plain identity, whose spikes stand for a layer's bound, not for 1."""
+    """A factor that conversion sets: of a plain identity, whose spikes stand for a layer's bound, not for 1.
 
-    def __init__(self):
+    channels: a factor for each of so many, (C, 1, 1); None for one, ().
+    """
+
+    def __init__(self, channels: int | None = None):
         super().__init__()
-        self.register_buffer('factor', torch.ones(()))
+        self.register_buffer('factor', torch.ones(() if channels is None else (channels, 1, 1)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> the same shape and type."""
@@ -61,12 +64,12 @@ class Parts:
     """What the layers of a network are made of.
 
     bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`. batch_norm: behind every
-    convolution and linear layer but the last. scale: a factor in every plain identity. Raises ValueError for another
-    activation.
+    convolution and linear layer but the last. scale: a factor in every plain identity, or 'channel': one for
+    each channel. Raises ValueError for another activation.
     """
 
     def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False,
-                 scale: bool = False):
+                 scale: bool | str = False):
         if activation not in ACTIVATIONS:
             raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
         self.bias, self.levels, self.batch_norm, self.scale = bias, levels, batch_norm, scale
@@ -139,7 +142,7 @@ class BasicBlock(nn.Module):
         if stride != 1 or inputs != outputs:
             identity = parts.conv(inputs, outputs, 1, stride)
         else:
-            identity = [Scale()] if parts.scale else []
+            identity = [Scale(outputs if parts.scale == 'channel' else None)] if parts.scale else []
         self.identity, self.activation = nn.Sequential(*identity), parts.activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

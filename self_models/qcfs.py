@@ -12,22 +12,26 @@ BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay 
 class QCFS(nn.Module):
     """y = theta floor(L clip(x / theta, 0, 1) + 1/2) / L, with one learned bound theta for the whole layer.
 
-    levels: L, 1 or more. bound: theta at first, above 0. Raises ValueError for others. Gradients, straight through the
-    floor: dy/dx = [0 < x < theta]; dy/dtheta = y / theta - x / theta inside, 1 from theta on, 0 below.
+    levels: L, 1 or more. bound: theta at first, above 0. channels: a bound for each of so many channels, dimension 1 of
+    the input; None for one bound. Raises ValueError for others. Gradients, straight through the floor:
+    dy/dx = [0 < x < theta]; dy/dtheta = y / theta - x / theta inside, 1 from theta on, 0 below.
     """
 
-    def __init__(self, levels: int = 8, bound: float = 2.0):
+    def __init__(self, levels: int = 8, bound: float = 2.0, channels: int | None = None):
         super().__init__()
         if levels < 1 or int(levels) != levels:
             raise ValueError(f'levels must be a whole number of 1 or more, not {levels}')
         if not 0 < bound < float('inf'):
             raise ValueError(f'a bound must be above 0, not {bound}')
         self.levels = int(levels)
-        self.bound = nn.Parameter(torch.tensor(float(bound)))
+        self.bound = nn.Parameter(torch.full(() if channels is None else (channels,), float(bound)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape -> the same shape and type."""
-        return _QCFS.apply(x, self.bound, self.levels)
+        """x of any shape, with bounds for channels (B, C, ...) -> the same shape and type."""
+        if not self.bound.dim():
+            return _QCFS.apply(x, self.bound, self.levels)
+        bound = self.bound.view(-1, *[1] * (x.dim() - 2))
+        return (_QCFS.apply(x / bound, self.bound.new_ones(()), self.levels) * bound).to(x.dtype)
 
     @torch.no_grad()
     def constrain(self) -> None:

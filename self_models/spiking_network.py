@@ -94,20 +94,17 @@ def stages_of(modules: Iterable[nn.Module]) -> list[Stage]:
 
 
 class SpikingNetwork(nn.Module):
-    """What the spiking VGG and ResNet share: hyper-parameters, thresholds and leaks, input and output.
-
-    A subclass builds its modules, calls `set_layers` and defines `stages()`, which lists its LIF layers.
+    """The hyper-parameters that all spiking networks share. A subclass has `thresholds` and `leaks`, 1-D tensors with a
+    value for each LIF layer in the order of `layer_names`, `threshold_update`, `leak_update` and `constrain`; forward,
+    `curve` and `record`; and `depth`, the LIF layers on the shortest way from input to output.
 
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
     (rate coding) or 'direct' (the image itself at each step). delay: 1, or 0 for neurons that fire in the step of their
     input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks`
     parameters.
 
-    thresholds, leaks: 1-D tensors, a value for each LIF layer, in the order of `layer_names`: parameters if learned,
-    else buffers. carried: the thresholds that the weights behind each layer were multiplied by, so that its spikes are
-    worth their threshold; None if spikes are worth 1, as published. initial_leak: of all layers, until leak_update or
-    learning. latency: the first step, from 0, at which a spike can be at the output; no
-    fewer time steps than latency + 1 give more than nothing.
+    initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be
+    at the output; no fewer time steps than latency + 1 give more than nothing.
     """
 
     def __init__(self, activation: str, timesteps: int, leak: float, default_threshold: float, alpha: float,
@@ -130,6 +127,42 @@ class SpikingNetwork(nn.Module):
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.input_layer = PoissonGenerator(rate)
 
+    @property
+    def latency(self) -> int:
+        return self.depth * self.delay
+
+    @property
+    def surrogate(self) -> Surrogate:
+        return SURROGATES[self.activation](**{flag: getattr(self, flag) for flag in FLAGS})
+
+    @property
+    def leak(self) -> float | None:
+        """The leak of all layers; None where they differ."""
+        leaks = self.leaks.tolist()
+        return leaks[0] if len(set(leaks)) == 1 else None
+
+    def network_update(self, timesteps: int, leak: float) -> None:
+        """Set the number of time steps, 1 or more, and the leak of all layers, in (0, 1]; else raise ValueError."""
+        self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
+        self.leak_update([leak] * len(self.leaks))
+
+
+    def check_curve(self, at: list[int]) -> None:
+        """Raise ValueError unless `at` are time steps that curve() can tell of."""
+        if not at or list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
+            raise ValueError(f'at must be one or more time steps that ascend from 1 or more to {self.timesteps} or '
+                             f'less, not {at}')
+
+
+class LayerByLayer(SpikingNetwork):
+    """What the spiking VGG and ResNet share: a layer runs over all time steps before the next one does.
+
+    A subclass builds its modules, calls `set_layers` and defines `stages()`, which lists its LIF layers.
+
+    thresholds, leaks: parameters if learned, else buffers. carried: the thresholds that the weights behind each layer
+    were multiplied by, so that its spikes are worth their threshold; None if spikes are worth 1, as published.
+    """
+
     def set_layers(self, names: list[str], depth: int, first: int, carries: bool) -> None:
         """names: of the LIF layers' synapses; depth: LIF layers on the shortest way from input to output; first: how
         many are one chain from the input on; carries: whether the weights behind a layer can carry its threshold."""
@@ -150,25 +183,10 @@ class SpikingNetwork(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
-    def latency(self) -> int:
-        return self.depth * self.delay
-
-    @property
     def balanced(self) -> int:
         """How many of the LIF layers, from the first on, threshold balancing reaches: all if the weights carry the
         thresholds, else, as published, those before the residual blocks."""
         return len(self.layer_names) if self.carried else self.first
-
-    @property
-    def leak(self) -> float | None:
-        """The leak of all layers; None where they differ."""
-        leaks = self.leaks.tolist()
-        return leaks[0] if len(set(leaks)) == 1 else None
-
-    def network_update(self, timesteps: int, leak: float) -> None:
-        """Set the number of time steps, 1 or more, and the leak of all layers, in (0, 1]; else raise ValueError."""
-        self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
-        self.leak_update([leak] * len(self.leaks))
 
     @torch.no_grad()
     def leak_update(self, leaks: Sequence[float]) -> None:
@@ -211,10 +229,6 @@ class SpikingNetwork(nn.Module):
             self.thresholds.clamp_(min=SMALLEST)
         if self.learn_leak:
             self.leaks.clamp_(SMALLEST, 1)
-
-    @property
-    def surrogate(self) -> Surrogate:
-        return SURROGATES[self.activation](**{flag: getattr(self, flag) for flag in FLAGS})
 
     def lif_parameters(self, index: int) -> LIFParameters:
         """The LIFParameters of LIF layer `index`: tensors () of what is learned, numbers of what is not."""
@@ -266,8 +280,7 @@ class SpikingNetwork(nn.Module):
         (B, C, H, W) float images; at: whole numbers in ascending order, from 1 to timesteps. The outputs after t steps
         are those of the same network at timesteps = t, given the same random draws.
         """
-        if list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
-            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, not {at}')
+        self.check_curve(at)
         if self.timesteps <= self.latency or not len(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
@@ -282,7 +295,7 @@ class SpikingNetwork(nn.Module):
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
         weight = self.classifier[-1].weight
-        return SpikingNetwork.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
+        return LayerByLayer.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
 
     def stages(self) -> list[Stage]:
         """The LIF layers, in the order in which they run."""

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
+from self_models.plain import PlainNetwork, Repeat, along_channels, segments
 from self_models.spike_train import DirectInput, SpikeTrain, flatten
 from self_models.spiking_network import SpikingNetwork
 
@@ -88,7 +89,8 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     layers are balanced. If the network carries its thresholds (copy_weights says when), all layers are, and a spike is
     worth its threshold: that goes into the weights behind it, so that currents and biases stay in the ANN's units.
 
-    model: VGG_SNN_STDB or RESNET_SNN_STDB; it is left at the thresholds found, else as it was.
+    model: VGG_SNN_STDB, RESNET_SNN_STDB or what spiking() made of any network, whose LIFs are all balanced; it is left
+    at the thresholds found, else as it was.
     images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
     percentile: in (0, 100], where 100 is the maximum; found to 1 / 32768 of that, and in twice its time.
     Raises DeadLayerError, a ValueError, for a layer whose threshold would not exceed 0 or is not finite, and ValueError
@@ -97,16 +99,22 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
     spikes wait for the next layer as bits, in a temporary file where they are many (B T N / 8 bytes).
     """
-    if images.dim() != 4 or not len(images) or not images.is_floating_point():
+    plain = isinstance(model, PlainNetwork)
+    if images.dim() != 4 and not plain or not len(images) or not images.is_floating_point():
         raise ValueError(f'images must be floats of shape (B, C, H, W) with B of 1 or more, not {tuple(images.shape)} '
                          f'of {images.dtype}')
     if not 0 < percentile <= 100:
         raise ValueError(f'percentile must be above 0 and at most 100, not {percentile}')
     before = (model.timesteps, model.initial_leak), model.leaks.tolist()
+    training = [module for module in model.modules() if module.training]
     model.network_update(timesteps, 1.0)
+    model.eval()
     try:
-        thresholds = _balance_all(model, images, timesteps, percentile, progress)
+        balance_all = _balance_plain if plain else _balance_all
+        thresholds = balance_all(model, images, timesteps, percentile, progress)
     finally:
+        for module in training:
+            module.training = True
         model.network_update(*before[0])
         model.leak_update(before[1])
     model.threshold_update(1.0, thresholds)
@@ -123,11 +131,9 @@ class Source(NamedTuple):
 
 def _balance_all(model, images, timesteps, percentile, progress):
     """The thresholds, one layer after another; find_thresholds without its care for the model."""
-    # a group is what runs again at the least (see balance); the steps make up the batch
     shape = tuple(images.shape[1:])
-    fitting = BLOCK_BYTES // 2 // (model.largest_convolution(shape) * images.itemsize)
-    size = max(1, min(16, len(images) // 8, fitting))
-    groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
+    groups = groups_of(images, model.largest_convolution(shape))
+    size = groups[0].stop
     stages = model.stages()[:model.balanced]
     first = stages[0].inputs[0][1]
     device, dtype = first.weight.device, first.weight.dtype
@@ -162,23 +168,95 @@ def _balance_all(model, images, timesteps, percentile, progress):
             neuron = model.lif_parameters(index).detached()
             narrow = source if len(inputs) == 1 else None
             threshold = balance(source(), pieces, neuron, percentile, output, bar, narrow, shape[0])
-            if not 0 < threshold < math.inf:
-                store, biased = inputs[0][0].store, any(getattr(synapse, 'bias', None) is not None
-                                                        for _, synapse in inputs)
-                if store is not None and not store.spiked and not biased:
-                    why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, '
-                           'or train the ANN further')
-                elif percentile == 100 or threshold:
-                    why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
-                else:
-                    why = (f'has an input whose {percentile}th percentile is not above 0, so no threshold can be '
-                           'found: take a higher percentile, or train the ANN further')
-                raise DeadLayerError(f'{model.layer_names[index]} {why}')
+            store = inputs[0][0].store
+            check_found(threshold, model.layer_names[index], timesteps, percentile,
+                        store is not None and not store.spiked and all(
+                            getattr(synapse, 'bias', None) is None for _, synapse in inputs))
             thresholds.append(threshold)
             sources = {number: each for number, each in sources.items() if number in needed}
             sources[index] = Source(output, SpikeTrain(None, shape, 0, pools=stage.pools),
                                     threshold / carried[index] if carried else 1.0)
             steps = kept_steps
+    return thresholds
+
+
+def groups_of(images: torch.Tensor, values: int) -> list[slice]:
+    """The images in groups, which are what runs again at the least (see balance); the steps make up the batch.
+
+    values: that one image has at one step, at the most.
+    """
+    size = max(1, min(16, len(images) // 8, BLOCK_BYTES // 2 // (values * images.itemsize)))
+    return [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
+
+
+def check_found(threshold: float, name: str, timesteps: int, percentile: float, silent: bool) -> None:
+    """Raise DeadLayerError for a threshold that is none. silent: whether the input has neither spikes nor a bias."""
+    if 0 < threshold < math.inf:
+        return
+    if silent:
+        why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, or train the '
+               'ANN further')
+    elif percentile == 100 or threshold:
+        why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
+    else:
+        why = (f'has an input whose {percentile}th percentile is not above 0, so no threshold can be found: take a '
+               'higher percentile, or train the ANN further')
+    raise DeadLayerError(f'{name} {why}')
+
+
+def _balance_plain(model, images, timesteps, percentile, progress):
+    """The thresholds of a PlainNetwork, one LIF after another: what each is given comes from the spikes of those before
+    it, by the part of the network between them."""
+    ways, lifs, weight = segments(model), model.lifs, next(model.parameters())
+    shapes = {record.name: tuple(record.current.shape[2:])
+              for record in model.record(images[:1].to(weight.device, weight.dtype))}
+    shapes['input'] = tuple(images.shape[1:])
+    values = [math.prod(shapes[name]) + sum(math.prod(shapes[source]) for source in way.sources)
+              for name, way in zip(model.layer_names, ways)]
+    groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
+    stores, worth, thresholds = {}, {}, []
+    if model.encoding != 'direct':
+        stores['input'] = SpikeStore(timesteps, math.prod(shapes['input']))
+        for group in groups:
+            for t in range(timesteps):
+                stores['input'].write(group, t, model.input_layer.fires(images[group]).flatten(1)[None])
+
+    def values_of(source, group, first, stop):
+        if source not in stores:  # direct input
+            return images[group].to(weight.device, weight.dtype)
+        spikes = stores[source].read(group, first, stop, weight.device).flatten(0, 1).view(-1, *shapes[source])
+        if source == 'input':
+            return spikes * images[group].sign().to(weight.device, weight.dtype).repeat(
+                stop - first, *[1] * (images.dim() - 1))
+        return spikes * worth[source]
+
+    with (tqdm(total=len(lifs) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
+          torch.autocast(weight.device.type, enabled=False)):
+        for number, (name, lif, way) in enumerate(zip(model.layer_names, lifs, ways)):
+            def current(group, first, stop, lif=lif, way=way):
+                for repeat in repeats:
+                    repeat.timesteps = stop - first
+                found = way.current(*(values_of(source, group, first, stop) for source in way.sources))
+                found = found if lif.bounds is None else found / along_channels(lif.bounds, found)
+                found = found.reshape(1 if lif.once else stop - first, group.stop - group.start, -1)
+                return found.to(torch.promote_types(found.dtype, torch.float32)).expand(stop - first, -1, -1)
+
+            needed = {source for later in ways[number + 1:] for source in later.sources}
+            size = math.prod(shapes[name])
+            output = SpikeStore(timesteps, size, model.delay) if name in needed else None
+            block = max(1, CHUNK_BYTES[weight.device.type] // (groups[0].stop * weight.itemsize * values[number]))
+            pieces = Pieces(groups, [(i, min(i + block, timesteps)) for i in range(0, timesteps, block)])
+            threshold = balance(current, pieces, lif.parameters_of().detached(), percentile, output, bar)
+            silent = any(source in stores for source in way.sources) and threshold == 0 and not any(
+                stores[source].spiked for source in way.sources if source in stores)
+            check_found(threshold, name, timesteps, percentile, silent)
+            thresholds.append(threshold)
+            stores = {source: store for source, store in stores.items() if source in needed}
+            if output is not None:
+                stores[name] = output
+                worth[name] = torch.tensor(threshold, dtype=weight.dtype, device=weight.device)
+                if lif.bounds is not None:
+                    worth[name] = worth[name] * lif.bounds.to(weight.dtype).view(-1, *[1] * (len(shapes[name]) - 1))
     return thresholds
 
 

@@ -1,9 +1,9 @@
 """VGG as a spiking network."""
 from self_models.layers import vgg_layers
-from self_models.spiking_network import SpikingNetwork, Stage, stages_of
+from self_models.spiking_network import LayerByLayer, Stage, stages_of
 
 
-class VGG_SNN_STDB(SpikingNetwork):
+class VGG_SNN_STDB(LayerByLayer):
     """The VGG of vgg.py with an LIF layer in place of every ReLU (Rathi et al. 2020).
 
     vgg_name, labels, dataset, kernel_size, input_shape: as for VGG, as are the parameters' names, so that its

@@ -1,0 +1,512 @@
+"""Any network as a spiking one: an LIF for each of its activations, all else as it is.
+
+Time steps and samples share the first dimension, (T * B, ...), steps outermost, so convolutions, batch norm, pools and
+sums are torch's own. A spike is worth its threshold: an LIF gives theta s(t), so that currents, biases and the branches
+of a sum stay in the units of the ANN, and the output's mean over time stands for its logits.
+"""
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from self_models.encoding import PoissonGenerator
+from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
+from self_models.qcfs import QCFS
+from self_models.spiking_network import (
+    SMALLEST,
+    SpikingNetwork,
+    check_leak,
+    check_threshold,
+    check_timesteps,
+)
+from self_models.surrogate import FLAGS, SURROGATES
+from self_models.traced import (
+    DROPOUTS,
+    MAX_POOLS,
+    Call,
+    Graphed,
+    Refused,
+    activations_of,
+    compiled,
+    is_max_pool,
+    owner_of,
+    put,
+    replace,
+    trace,
+)
+
+# with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
+QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
+_FUNCTIONAL_DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d,
+                        F.dropout3d: nn.Dropout3d}
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire neurons in place of an activation: currents (T * B, ...) -> theta s(t), (T * B, ...).
+
+    timesteps: T. threshold, leak: buffers (), or parameters if learn_threshold, learn_leak. activation: the surrogate
+    gradient by its name, with the flags of surrogate.py. delay: steps from input to spike, 1 or 0. initial_potential:
+    in thresholds. bounds: (C,) by which each channel (dimension 1) is divided before and multiplied after, or None.
+    once: the currents are (B, ...), the same at all steps. Equations: lif.py. Raises ValueError for currents whose
+    first dimension is no multiple of T.
+    """
+
+    def __init__(self, timesteps: int = 1, threshold: float = 1.0, leak: float = 1.0, activation: str = 'STDB',
+                 delay: int = 1, initial_potential: float = 0.0, learn_threshold: bool = False,
+                 learn_leak: bool = False, backend: str = 'torch', bounds: torch.Tensor | None = None, **flags: float):
+        super().__init__()
+        self.timesteps, self.delay, self.initial_potential = check_timesteps(timesteps), delay, initial_potential
+        self.activation, self.flags, self.backend, self.once = activation, flags, backend, False
+        for name, value, learned in (('threshold', check_threshold(threshold), learn_threshold),
+                                     ('leak', check_leak(leak), learn_leak)):
+            if learned:
+                self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
+            else:
+                self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer('bounds', bounds)
+
+    def parameters_of(self) -> LIFParameters:
+        """Its LIFParameters."""
+        surrogate = SURROGATES[self.activation](**self.flags)
+        return LIFParameters(self.threshold, self.leak, surrogate, self.backend, self.delay, self.initial_potential)
+
+    @torch.compiler.disable  # the scan over time writes into views, which a compiler does not follow
+    def forward(self, current: torch.Tensor) -> torch.Tensor:
+        """(T * B, ...), or (B, ...) if once -> (T * B, ...) of the same type: theta at a spike, else 0."""
+        if not self.once and len(current) % self.timesteps:
+            raise ValueError(f'{len(current)} currents are no whole number of batches over {self.timesteps} time steps')
+        if self.bounds is None:
+            return _LIF.apply(current, self.threshold, self.leak, self.parameters_of(), self.timesteps, self.once)
+        bounds = along_channels(self.bounds, current)
+        return bounds * _LIF.apply(current / bounds, self.threshold, self.leak, self.parameters_of(), self.timesteps,
+                                   self.once)
+
+    def extra_repr(self):
+        return f'T={self.timesteps}, threshold={self.threshold.item():.4g}, leak={self.leak.item():.4g}'
+
+
+def along_channels(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values (C,) in a shape and type that multiply x (n, C, ...)."""
+    return values.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+
+def rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    """A dense tensor (count * B, ...), however its other dimensions are stored, as (count, M), without a copy."""
+    return x.as_strided((count, x.numel() // count), (x.numel() // count, 1))
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """A tensor with the first dimension outermost and no gaps, of torch's two usual layouts: as it is, or a copy."""
+    if x.is_contiguous() or x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    return x.contiguous()
+
+
+def empty_over(x: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor (count, ...) in the layout of a dense x (n, ...)."""
+    flat = torch.empty(count * (x.numel() // max(1, len(x))), dtype=dtype, device=x.device)
+    return flat.as_strided((count, *x.shape[1:]), x.stride())
+
+
+class _LIF(torch.autograd.Function):
+    """theta s(t) of LIF neurons, and its gradients."""
+
+    @staticmethod
+    def forward(ctx, current, threshold, leak, parameters, steps, once):
+        current, numbers, delay = dense(current), parameters.detached(), parameters.delay
+        dtype = torch.promote_types(current.dtype, torch.float32)
+        batch = len(current) if once else len(current) // steps
+        count = steps - delay  # of the currents whose spikes leave within the steps
+        out = empty_over(current, steps * batch, current.dtype)
+        ctx.shape = parameters, steps, once, batch, dtype
+        if not out.numel() or not count:
+            ctx.save_for_backward(current)
+            return out.zero_()
+        learned = any(ctx.needs_input_grad[1:3])
+        factored = ctx.needs_input_grad[0] and not learned and not parameters.surrogate.of_spikes
+        flat = rows(current, 1 if once else steps)[:count].to(dtype)
+        spikes = torch.empty(count, flat.shape[1], dtype=torch.bool, device=current.device)
+        potentials = torch.empty(spikes.shape, dtype=dtype, device=current.device) if learned or factored else None
+        u, _ = lif_forward(flat[0] if once else flat, spikes, numbers, potentials=potentials)
+        # a potential that is not finite stays so, and makes all that its layer gives NaN
+        height = numbers.threshold + sum(0 * end for end in torch.aminmax(u))
+        over_time = rows(out, steps)
+        over_time[:delay].zero_()
+        over_time[delay:].copy_(spikes.view(torch.uint8)).mul_(height)
+        kept = potentials if learned else surrogate_state(potentials, numbers) if factored else out
+        ctx.save_for_backward(current, kept, spikes if learned else None)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        parameters, steps, once, batch, dtype = ctx.shape
+        current, *kept = ctx.saved_tensors
+        if not kept:
+            return torch.zeros_like(current), None, None, None, None, None
+        kept, spikes = kept
+        numbers, delay, count = parameters.detached(), parameters.delay, steps - parameters.delay
+        if grad.stride() != current.stride():
+            grad = empty_over(current, len(grad), grad.dtype).copy_(grad)
+        given = rows(grad, steps)[delay:]
+        found = empty_over(current, steps * batch, dtype)
+        g = rows(found, steps)
+        g[count:] = 0
+        g = g[:count]
+        # of theta s(t) with respect to s(t), and of the spike with respect to the potential
+        torch.mul(given.to(dtype), numbers.threshold * numbers.height, out=g)
+        if spikes is not None:
+            state = surrogate_state(kept, numbers)
+        else:
+            state = rows(kept, steps)[delay:] > 0 if parameters.surrogate.of_spikes else kept
+        lif_backward(g, state, delay, numbers)
+        own = [None, None]
+        if spikes is not None:
+            own = list(parameter_gradients(g, kept, numbers))
+            own[0] = own[0] + (given.to(dtype) * spikes).sum()
+            own = [part.to(value.dtype) if needs else None for part, value, needs in zip(
+                own, (parameters.threshold, parameters.leak), ctx.needs_input_grad[1:3])]
+        if once:
+            found = rows(found, steps).sum(0).as_strided(current.shape, current.stride())
+        return (found.to(current.dtype) if ctx.needs_input_grad[0] else None), *own, None, None, None
+
+
+class HeldDropout(nn.Module):
+    """A dropout whose mask is drawn once for each sample and held over the time steps: (T * B, ...)."""
+
+    def __init__(self, dropout: nn.Module, timesteps: int = 1):
+        super().__init__()
+        self.dropout, self.timesteps = dropout, timesteps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T * B, ...) -> the same shape and type."""
+        if not self.training or not self.dropout.p:
+            return x
+        over_time = x.unflatten(0, (self.timesteps, len(x) // self.timesteps))
+        return (over_time * self.dropout(torch.ones_like(over_time[0]))).flatten(0, 1)
+
+
+class Repeat(nn.Module):
+    """What is the same at all time steps, (B, ...), at each of them: (T * B, ...)."""
+
+    def __init__(self, timesteps: int = 1):
+        super().__init__()
+        self.timesteps = timesteps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x] * self.timesteps)
+
+
+class PlainRecord(NamedTuple):
+    """What one LIF is given and does: current, potentials and spikes (T, B, ...) at each step, spikes as 0 and 1. The
+    potential is the one that the neuron fires on; fault: NaN if one left the finite range, else 0."""
+    name: str
+    parameters: LIFParameters
+    current: torch.Tensor
+    potentials: torch.Tensor
+    spikes: torch.Tensor
+    fault: torch.Tensor
+
+
+class PlainNetwork(Graphed, SpikingNetwork):
+    """The spiking network of any ANN; made by spiking(). Modules, weights and their names are the ANN's.
+
+    notes: lines that say what is not as in the ANN. Other attributes: as for SpikingNetwork.
+    """
+
+    def __init__(self, tree: nn.Module, graph: fx.Graph, names: list[str], depth: int, rate: float, options: dict):
+        super().__init__(rate=rate, **options)
+        self.__dict__['input_layer'] = PoissonGenerator(rate)
+        del self._modules['input_layer']
+        self.layer_names, self.depth, self.notes = names, depth, []
+        self.hold(tree, graph)
+        self.timesteps = options['timesteps']
+
+    @property
+    def timesteps(self) -> int:
+        return self.__dict__['_timesteps']
+
+    @timesteps.setter
+    def timesteps(self, value: int):
+        self.__dict__['_timesteps'] = value
+        for module in self.modules():
+            if isinstance(module, (LIF, HeldDropout, Repeat)):
+                module.timesteps = value
+
+    @property
+    def lifs(self) -> list[LIF]:
+        """Its LIF modules, in the order of their calls."""
+        return [self._space.get_submodule(name) for name in self.layer_names]
+
+    @property
+    def thresholds(self) -> torch.Tensor:
+        return torch.stack([lif.threshold for lif in self.lifs])
+
+    @property
+    def leaks(self) -> torch.Tensor:
+        return torch.stack([lif.leak for lif in self.lifs])
+
+    @property
+    def balanced(self) -> int:
+        return len(self.layer_names)
+
+    @torch.no_grad()
+    def leak_update(self, leaks: Sequence[float]) -> None:
+        """Set the leaks of all LIFs, each in (0, 1]. Raises ValueError for others or another number of them."""
+        leaks = [check_leak(float(leak)) for leak in leaks]
+        if len(leaks) != len(self.layer_names):
+            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.layer_names)} LIF layers')
+        for lif, leak in zip(self.lifs, leaks):
+            lif.leak.fill_(leak)
+
+    @torch.no_grad()
+    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
+        """Set the thresholds of all LIFs, each times scaling_factor. Changes no argument.
+
+        Raises ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
+        """
+        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
+        if thresholds and len(thresholds) != len(self.layer_names):
+            raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.layer_names)} LIF layers')
+        for lif, threshold in zip(self.lifs, thresholds):
+            lif.threshold.fill_(threshold)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Bring learned thresholds above 0 and learned leaks into (0, 1]; to be called after each training step."""
+        for lif in self.lifs:
+            if lif.threshold.requires_grad:
+                lif.threshold.clamp_(min=SMALLEST)
+            if lif.leak.requires_grad:
+                lif.leak.clamp_(SMALLEST, 1)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, ...) as the network takes them: themselves if direct, else Poisson spikes at each step."""
+        if self.encoding == 'direct':
+            return x
+        return torch.cat([self.input_layer(x) for _ in range(self.timesteps)])
+
+    def over_time(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, ...) -> the output at each step, (T, B, labels)."""
+        output = self.run(self.encode(x))
+        if len(output) != self.timesteps * len(x):
+            raise ValueError(f'the network gives {len(output)} outputs for {len(x)} images at {self.timesteps} time '
+                             'steps: its forward mixes samples')
+        return output.view(self.timesteps, len(x), *output.shape[1:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, ...) float images -> (B, labels): the output summed over all time steps."""
+        return self.over_time(x).sum(0)
+
+    @torch.no_grad()
+    def curve(self, x: torch.Tensor, at: list[int]) -> torch.Tensor:
+        """The outputs after each of `at` time steps: (len(at), B, labels), from one pass over `timesteps`.
+
+        (B, ...) float images; at: whole numbers in ascending order, from 1 to timesteps. Raises ValueError for others.
+        """
+        self.check_curve(at)
+        return self.over_time(x).cumsum(0)[[steps - 1 for steps in at]]
+
+    @torch.no_grad()
+    def record(self, x: torch.Tensor) -> Iterator[PlainRecord]:
+        """Yield what every LIF is given and does, in the order of `layer_names`, as images x (B, ...) go through."""
+        found, hooks = {}, []
+        for name, lif in zip(self.layer_names, self.lifs):
+            def look(lif, given, output, name=name):
+                found[name] = self._recorded(name, lif, given[0])
+            hooks.append(lif.register_forward_hook(look))
+        try:
+            self.run(self.encode(x))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield from (found[name] for name in self.layer_names)
+
+    @staticmethod
+    def _recorded(name, lif, current):
+        """The PlainRecord of a call of an LIF."""
+        parameters, steps = lif.parameters_of().detached(), lif.timesteps
+        if lif.bounds is not None:
+            current = current / along_channels(lif.bounds, current)
+        current = current.unflatten(0, (1, -1) if lif.once else (steps, -1))
+        current = current.expand(steps, *current.shape[1:]).contiguous()
+        flat = current.flatten(1).to(torch.promote_types(current.dtype, torch.float32))
+        potentials, spikes = torch.empty_like(flat), torch.zeros_like(flat, dtype=torch.bool)
+        u, _ = lif_forward(flat, spikes, parameters, potentials=potentials)
+        if parameters.delay:
+            first = torch.full_like(u, parameters.initial_potential * parameters.threshold)
+            potentials = torch.cat([first[None], potentials[:-1]])
+            spikes = torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
+        fault = sum(0 * end for end in torch.aminmax(u))
+        return PlainRecord(name, parameters, current, potentials.view(current.shape), spikes.view(current.shape), fault)
+
+
+def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
+    """The spiking network of any ANN: a copy of it with an LIF for each call of ReLU or QCFS.
+
+    timesteps: T. options: of VGG_SNN_STDB and RESNET_SNN_STDB, but for their layouts: activation 'STDB', leak 1.0,
+    default_threshold 1.0, alpha, beta, gamma, width, backend, encoding, delay, initial_potential, learn_threshold,
+    learn_leak. Of QCFS the bounds become the thresholds, and direct input, delay 0, initial potential 1/2 and leak 1
+    are the defaults; of ReLU thresholds are default_threshold until find_thresholds balances them.
+
+    Its output over the steps, divided by their number, stands for the ANN's logits. Raises ValueError, in a line that
+    names the module and what to put in its place, for a network that cannot be spiking (traced.py says which can).
+    """
+    tree, graph = trace(ann)
+    calls = activations_of(tree, graph)
+    modules, used = dict(tree.named_modules()), set()
+    found = {call: modules.get(call.target) for call in calls}
+    quantized = [isinstance(module, QCFS) for module in found.values()]
+    if any(quantized) and not all(quantized):
+        raise Refused('some of its activations are QCFS, others ReLU: quantize() makes all of them QCFS')
+    options = {'activation': 'STDB', 'leak': 1.0, 'default_threshold': 1.0, 'alpha': FLAGS['alpha'],
+               'beta': FLAGS['beta'], 'gamma': FLAGS['gamma'], 'backend': 'torch', 'timesteps': timesteps,
+               **(QUANTIZED if quantized[0] else {}), **options}
+    options['timesteps'] = check_timesteps(timesteps)
+    names, notes, weight = [], [], next(tree.parameters())
+    for call, module in found.items():
+        lif = _lif_of(module, options).to(weight.device).train(tree.training)
+        names.append(put(tree, call, lif, used))
+        replace(graph, call.node, names[-1])
+    for node in list(graph.nodes):
+        module = modules.get(node.target) if node.op == 'call_module' else None
+        if isinstance(module, DROPOUTS) or node.op == 'call_function' and node.target in _FUNCTIONAL_DROPOUTS:
+            kind = module or _FUNCTIONAL_DROPOUTS[node.target](node.args[1] if len(node.args) > 1 else node.kwargs.get(
+                'p', 0.5))
+            call = Call(node, owner_of(node, modules), node.target if module else None)
+            replace(graph, node, put(tree, call, HeldDropout(kind).train(tree.training), used))
+    modules = dict(tree.named_modules())
+    if options.get('encoding', 'poisson') == 'direct':
+        _repeat(tree, graph, modules, used)
+    notes = _notes(graph, modules)
+    rate = 0.9 if type(ann).__name__ == 'ResNet' and type(ann).__module__.startswith('self_models.') else 1.0
+    network = PlainNetwork(tree, graph, names, _depth(graph, modules), rate, options)
+    network.train(ann.training)
+    network.notes = notes
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return network
+
+
+def checked_bound(activation: QCFS) -> torch.Tensor:
+    """The bound () or (C,) of a QCFS. Raises ValueError if it is not finite or not above 0."""
+    bound = activation.bound.detach()
+    wrong = bound[~((bound > 0) & bound.isfinite())]
+    if len(wrong):
+        raise ValueError(f'a QCFS bound must be finite and above 0, not {wrong[0].item()}')
+    return bound
+
+
+def _lif_of(activation, options):
+    """The LIF that takes the place of a ReLU (its module or None) or a QCFS."""
+    threshold, bounds = options['default_threshold'], None
+    if isinstance(activation, QCFS):
+        found = checked_bound(activation)
+        threshold, bounds = (1.0, found.clone()) if found.dim() else (found.item(), None)
+    keys = ('timesteps', 'leak', 'activation', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'backend',
+            *FLAGS)
+    return LIF(threshold=threshold, bounds=bounds, **{key: options[key] for key in keys if key in options})
+
+
+def _repeat(tree, graph, modules, used):
+    """What no spike has reached yet is computed once, and repeated where it meets what spikes made."""
+    once, taken = set(), []
+    for node in graph.nodes:
+        module = modules.get(node.target) if node.op == 'call_module' else None
+        if isinstance(module, LIF):
+            module.once = node.args[0] in once
+        elif all(each in once for each in node.all_input_nodes) and node.op != 'output':
+            once.add(node)
+        elif node.op != 'output':
+            taken += [(each, node) for each in node.all_input_nodes if each in once and _of_input(each)]
+    if any(_is_size(each) for each, _ in taken):  # a size of what is (B, ...) would be taken for one of (T * B, ...)
+        for node in graph.nodes:
+            if node.op == 'call_module' and isinstance(modules[node.target], LIF):
+                modules[node.target].once = False
+        image = next(node for node in graph.nodes if node.op == 'placeholder')
+        taken = [(image, user) for user in list(image.users)]
+    if not taken:
+        return
+    path = put(tree, Call(next(iter(graph.nodes)), 'repeat', 'repeat'), Repeat(), used)
+    modules[path] = tree.get_submodule(path)
+    repeated = {}
+    for source, user in taken:
+        if source not in repeated:
+            with graph.inserting_after(source):
+                repeated[source] = graph.call_module(path, (source,))
+        user.replace_input_with(source, repeated[source])
+
+
+def _of_input(node):
+    """Whether a node depends on the images, as weights do not."""
+    return node.op == 'placeholder' or any(map(_of_input, node.all_input_nodes))
+
+
+def _is_size(node):
+    sized = node.target == 'size' or node.target is getattr and node.args[1] == 'shape'
+    return sized or bool(node.op != 'call_module' and node.all_input_nodes) and all(
+        map(_is_size, node.all_input_nodes))
+
+
+def _depth(graph, modules):
+    """How many LIFs are on the shortest way from the input to the output."""
+    depths = {}
+    for node in graph.nodes:
+        before = [depths[each] for each in node.all_input_nodes if each in depths]
+        if node.op == 'placeholder' or before:
+            is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)
+            depths[node] = min(before, default=0) + is_lif
+    return depths[next(node for node in graph.nodes if node.op == 'output')]
+
+
+def _notes(graph, modules):
+    """Lines on what a spiking network does not do as its ANN does."""
+    spiked, notes = set(), []
+    for node in graph.nodes:
+        module = modules.get(node.target) if node.op == 'call_module' else None
+        if isinstance(module, LIF) or any(each in spiked for each in node.all_input_nodes):
+            spiked.add(node)
+            if isinstance(module, MAX_POOLS) or module is None and is_max_pool(node.target):
+                name = node.target if module is not None else node.target.__name__
+                notes.append(f'{name}: the maximum of spikes at each step is not that of the ANN over time; average '
+                             'pools convert without loss')
+    return notes
+
+
+class Segment(NamedTuple):
+    """The way to one LIF. sources: the LIFs (names) that it begins at, and 'input' if it begins at the images; current:
+    (their outputs, in this order) -> what the LIF is given."""
+    sources: list[str]
+    current: Callable
+
+
+def segments(network: PlainNetwork) -> list[Segment]:
+    """The Segment of each LIF of a network, in the order of their calls."""
+    modules, found = dict(network.named_modules()), []
+
+    def is_source(node):
+        return node.op == 'placeholder' or node.op == 'call_module' and isinstance(modules[node.target], LIF)
+
+    for lif in [node for node in network._graph.nodes if node.op == 'call_module' and is_source(node)]:
+        way, waiting = set(), [lif.args[0]]
+        while waiting:
+            node = waiting.pop()
+            if node not in way:
+                way.add(node)
+                waiting += [] if is_source(node) else node.all_input_nodes
+        piece, copies = fx.Graph(), {}
+        way = [node for node in network._graph.nodes if node in way]
+        sources = [node for node in way if is_source(node)]
+        for i, node in enumerate(sources):
+            copies[node] = piece.placeholder(f'source{i}')
+        for node in way:
+            if node not in copies:
+                copies[node] = piece.node_copy(node, copies.__getitem__)
+        piece.output(copies[lif.args[0]])
+        names = ['input' if node.op == 'placeholder' else node.target for node in sources]
+        found.append(Segment(names, partial(compiled(piece), network._space)))
+    return found
