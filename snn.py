@@ -88,7 +88,7 @@ def main(args):
     model = setup.build_snn(args, data, start.state).to(device)
     optimizer = engine.make_optimizer(model, args)
     if start.kind in ('snn', 'resume'):
-        checkpoint.load_snn(model, start.state, start.path)
+        checkpoint.load_snn(model, start.state, start.path, leaks='leak' not in args.given)
     if start.resumed:
         engine.resume_optimizer(optimizer, start.state, start.path, args)
     start.said.extend(setup.check_steps(model, args))
@@ -102,14 +102,15 @@ def main(args):
     if start.kind == 'ann':
         # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
         ann = convert.copy_ann(model, start.state, data, run)
-        found = convert.measure_ann(ann, data, run)
+        found = convert.measure_ann(ann, start.state, data, run)
         if not is_quantized(ann):
             thresholds = convert.balanced_thresholds(model, data, run)
             found |= convert.scale_thresholds(model, thresholds, data, run)
             found |= convert.fit_output(model, ann, data, run)
     elif start.kind == 'scratch' and 'default_threshold' not in args.given:
         convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
-    run.say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds.tolist()))
+    for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
+        run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
 
     results = table.Results(start, found, progress, data, run)
     if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0
