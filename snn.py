@@ -1,7 +1,7 @@
 """Convert an ANN into a spiking network and fine-tune it with a surrogate gradient (Rathi et al., ICLR 2020).
 
-    python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
-                  --timesteps 12 --scaling_factor auto --epochs 3
+    python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits.pth --timesteps 12 --scaling_factor auto \\
+                  --epochs 3
     python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_12.pth --test_only
 
 Without a pretrained file it trains from scratch. The best epoch's network goes to
@@ -16,7 +16,8 @@ def get_args_parser():
     parser = options.Parser(prog='snn.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
-    add('--pretrained_ann', type=options.file, metavar='FILE', help='convert the ANN of this checkpoint')
+    add('--pretrained_ann', type=options.file, metavar='FILE',
+        help='convert the ANN of this checkpoint, which says network and data set if no flag does')
     add('--pretrained_snn', type=options.file, metavar='FILE',
         help='go on from, or evaluate, the SNN of this checkpoint')
     add = parser.add_argument_group('spiking').add_argument
