@@ -162,11 +162,11 @@ def drop_idle(args, start):
     """
     idle, said = options.without_effect(vars(args)), []
     before = start.state['args'] if start.resumed else {}
-    for flag in sorted(idle.keys() & (args.given | before.keys())):
-        setattr(args, flag, before.get(flag, args.defaults[flag]))
-        if flag not in args.given:
-            continue
-        said.append(f'--{flag} has no effect here: it is of {idle[flag]}')
+    for flag, of in sorted(idle.items()):
+        if flag in args.given:
+            said.append(f'--{flag} has no effect here: it is of {of}')
+        if flag in args.given or flag in before:
+            setattr(args, flag, before.get(flag, args.defaults[flag]))
     return said
 
 
@@ -224,8 +224,8 @@ def _open(kind, args):
     paths = files.paths(kind, name)
     held = lock(args, paths)
     source, said = resume_file(args, paths, kind)
-    if not begun or source and source != begun[1] or begun[1] and os.path.realpath(begun[1]) in map(
-            os.path.realpath, paths):
+    path = source or begun and begun[1]
+    if not begun or path and os.path.realpath(path) in map(os.path.realpath, paths):
         begun = _read(kind, args, source)
         if files.identifier(kind, args) != name:  # the file is of another network than it is called by
             for file in filter(None, held):
@@ -238,7 +238,10 @@ def _open(kind, args):
 
 
 def _read(kind, args, source):
-    """(kind of Start, path, what that checkpoint holds, lines to say): that to resume from, or a pretrained one."""
+    """(kind of Start, path, what is in that checkpoint, lines to say), of `source` to resume from or a pretrained file.
+
+    Settles the arguments by it. Raises UserError.
+    """
     if source:
         state = checkpoint.load_training(source, kind)
         done = f'after epoch {state["epoch"]}'
@@ -274,7 +277,7 @@ def keep(args, state, path, flags):
         setattr(args, flag, value)
 
 
-# what of the flags a network and its images are of, and the values that they may have
+# the flags that say what a network and its images are, and the values that they may have
 NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size': range(1, 2 ** 31, 2),
            'image_size': range(1, 4097)}
 
@@ -285,8 +288,9 @@ def take_network(args, state, path):
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
     vars(args).update(taken)
-    taken = [f'--{key} {value}' for key, value in taken.items() if key not in options.without_effect(vars(args))]
-    return [f'taken from {path}: {" ".join(taken)}'] if taken else []
+    idle = options.without_effect(vars(args))
+    words = [f'--{key} {value}' for key, value in taken.items() if key not in idle]
+    return [f'taken from {path}: {" ".join(words)}'] if words else []
 
 
 def adopt(args, state, path, resumed=False):

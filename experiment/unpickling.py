@@ -54,7 +54,7 @@ def _scan(pickles):
 
 
 class _Dtype:
-    """Stands for a numpy dtype of numbers or text. numpy's own would believe a pickle what lies in memory."""
+    """Stands for a numpy dtype of numbers or text. A pickle could have numpy's own take bytes of it for pointers."""
 
     def __init__(self, code, *_):
         if not re.fullmatch(r'[biufcSU]\d+', code):

@@ -409,6 +409,7 @@ def test_a_resumed_run_records_what_an_unbroken_one_does(kind, architecture, mon
         last = load(f'trained_models/{module.__name__}/r.last.pth')
         assert metrics_of(f'logs/{module.__name__}/r.jsonl')[0]['args'] == last['args'] and last['epoch'] == epochs
         recorded.append({key: value for key, value in last['args'].items() if key not in ('epochs', 'resume')})
+        recorded[-1]['trained_on'] = last['trained_on']
     assert recorded[0] == recorded[1] == recorded[2]
     assert (recorded[0]['architecture'], recorded[0]['dataset']) == (architecture, 'DIGITS')
 
