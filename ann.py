@@ -17,7 +17,8 @@ def get_args_parser():
     add('--levels', type=options.positive_int, default=8, metavar='L', help='of QCFS; default %(default)s')
     add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
     parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
-                        help='start from the weights of this checkpoint')
+                        help='start from the weights of this checkpoint, which says network and data set if no flag '
+                             'does')
     return parser
 
 

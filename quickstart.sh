@@ -7,12 +7,11 @@ cd "$(dirname "$0")"
 python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_rate 1e-3 --epochs 20 --lr_interval 0.8
 
 # 2. Copy its weights into spiking layers, balance their thresholds, and fine-tune with STDB over 12 time steps.
-python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \
-              --timesteps 12 --scaling_factor auto --calibration_timesteps 100 --epochs 3
+python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits.pth --timesteps 12 --scaling_factor auto \
+              --calibration_timesteps 100 --epochs 3
 
 # 3. For 4 time steps: an ANN whose activations are quantized as a spiking neuron's rate is, converted as it stands,
 #    and fine-tuned with the surrogate gradient that reaches neurons before their first spike.
 python ann.py --architecture VGG5 --dataset DIGITS --activation QCFS --batch_norm --optimizer Adam --learning_rate 1e-3 \
               --epochs 8 --lr_schedule cosine --name ann_vgg5_digits_qcfs
-python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits_qcfs.pth \
-              --timesteps 4 --activation Linear --epochs 1
+python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits_qcfs.pth --timesteps 4 --activation Linear --epochs 1

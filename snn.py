@@ -1,7 +1,7 @@
 """Convert an ANN into a spiking network and fine-tune it with a surrogate gradient (Rathi et al., ICLR 2020).
 
-    python snn.py --architecture VGG5 --dataset DIGITS --pretrained_ann trained_models/ann/ann_vgg5_digits.pth \\
-                  --timesteps 12 --scaling_factor auto --epochs 3
+    python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits.pth --timesteps 12 --scaling_factor auto \\
+                  --epochs 3
     python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_12.pth --test_only
 
 Without a pretrained file it trains from scratch. The best epoch's network goes to
@@ -17,7 +17,8 @@ def get_args_parser():
     parser = options.Parser(prog='snn.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
-    add('--pretrained_ann', type=options.file, metavar='FILE', help='convert the ANN of this checkpoint')
+    add('--pretrained_ann', type=options.file, metavar='FILE',
+        help='convert the ANN of this checkpoint, which says network and data set if no flag does')
     add('--pretrained_snn', type=options.file, metavar='FILE',
         help='go on from, or evaluate, the SNN of this checkpoint')
     add = parser.add_argument_group('spiking').add_argument
@@ -90,7 +91,7 @@ def main(args):
     model = setup.build_snn(args, data, start.state).to(device)
     optimizer = engine.make_optimizer(model, args)
     if start.kind in ('snn', 'resume'):
-        checkpoint.load_snn(model, start.state, start.path)
+        checkpoint.load_snn(model, start.state, start.path, leaks='leak' not in args.given)
     if start.resumed:
         engine.resume_optimizer(optimizer, start.state, start.path, args)
     start.said.extend(setup.check_steps(model, args))
@@ -104,14 +105,15 @@ def main(args):
     if start.kind == 'ann':
         # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
         ann = convert.copy_ann(model, start.state, data, run)
-        found = convert.measure_ann(ann, data, run)
+        found = convert.measure_ann(ann, start.state, data, run)
         if not is_quantized(ann):
             thresholds = convert.balanced_thresholds(model, data, run)
             found |= convert.scale_thresholds(model, thresholds, data, run)
             found |= convert.fit_output(model, ann, data, run)
     elif start.kind == 'scratch' and 'default_threshold' not in args.given:
         convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
-    run.say('thresholds: ' + ' '.join(f'{value:.4g}' for value in model.thresholds.tolist()))
+    for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
+        run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
 
     results = table.Results(start, found, progress, data, run)
     if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0

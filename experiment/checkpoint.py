@@ -6,12 +6,11 @@ import os
 import pickle
 import shutil
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
 
-from experiment import UserError
+from experiment import UserError, unpickling
 from experiment.files import set_aside, write_atomically
 from self_models.surrogate import SURROGATES
 
@@ -28,9 +27,17 @@ def check_there(path, kind):
 
 
 def load(path, kind):
-    """The dict in a checkpoint file, on the CPU, tensors only. kind: 'ann' or 'snn'. Raises UserError."""
+    """The dict in a checkpoint file, on the CPU, tensors only; of a bare state_dict {'state_dict': that}.
+
+    kind: 'ann' or 'snn'. Raises UserError.
+    """
     check_there(path, kind)
     state = read(path)
+    if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        if kind == 'snn' or any(plain_name(key) in NEURONS for key in state):
+            raise UserError(f'{path}: is a bare state_dict; an SNN also needs thresholds, timesteps and a leak: give '
+                            'a file that snn.py wrote, or weights of an ANN with --pretrained_ann')
+        state = {'state_dict': state}
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
         raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it; give another file")
     is_snn = 'timesteps' in state
@@ -94,36 +101,39 @@ def read(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # torch's advice on other kinds of files comes to nothing here
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        if 'Weights only load failed' in str(error) and _is_pickle(path):
-            raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
-                            'code; save its state_dict and numbers with torch.save anew') from error
-        raise UserError(f'{path}: is not a checkpoint; give a file that ann.py or snn.py wrote') from error
+            return unpickling.load(path)
+    except (pickle.UnpicklingError, TypeError) as error:
+        raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
+                        'code; save its state_dict and numbers with torch.save anew') from error
     except MemoryError:
         raise
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
-        raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy') from error
-
-
-def _is_pickle(path):
-    if zipfile.is_zipfile(path):
-        return True
-    with open(path, 'rb') as file:
-        return file.read(1) == b'\x80'
+        raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy, or give a file that '
+                        'ann.py or snn.py wrote') from error
 
 
 def load_weights(model, state, path, may_differ=()):
-    """Copy a checkpoint's weights into a model, name by name.
+    """Copy a checkpoint's weights into a model, name by name, as fitting() finds them; returns those that differ."""
+    weights, kept = fitting(model, state, path, may_differ)
+    model.load_state_dict({**model.state_dict(), **weights})
+    return kept
 
-    may_differ: names of weights that keep their present values where their shapes differ; those that did are
-    returned. Any other missing, surplus or misshapen weight raises a UserError that lists them.
+
+def plain_name(key):
+    """A weight's name without what torch.compile (_orig_mod.) and parallel modules (module.) put into it."""
+    return '.'.join(part for part in str(key).split('.') if part not in ('module', '_orig_mod'))
+
+
+def fitting(model, state, path, may_differ=()):
+    """({name: weight} of a checkpoint, as a model calls them, [names of those left out]).
+
+    may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen
+    weight raises a UserError that lists them.
     """
-    weights = {str(key).removeprefix('module.'): value for key, value in state['state_dict'].items()}
+    weights = {plain_name(key): value for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
-    own = model.state_dict()
     # those of an SNN that learns them; they stand elsewhere in its file, learned or not
-    wanted = {key: value for key, value in own.items() if key not in NEURONS}
+    wanted = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
     weights = {key: value for key, value in weights.items() if key not in NEURONS}
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
@@ -145,8 +155,7 @@ def load_weights(model, state, path, may_differ=()):
                  if {'architecture', 'dataset'} <= known.keys() else '')
         raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
                         f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
-    model.load_state_dict({**own, **weights, **{key: wanted[key] for key in kept}})
-    return kept
+    return {key: value for key, value in weights.items() if key not in kept}, kept
 
 
 def is_dense(value, floats=True):
@@ -160,6 +169,7 @@ def shape(tensor):
 
 
 NEURONS = ('thresholds', 'leaks')
+SPIKES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # classes that published files name
 
 
 def snn_state(model):
@@ -169,11 +179,14 @@ def snn_state(model):
 
 
 def ann_layers(state):
-    """{activation, levels, batch_norm} of the network in an ANN's checkpoint, as its weights' names say."""
+    """{activation, batch_norm, levels} of the network in an ANN's checkpoint.
+
+    The names of its weights say the first two, its args how many levels QCFS has; None if they do not.
+    """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
     return {'activation': 'QCFS' if 'bound' in ends else 'ReLU', 'batch_norm': 'running_var' in ends,
-            'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else 8}
+            'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else None}
 
 
 def has_biases(state):
@@ -200,28 +213,27 @@ def snn_settings(state, path):
                     'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
         if 'leaks' in state:
             settings['leaks'] = [float(value) for value in state['leaks']]
+        if 'activation' in state:
+            settings['activation'] = SPIKES.get(state['activation'], state['activation'])
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
                  and all(0 < value <= 1 for value in settings.get('leaks', ()))
-                 and state.get('activation', 'STDB') in SURROGATES)
+                 and settings.get('activation', 'STDB') in SURROGATES)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
         raise UserError(f'{path}: is not a whole SNN checkpoint; it needs thresholds above 0, timesteps of 1 or more, '
                         f'a leak in (0, 1], and {" or ".join(map(repr, SURROGATES))} where it names an activation')
-    return {**settings, **({'activation': state['activation']} if 'activation' in state else {})}
+    return settings
 
 
-def load_snn(model, state, path):
-    """Copy the weights, thresholds and, where the model has its leak, the leaks of an SNN checkpoint into a model.
-
-    Raises UserError.
-    """
+def load_snn(model, state, path, leaks=True):
+    """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
     try:
         model.threshold_update(1.0, settings['thresholds'])
-        if 'leaks' in settings and model.initial_leak == settings['leak']:
+        if leaks and 'leaks' in settings:
             model.leak_update(settings['leaks'])
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error

@@ -6,7 +6,7 @@ import torch
 
 from experiment import UserError, checkpoint, distributed, engine, setup
 from experiment.data import epoch_loader
-from self_models.conversion import copy_weights, find_thresholds
+from self_models.conversion import copy_weights, find_thresholds, is_quantized
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
 
@@ -108,7 +108,9 @@ def at_chance(accuracy, labels, classes):
 def copy_ann(model, state, data, run):
     """Copy the weights of the ANN in a checkpoint's `state` into the spiking network, batch norm folded; returns it."""
     path = run.args.pretrained_ann
-    ann = setup.build_ann(run.args, data, **checkpoint.ann_layers(state)).to(run.device)
+    layers = checkpoint.ann_layers(state)
+    # weights and bounds are the same for any number of levels
+    ann = setup.build_ann(run.args, data, **{**layers, 'levels': layers['levels'] or 1}).to(run.device)
     checkpoint.load_weights(ann, state, path)
     try:
         copy_weights(ann, model)
@@ -117,8 +119,15 @@ def copy_ann(model, state, data, run):
     return ann
 
 
-def measure_ann(ann, data, run):
-    """{ann_accuracy, ann_accuracy_on}: on the set that the run's accuracies are of. Says it, and if it is of chance."""
+def measure_ann(ann, state, data, run):
+    """{ann_accuracy, ann_accuracy_on}: on the set that the run's accuracies are of. Says it, and if it is of chance.
+
+    {} for an ANN of QCFS of which the checkpoint's `state` does not say how many levels it has.
+    """
+    if is_quantized(ann) and not checkpoint.ann_layers(state)['levels']:
+        run.say(f'{run.args.pretrained_ann} does not say how many levels its QCFS has: its own accuracy is not '
+                'measured (ann.py --test_only --levels L does it); what is converted from it does not depend on them')
+        return {}
     chosen_on = 'test' if run.args.test_only else data.selection
     images = getattr(data, chosen_on)
     accuracy = engine.test(ann, images, engine.cross_entropy, run.device, run.args).accuracy

@@ -29,7 +29,7 @@ def lines(args, device):
                         'are of the same shape with --dataset')
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
-    checkpoint.load_snn(model, state, path)
+    checkpoint.load_snn(model, state, path, leaks='leak' not in args.given)
     if silent := setup.too_few_steps(model):
         said.append(silent)
     images = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict])

@@ -7,7 +7,11 @@ import importlib.util
 import os
 from typing import IO, NamedTuple
 
-from experiment import UserError, checkpoint, distributed, files, options, split
+import torch
+
+from experiment import UserError, checkpoint, distributed, files, options, setup, split
+from experiment.data import Data
+from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
 from self_models.surrogate import FLAGS
 
@@ -56,47 +60,52 @@ class Progress:
 
 def find_ann(args):
     """The Start of a run of ann.py; settles its arguments. Raises UserError."""
-    if not args.resume:
-        checkpoint.check_there(args.pretrained_ann, 'ann')
-    name = files.identifier('ann', args)
-    paths = files.paths('ann', name)
-    held = lock(args, paths)
-    source, said = resume_file(args, paths, 'ann')
-    kind, path, state = 'scratch', source or args.pretrained_ann, None
-    if source:
-        kind, state = 'resume', checkpoint.load_training(source, 'ann')
-        keep(args, state, source, ['pretrained_ann'])
-        said = [*said, f"resumed from {source}, after epoch {state['epoch']}"]
-    elif args.pretrained_ann:
-        kind, state = 'ann', checkpoint.load(args.pretrained_ann, 'ann')
-    elif args.test_only:
+    start = _open('ann', args)
+    if start.kind == 'scratch' and args.test_only:
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
-    if state:  # what its layers are stands in their names
-        layers = checkpoint.ann_layers(state)
+    if start.state:  # what its layers are stands in their names
+        layers = checkpoint.ann_layers(start.state)
         for flag in ('activation', 'batch_norm'):
             if flag in args.given and getattr(args, flag) != layers[flag]:
-                raise UserError(f'--{flag} {getattr(args, flag)}: the network in {path} has {flag} {layers[flag]}; '
-                                'leave the flag out, or train anew')
-        vars(args).update({key: value for key, value in layers.items() if key not in args.given})
-    said = drop_idle(args) + said
-    split.choose(args, state, resumed=kind == 'resume')
-    return Start(kind, path, state, name, paths, held, said)
+                raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
+                                f'{layers[flag]}; leave the flag out, or train anew')
+        if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
+            raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
+        vars(args).update({key: value for key, value in layers.items() if value is not None and key not in args.given})
+    return _settled(start, args, drop_idle(args, start) + start.said)
 
 
 def find_snn(args, device):
     """The Start of a run of snn.py; settles its arguments. Raises UserError."""
     choose_backend(args, device)
-    if not args.resume:
-        checkpoint.check_there(args.pretrained_ann, 'ann')
-    name, paths, held, source, state, said = _open_snn(args)
-    kind, path = ('resume', source) if source else ('snn', args.pretrained_snn) if state else ('scratch', None)
-    if not state and args.pretrained_ann:
-        kind, path, state = 'ann', args.pretrained_ann, checkpoint.load(args.pretrained_ann, 'ann')
-    said = drop_idle(args) + said
-    if kind in ('scratch', 'ann'):
-        said += take_defaults(args, state)
-    split.choose(args, state, resumed=kind == 'resume')
-    return Start(kind, path, state, name, paths, held, said)
+    start = _open('snn', args)
+    said = drop_idle(args, start) + start.said
+    if start.kind in ('scratch', 'ann'):
+        said += take_defaults(args, start.state)
+    return _settled(start, args, said)
+
+
+def _settled(start, args, said):
+    """The Start with all it says, once the last arguments are settled. Raises UserError."""
+    if start.kind == 'ann':
+        check_fits(args, start.state, start.path)
+    split.choose(args, start.state, resumed=start.resumed)
+    return start._replace(said=said)
+
+
+def check_fits(args, state, path):
+    """Raise UserError if the weights of an ANN's checkpoint are not those of the network that the arguments ask for.
+
+    Before data are read, or downloaded; so the number of classes, and with it the last layer, is left open.
+    """
+    shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
+    layers = {**checkpoint.ann_layers(state), 'levels': 1}
+    try:
+        with torch.device('meta'):  # shapes without values
+            model = setup.build_ann(args, Data(None, None, [''], shape), **layers)
+    except UserError as error:
+        raise UserError(f'{error}; set --architecture and --dataset as {path} was trained') from error
+    checkpoint.fitting(model, state, path, may_differ=[list(model.state_dict())[-1]])
 
 
 def take_defaults(args, state):
@@ -128,7 +137,7 @@ def take_defaults(args, state):
     said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; otherwise the network does worse '
             'than its ANN until it is fine-tuned' for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
-    if steps == levels:
+    if steps == levels or not levels:
         return said
     return [*said, f'--timesteps {steps}: the ANN was trained with {levels} levels; '
             + (f'with {steps + 1} rates for its {levels + 1} values the network loses accuracy, most of which '
@@ -147,13 +156,18 @@ def choose_backend(args, device):
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
-def drop_idle(args):
-    """Put the flags that were given and mean nothing here back to their defaults; returns a line to say for each."""
-    idle = options.without_effect(vars(args))
-    said = []
-    for flag in sorted(args.given & idle.keys()):
-        setattr(args, flag, args.defaults[flag])
-        said.append(f'--{flag} has no effect here: it is of {idle[flag]}')
+def drop_idle(args, start):
+    """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
+
+    Returns a line to say for each that was given.
+    """
+    idle, said = options.without_effect(vars(args)), []
+    before = start.state['args'] if start.resumed else {}
+    for flag, of in sorted(idle.items()):
+        if flag in args.given:
+            said.append(f'--{flag} has no effect here: it is of {of}')
+        if flag in args.given or flag in before:
+            setattr(args, flag, before.get(flag, args.defaults[flag]))
     return said
 
 
@@ -194,42 +208,55 @@ def lock(args, paths):
     return held
 
 
-def _open_snn(args):
-    """(name, Paths, lock, the checkpoint to resume from or None, what that or --pretrained_snn holds, lines to say).
+def _open(kind, args):
+    """The Start of a run, of which the arguments are settled by the checkpoint that it begins with. Raises UserError.
 
-    Where no flag says otherwise the checkpoint says the network, and so the run's name. One of the run's own is read
-    (again) once the name is locked: another run of that name may have gone on until then. Raises UserError.
+    If no flag says otherwise the checkpoint says the network, and so the run's name. A checkpoint of the run's own is
+    read once the name is locked, as another run of that name may have gone on until then.
     """
-    source = args.resume if args.resume not in ('auto', 'last') else None
-    if args.resume in ('auto', 'last') and args.name and args.pretrained_snn:  # which may be gone by now
-        own = files.paths('snn', args.name).last
-        source = own if own.exists() else None
-    state, note = _read_snn(args, source)
-    name = files.identifier('snn', args)
-    paths = files.paths('snn', name)
+    named = {'architecture', 'dataset', *(['timesteps'] if getattr(args, 'pretrained_snn', None) else [])}
+    name = files.identifier(kind, args)
+    begun = None
+    # what a run that is resumed under a known name began with may be gone by now
+    if not (args.resume in ('auto', 'last') and (args.name or named <= args.given)
+            and files.paths(kind, name).last.exists()):
+        begun = _read(kind, args, args.resume if args.resume not in ('auto', 'last') else None)
+        name = files.identifier(kind, args)
+    paths = files.paths(kind, name)
     held = lock(args, paths)
-    source, said = resume_file(args, paths, 'snn')
-    read = source or args.pretrained_snn
-    if read and os.path.realpath(read) in map(os.path.realpath, paths):
-        state, note = _read_snn(args, source)
-        if files.identifier('snn', args) != name:  # the file is of another network than it is called by
+    source, said = resume_file(args, paths, kind)
+    path = source or begun and begun[1]
+    if not begun or path and os.path.realpath(path) in map(os.path.realpath, paths):
+        begun = _read(kind, args, source)
+        if files.identifier(kind, args) != name:  # the file is of another network than it is called by
             for file in filter(None, held):
                 file.close()
-            name = files.identifier('snn', args)
-            paths = files.paths('snn', name)
+            name = files.identifier(kind, args)
+            paths = files.paths(kind, name)
             held = lock(args, paths)
-    return name, paths, held, source, state, [*([note] if note else []), *said]
+    start, path, state, notes = begun
+    return Start(start, path, state, name, paths, held, [*notes, *said])
 
 
-def _read_snn(args, source):
-    """(what the checkpoint to resume from or that of --pretrained_snn holds, a line to say); None, None for neither."""
+def _read(kind, args, source):
+    """(kind of Start, path, what is in that checkpoint, lines to say), of `source` to resume from or a pretrained file.
+
+    Settles the arguments by it. Raises UserError.
+    """
     if source:
-        state = checkpoint.load_training(source, 'snn')
-        return state, f'resumed after epoch {state["epoch"]}; ' + adopt(args, state, source, resumed=True)
-    if args.pretrained_snn:
+        state = checkpoint.load_training(source, kind)
+        done = f'after epoch {state["epoch"]}'
+        if kind == 'snn':
+            return 'resume', source, state, [f'resumed {done}; {adopt(args, state, source, resumed=True)}']
+        keep(args, state, source, ['pretrained_ann'])
+        return 'resume', source, state, [f'resumed from {source}, {done}', *take_network(args, state, source)]
+    if kind == 'snn' and args.pretrained_snn:
         state = checkpoint.load(args.pretrained_snn, 'snn')
-        return state, adopt(args, state, args.pretrained_snn)
-    return None, None
+        return 'snn', args.pretrained_snn, state, [adopt(args, state, args.pretrained_snn)]
+    if args.pretrained_ann:
+        state = checkpoint.load(args.pretrained_ann, 'ann')
+        return 'ann', args.pretrained_ann, state, take_network(args, state, args.pretrained_ann)
+    return 'scratch', None, None, []
 
 
 def keep(args, state, path, flags):
@@ -251,6 +278,22 @@ def keep(args, state, path, flags):
         setattr(args, flag, value)
 
 
+# the flags that say what a network and its images are, and the values that they may have
+NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size': range(1, 2 ** 31, 2),
+           'image_size': range(1, 4097)}
+
+
+def take_network(args, state, path):
+    """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
+    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    taken = {key: saved[key] for key, known in NETWORK.items()
+             if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
+    vars(args).update(taken)
+    idle = options.without_effect(vars(args))
+    words = [f'--{key} {value}' for key, value in taken.items() if key not in idle]
+    return [f'taken from {path}: {" ".join(words)}'] if words else []
+
+
 def adopt(args, state, path, resumed=False):
     """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
 
@@ -258,12 +301,19 @@ def adopt(args, state, path, resumed=False):
     """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
-    settings |= {key: saved[key] for key in (
-        'architecture', 'dataset', 'kernel_size', 'image_size', 'output', *FLAGS, *options.FORMER)
-        if type(saved.get(key)) is type(getattr(args, key))}
+    settings |= {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *options.FORMER)
+                 if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
-    thresholds = settings.pop('thresholds')  # no flag
-    settings.pop('leaks', None)
+    thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks', [])  # no flags
+    if resumed and args.leak == settings['leak']:
+        args.given.discard('leak')  # of the run's own command line; since then leaks may have been learned
+    if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':
+        raise UserError(f"--output mean: has no effect, as the conversion has fitted the output of {path}, and it is "
+                        'the mean of that; leave the flag out')
+    if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
+        raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
+                        'flag out, or convert with --pretrained_ann')
+    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
     if resumed:
         keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
     # thresholds are balanced and scaled already, unless --default_threshold set them all: then these meant nothing
@@ -273,14 +323,10 @@ def adopt(args, state, path, resumed=False):
     if 'default_threshold' not in idle and ('default_threshold' in saved or len(thresholds) > 3):
         fixed.append('default_threshold')
     keep(args, state, path, fixed)
-    if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':
-        raise UserError(f"--output mean: has no effect, as the conversion has fitted the output of {path}, and it is "
-                        'the mean of that; leave the flag out')
-    if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
-        raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
-                        'flag out, or convert with --pretrained_ann')
-    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    said = {key: f'{getattr(args, key)}{" as the flag says" if key in args.given else ""}' for key in (
+        'timesteps', 'leak', 'activation', 'output', *(
+            key for key, former in options.FORMER.items() if key in args.given or getattr(args, key) != former))}
+    if set(leaks) - {settings['leak']}:
+        said['leak'] = f'{said["leak"]}, in place of those learned' if 'leak' in args.given else 'as learned'
     return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
-        f'{key} {getattr(args, key)}{" as the flag says" if key in args.given else ""}'
-        for key in ('timesteps', 'leak', 'activation', 'output', *(
-            key for key, former in options.FORMER.items() if getattr(args, key) != former)))
+        f'{key} {value}' for key, value in said.items())

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -118,6 +119,23 @@ def trained(tmp_path_factory):
     """The checkpoint of an ANN that has learned something. Tests leave it as it is."""
     return train_ann(tmp_path_factory.mktemp('trained'), '-a', 'RESNET6', '--dataset', 'DIGITS', '--epochs', 4,
                      '--no-gpu')
+
+
+@pytest.fixture
+def published_class(tmp_path, monkeypatch):
+    """A class of the published code whose module is gone when its file is read, and leaves a folder if imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path('spiking_model.py').write_text("import os; os.mkdir('ran')")
+    module = ModuleType('spiking_model')
+    monkeypatch.setitem(sys.modules, 'spiking_model', module)
+
+    def named(name, base=torch.autograd.Function):
+        setattr(module, name, type(name, (base,), {'__module__': 'spiking_model', '__qualname__': name}))
+        return getattr(module, name)
+
+    yield named
+    assert not Path('ran').exists()
 
 
 @pytest.fixture

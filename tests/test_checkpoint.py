@@ -1,14 +1,18 @@
 """Checkpoints: what loads, what is refused and how, and that a file is never half written."""
+import functools
 import os
 import resource
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, same
 from experiment import UserError, checkpoint, files
 from self_models import RESNET_SNN_STDB, ResNet
 
@@ -55,22 +59,175 @@ def test_truncated_files_are_refused(tmp_path, share):
     refused(tmp_path / 'b.pth', 'damaged|not a checkpoint')
 
 
-def test_code_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'ran'),)
+# -- what a file would run --------------------------------------------------------------------------------------------
 
-    refused(saved(tmp_path / 'a.pth', extra=Evil()), 'other than tensors')
-    torch.save(resnet6(), tmp_path / 'model.pth')  # a whole pickled module
-    refused(tmp_path / 'model.pth', 'other than tensors')
-    assert not (tmp_path / 'ran').exists()
+def ran(*_, **__):
+    """What no file may call; it leaves a folder."""
+    os.mkdir('ran')
+
+
+class Calls:
+    """Pickled as a call of these."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class Sets:
+    """Pickled as an object made without a call, and a call of its __setstate__."""
+
+    def __getstate__(self):
+        return 'state'
+
+    __new__ = __setstate__ = lambda cls, *_: ran() if Path('armed').exists() else object.__new__(cls)
+
+
+CODE = "__import__('os').mkdir('ran')"
+EVIL = {
+    'os': lambda: Calls(os.system, ('mkdir ran',)), 'mkdir': lambda: Calls(os.mkdir, ('ran',)),
+    'eval': lambda: Calls(eval, (CODE,)), 'exec': lambda: Calls(exec, (CODE,)),
+    'import': lambda: Calls(__import__, ('trap',)), 'getattr': lambda: Calls(getattr, (Sets, 'reduced')),
+    "the project's own": lambda: Calls(ran, ()), 'partial': lambda: functools.partial(ran),
+    'state': lambda: Calls(Calls, (), {'reduced': 1}), 'items': lambda: Calls(dict, (), None, None, iter([(1, 2)])),
+    'newobj and build': Sets, 'a key': lambda: {Calls(ran, ()): 1}, 'a list': lambda: [(Calls(ran, ()),)],
+    'a network': lambda: torch.nn.Linear(2, 2), 'a module of os': lambda: os.system,
+    'of tensors': lambda: Calls(torch._tensor._rebuild_from_type_v2, (ran, torch.Tensor, (), {})),
+    'objects of numpy': lambda: np.array([ran], dtype=object), 'a date': lambda: np.datetime64('2026-01-01'),
+    'of numpy': lambda: Calls(np.dtype, (Calls(ran, ()),)), 'a path': lambda: Path('ran')}
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('new', [True, False], ids=['zip', 'old'])
+@pytest.mark.parametrize('what', EVIL)
+def test_code_is_not_run(tmp_path, monkeypatch, what, new):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path('trap.py').write_text(CODE)
+    torch.save({'state_dict': {}, 'extra': EVIL[what]()}, 'a.pth', _use_new_zipfile_serialization=new)
+    Path('armed').touch()
+    refused('a.pth', 'other than tensors and is not loaded, since that could run code; save its state_dict')
+    assert not Path('ran').exists()
+
+
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+
+NAME = b'ctest_checkpoint\nran\n'
+
+
+@pytest.mark.parametrize('stream', [
+    NAME + b')R', NAME + b')\x81', NAME + b')}\x92', b'(' + NAME + b'o', b'(itest_checkpoint\nran\n',
+    text('test_checkpoint') + text('ran') + b'\x93)R', b'\x82\x01', NAME + b'}b', NAME + b'}}\x86b',
+    NAME + b'Na', NAME + text('a') + b'Ns', NAME + b'Q', text('ran') + b')R', text('ran') + b')\x81',
+    text('storage') + NAME + text('0') + text('cpu') + b'K\x01(tQ', NAME + b')R' + NAME + b')R'],
+    ids=['reduce', 'newobj', 'newobj_ex', 'obj', 'inst', 'stack_global', 'extension', 'build', 'build slots', 'append',
+         'setitem', 'persistent', 'a text', 'a text as class', 'storage', 'twice'])
+def test_no_way_to_call_a_name(tmp_path, monkeypatch, stream):
+    monkeypatch.chdir(tmp_path)
+    torch.save({}, 'a.pth')
+    with zipfile.ZipFile('a.pth') as old, zipfile.ZipFile('b.pth', 'w') as new:
+        for name in old.namelist():
+            new.writestr(name, b'\x80\x02' + stream + b'.' if name.endswith('data.pkl') else old.read(name))
+    refused('b.pth', 'other than tensors|is damaged')
+    assert not Path('ran').exists()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('new', [True, False], ids=['zip', 'old'])
+def test_a_class_is_read_as_its_name(published_class, monkeypatch, new):
+    net = published_class('Net', torch.nn.Module)
+    torch.save({'state_dict': {}, 'activation': published_class('STDPSpike'), 'layers': [torch.nn.ReLU, {'net': net}],
+                'again': torch.nn.ReLU, 'number': float, 'eval': eval}, 'a.pth', _use_new_zipfile_serialization=new)
+    monkeypatch.delitem(sys.modules, 'spiking_model')
+    assert checkpoint.load('a.pth', 'ann') == {
+        'state_dict': {}, 'activation': 'STDPSpike', 'layers': ['ReLU', {'net': 'Net'}], 'again': 'ReLU',
+        'number': 'float', 'eval': 'eval'}
+    assert 'spiking_model' not in sys.modules
+
+
+@pytest.mark.parametrize('name, surrogate', [
+    ('STDPSpike', 'STDB'), ('STDB', 'STDB'), ('LinearSpike', 'Linear'), ('Linear', 'Linear'), ('Other', None)])
+def test_a_class_says_the_surrogate(published_class, name, surrogate):
+    state = {'state_dict': {}, 'timesteps': 10, 'thresholds': [1.0], 'leak_mem': 1.0}
+    torch.save({**state, 'activation': published_class(name)}, 'a.pth')
+    state = checkpoint.load('a.pth', 'snn')
+    if surrogate:
+        assert checkpoint.snn_settings(state, 'a.pth')['activation'] == surrogate
+    else:
+        with pytest.raises(UserError, match="'STDB' or 'Linear' where it names an activation"):
+            checkpoint.snn_settings(state, 'a.pth')
+
+
+@pytest.mark.parametrize('new', [True, False], ids=['zip', 'old'])
+def test_numbers_of_numpy_are_numbers(tmp_path, new):
+    weight = torch.arange(6.).reshape(2, 3)
+    odd = {'float': np.float64(0.9), 'int': np.int64(4), 'bool': np.bool_(True), 'half': np.float16(2), 'scalar':
+           np.array(3.5), 'whole': np.array(7), 'text': np.str_('STDB'), 'in': (np.float32(0.5), [np.int8(-3)]),
+           'complex': np.complex128(1j)}
+    plain = {'float': 0.9, 'int': 4, 'bool': True, 'half': 2.0, 'scalar': 3.5, 'whole': 7, 'text': 'STDB',
+             'in': (0.5, [-3]), 'complex': 1j}
+    arrays = {'rows': np.arange(6.), 'columns': weight.numpy().T, 'big': np.arange(3, dtype='>i4'),
+              'none': np.array([])}
+    others = {'dtype': torch.float32, 'device': torch.device('cpu'), 'size': torch.Size([2, 3]), 'nothing': None,
+              'tensor': weight, 'parameter': torch.nn.Parameter(weight)}
+    torch.save({**odd, **arrays, **others, 'state_dict': {'w': weight.numpy()}}, tmp_path / 'a.pth',
+               _use_new_zipfile_serialization=new)
+    state = checkpoint.load(tmp_path / 'a.pth', 'ann')
+    for key, value in plain.items():
+        assert state[key] == value and type(state[key]) is type(value), key
+    tensors = {'rows': torch.arange(6.).double(), 'columns': weight.T, 'big': torch.arange(3, dtype=torch.int32),
+               'none': torch.zeros(0).double()}
+    for key, value in {**tensors, **others}.items():
+        assert same(state[key], value) and type(state[key]) is type(value), key
+        assert not isinstance(value, torch.Tensor) or state[key].dtype == value.dtype, key
+    assert same(state['state_dict'], {'w': weight})
+
+
+# -- what else is in a file -------------------------------------------------------------------------------------------
 
 
 def test_files_without_weights_are_refused(tmp_path):
     torch.save([1, 2], tmp_path / 'list.pth')
     refused(tmp_path / 'list.pth', 'state_dict')
+
+
+@pytest.mark.parametrize('named', [
+    '{}', 'module.{}', '_orig_mod.{}', 'module._orig_mod.{}', '_orig_mod.module.{}', '_orig_mod._orig_mod.module.{}'])
+@pytest.mark.parametrize('bare', [True, False])
+def test_weights_of_compiled_and_parallel_networks(tmp_path, named, bare):
+    source, model = resnet6(), resnet6()
+    weights = {named.format(key).replace('layer1.0', 'layer1._orig_mod.0.module'): value
+               for key, value in source.state_dict().items()}
+    torch.save(weights if bare else {'state_dict': weights}, tmp_path / 'a.pth')
+    checkpoint.load_weights(model, checkpoint.load(tmp_path / 'a.pth', 'ann'), 'a.pth')
+    assert same(model.state_dict(), source.state_dict())
+    with pytest.raises(UserError, match='names twice'):
+        checkpoint.load_weights(model, {'state_dict': {**weights, 'module._orig_mod.classifier.0.weight': weights[
+            named.format('classifier.0.weight')], 'classifier.module.0.weight': torch.zeros(10, 512)}}, 'a.pth')
+
+
+def test_weights_as_torch_itself_names_them():
+    model = resnet6()
+    model.layer1 = torch.compile(model.layer1)  # nothing is compiled before it runs
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model), torch.compile(torch.nn.DataParallel(model))):
+        assert checkpoint.load_weights(resnet6(), {'state_dict': wrapped.state_dict()}, 'a.pth') == []
+
+
+def test_a_bare_state_dict_is_an_anns(tmp_path):
     torch.save(resnet6().state_dict(), tmp_path / 'bare.pth')
-    refused(tmp_path / 'bare.pth', 'state_dict')
+    state = checkpoint.load(tmp_path / 'bare.pth', 'ann')
+    assert state.keys() == {'state_dict'} and checkpoint.load_weights(resnet6(), state, 'bare.pth') == []
+    refused(tmp_path / 'bare.pth', 'is a bare state_dict; an SNN also needs thresholds, timesteps and a leak', 'snn')
+    weights = RESNET_SNN_STDB('RESNET6', dataset='DIGITS', learn_threshold=True).state_dict()
+    torch.save({f'module.{key}': value for key, value in weights.items()}, tmp_path / 'snn.pth')
+    for kind in ('ann', 'snn'):
+        refused(tmp_path / 'snn.pth', 'an SNN also needs', kind)
+    torch.save({}, tmp_path / 'empty.pth')
+    refused(tmp_path / 'empty.pth', "there is no 'state_dict' in it")
 
 
 def test_an_snn_is_not_an_ann(tmp_path):

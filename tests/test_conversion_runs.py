@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 
 import ann
 import snn
-from conftest import CALIBRATION, SPIKING, fails, load, metrics_of, run
-from experiment import convert, data, engine
+from conftest import CALIBRATION, FEW_STEPS, SPIKING, fails, load, metrics_of, run
+from experiment import convert, data, engine, files, start
+from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
@@ -64,6 +66,109 @@ def test_a_threshold_percentile_lowers_thresholds_and_is_not_taken_from_the_cach
 
     largest, lower = thresholds(), thresholds('--threshold_percentile', '99')
     assert all(b < a for a, b in zip(largest[:3], lower)) and largest[3:] == lower[3:]
+
+
+# -- what a file says, and what it does not ---------------------------------------------------------------------------
+
+IMAGES = SPIKING[4:-4]  # how many, and the CPU
+
+
+def test_a_file_says_network_and_data_set_if_no_flag_does(trained, capsys):
+    said = f'taken from {trained}: --architecture RESNET6 --dataset DIGITS\n'
+    run(snn, '--pretrained_ann', trained, *FEW_STEPS, *IMAGES, *CALIBRATION, '--epochs', 1)
+    assert said in capsys.readouterr().out
+    args = load('trained_models/snn/snn_resnet6_digits_8.pth')['args']
+    assert (args['architecture'], args['dataset'], args['pretrained_ann']) == ('RESNET6', 'DIGITS', trained)
+    run(ann, '--pretrained_ann', trained, *IMAGES, '--epochs', 1)
+    assert said in capsys.readouterr().out and Path('trained_models/ann/ann_resnet6_digits.pth').is_file()
+    run(ann, '--pretrained_ann', trained, *SPIKING[:4], *IMAGES, '--test_only')
+    assert 'taken from' not in capsys.readouterr().out
+    # what it began with may be gone
+    os.rename(trained, f'{trained}.gone')
+    try:
+        run(ann, *SPIKING[:4], '--pretrained_ann', trained, *IMAGES, '--epochs', 2, '--resume', 'auto')
+        fails(ann, 'there is no such file', '--pretrained_ann', trained, *IMAGES, '--epochs', 3, '--resume', 'auto')
+    finally:
+        os.rename(f'{trained}.gone', trained)
+    run(ann, '--pretrained_ann', trained, *IMAGES, '--epochs', 3, '--resume', 'auto')
+    assert load('trained_models/ann/ann_resnet6_digits.last.pth')['epoch'] == 3
+
+
+def settled(module, *flags):
+    """The arguments of a run that is only to be tested, once its Start is found."""
+    args = module.get_args_parser().parse_args([str(flag) for flag in (*flags, '--test_only')])
+    found = start.find_ann(args) if module is ann else start.find_snn(args, torch.device('cpu'))
+    return args, found
+
+
+@pytest.mark.parametrize('module', [ann, snn])
+def test_kernel_and_image_size_of_a_file_hold_unless_flags_say_otherwise(module, monkeypatch):
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 8)
+    sizes = {'kernel_size': 5, 'image_size': 12}
+    network = VGG('VGG5', labels=3, dataset='FOLDER', kernel_size=5, input_shape=(3, 12, 12))
+    known = {'architecture': 'VGG5', 'dataset': 'FOLDER', **sizes}
+    torch.save({'state_dict': network.state_dict(), 'args': known}, 'a.pth')
+    args, found = settled(module, '--pretrained_ann', 'a.pth')
+    assert {key: vars(args)[key] for key in known} == known
+    assert found.name == {ann: 'ann_vgg5_folder', snn: 'snn_vgg5_folder_100'}[module]
+    assert 'taken from a.pth: --architecture VGG5 --dataset FOLDER --kernel_size 5 --image_size 12' in found.said
+    args, found = settled(module, '--pretrained_ann', 'a.pth', '--image_size', 13, '--kernel_size', 5)
+    assert args.image_size == 13 and found.said == ['taken from a.pth: --architecture VGG5 --dataset FOLDER']
+    # what is wrong is known before any data are read
+    said = 'a.pth: does not fit this network .it holds a VGG5 for FOLDER.; set --architecture'
+    for flags in ('--image_size=16', '--kernel_size=3', '--dataset=MNIST', '-a=RESNET6'):
+        fails(module, said, '--pretrained_ann', 'a.pth', '--data_dir', 'none', flags)
+    fails(module, 'VGG9 halves the image 4 times.*set --architecture and --dataset as a.pth was trained',
+          '--pretrained_ann', 'a.pth', '-a', 'VGG9')
+    # what no flag could say is not taken
+    torch.save({'state_dict': network.state_dict(), 'args': {
+        **known, 'architecture': 'resnet18', 'dataset': ['x'], 'kernel_size': 4, 'image_size': True}}, 'odd.pth')
+    fails(module, 'odd.pth: does not fit this network', '--pretrained_ann', 'odd.pth')
+    args, found = settled(module, '--pretrained_ann', 'odd.pth', *(f'--{key}={value}' for key, value in known.items()))
+    assert found.said == []
+
+
+def test_the_name_that_an_anns_file_asks_for_is_locked(trained, monkeypatch):
+    locked, lock = [], files.lock
+    monkeypatch.setattr(files, 'lock', lambda paths: locked.append(paths.best.name) or lock(paths))
+    for module in (ann, snn):
+        fails(module, 'there are 1437 train images', '--pretrained_ann', trained, '--no-gpu', '--train_samples', 2000)
+    assert locked == ['ann_resnet6_digits.pth', 'snn_resnet6_digits_100.pth']
+
+
+def test_a_bare_state_dict_is_converted_and_trained(trained, capsys, monkeypatch):
+    weights = load(trained)['state_dict']
+    torch.save({f'module._orig_mod.{key}': value for key, value in weights.items()}, 'bare.pth')
+    flags = [*FEW_STEPS, *IMAGES, *CALIBRATION, '--test_only', '--pretrained_ann']
+    printed = []
+    for file in (trained, 'bare.pth'):
+        run(snn, *SPIKING[:4], *flags, file)
+        out = capsys.readouterr().out
+        printed.append(out[out.index('thresholds: '):])
+        run(ann, *SPIKING[:4], *IMAGES, '--test_only', '--pretrained_ann', file)
+        printed[-1] += re.search('^ANN: .*', capsys.readouterr().out, re.M)[0]
+    assert printed[0] == printed[1]
+    run(ann, *SPIKING[:4], *IMAGES, '--pretrained_ann', 'bare.pth', '--epochs', 1)
+    monkeypatch.setattr(data, 'load', None)  # no data are read for a network that was guessed
+    fails(snn, 'bare.pth: does not fit this network; set --architecture, --dataset', *flags, 'bare.pth')
+    fails(ann, 'bare.pth: does not fit this network; set --architecture, --dataset', '--pretrained_ann', 'bare.pth')
+    fails(snn, 'is a bare state_dict; an SNN also needs', '--pretrained_snn', 'bare.pth')
+
+
+def test_a_published_snn_loads_and_trains_on(published_class, capsys, monkeypatch):
+    run(snn, *SPIKING, '--activation', 'Linear', '--epochs', 1, '--name', 'own')
+    state = load('trained_models/snn/own.pth')
+    torch.save({**{key: state[key] for key in ('accuracy', 'epoch', 'thresholds', 'timesteps')}, 'leak_mem': 1.0,
+                'scaling_threshold': 1.0, 'activation': published_class('LinearSpike'), 'optimizer': state['optimizer'],
+                'state_dict': {f'module.{key}': value for key, value in state['state_dict'].items()}}, 'p.pth')
+    monkeypatch.delitem(sys.modules, 'spiking_model')
+    capsys.readouterr()
+    for file in ('trained_models/snn/own.pth', 'p.pth'):
+        run(snn, *SPIKING[:-4], '--pretrained_snn', file, '--test_only')
+        out = capsys.readouterr().out
+        assert 'activation Linear' in out and f'loaded SNN: test accuracy {state["accuracy"]:.2%} at T = 8' in out
+    run(snn, *SPIKING[:-4], '--pretrained_snn', 'p.pth', '--epochs', 1)
+    assert load('trained_models/snn/snn_resnet6_digits_8.pth')['activation'] == 'Linear'
 
 
 # -- the scaling factor -----------------------------------------------------------------------------------------------

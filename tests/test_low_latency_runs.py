@@ -120,7 +120,7 @@ class Killed(Exception):
 
 def test_learned_thresholds_and_leaks_go_on_bit_for_bit(quantized, monkeypatch):
     flags = [*SMALL, '--pretrained_ann', quantized, '--timesteps', 2, '--epochs', 3, '--learn_threshold',
-             '--learn_leak', '--activation', 'Linear', '--lr_schedule', 'cosine']
+             '--learn_leak', '--leak', 1, '--activation', 'Linear', '--lr_schedule', 'cosine']
     run(snn, *flags, '--name', 'whole')
     calls, original = [], engine.train_epoch
 
@@ -145,6 +145,75 @@ def test_learned_thresholds_and_leaks_go_on_bit_for_bit(quantized, monkeypatch):
     for flag, said in (('--delay=1', '--delay 0'), ('--no-learn_threshold', '--learn_threshold True'),
                        ('--no-learn_leak', '--learn_leak True')):
         fails(snn, f'was trained with {said}', *flags, '--name', 'killed', '--resume', flag, '--epochs', 4)
+
+
+@pytest.fixture(scope='module')
+def learned(quantized, tmp_path_factory):
+    """The checkpoint of an SNN whose leaks are learned, from 1.0."""
+    folder = tmp_path_factory.mktemp('learned')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(snn, *SMALL, '--pretrained_ann', quantized, '--timesteps', 4, '--learn_leak', '--learn_threshold',
+            '--activation', 'Linear', '-lr', '1e-2', '--epochs', 1, '--name', 'l')
+    state = load(folder / 'trained_models/snn/l.last.pth')
+    # one of them happens to be what was begun with
+    state['leaks'] = [1.0, 0.9, 0.800001, 0.7, 0.6, 0.5, 0.4]
+    torch.save(state, folder / 'l.pth')
+    return str(folder / 'l.pth')
+
+
+@pytest.mark.parametrize('flags, leaks, line', [
+    ([], '1 0.9 0.8 0.7 0.6 0.5 0.4', 'leak as learned, '),
+    (['--no-learn_leak'], '1 0.9 0.8 0.7 0.6 0.5 0.4', 'leak as learned, .*learn_leak False as the flag says'),
+    *((['--leak', leak], ' '.join([leak] * 7), f'leak {float(leak)} as the flag says, in place of those learned, ')
+      for leak in ('0.8', '0.800001', '1', '0.9')),
+    (['--leak', '0.8', '--no-learn_leak'], ' '.join(['0.8'] * 7), 'leak 0.8 as the flag says')])
+def test_learned_leaks_are_shown_and_do_what_the_line_says(learned, capsys, flags, leaks, line):
+    leaks = leaks.replace('0.800001', '0.8')
+    flags = ['--pretrained_snn', learned, *SMALL[4:], *flags, '-lr', '1e-12']
+    run(snn, *flags, '--epochs', 1)
+    out = capsys.readouterr().out
+    assert f'\nleaks: {leaks}\n' in out or '0.8' in flags and 'leaks: ' not in out
+    assert re.search(line, out)
+    for file in ('snn_resnet6_digits_4.pth', 'snn_resnet6_digits_4.last.pth'):
+        state = load(f'trained_models/snn/{file}')
+        assert state['leaks'] == pytest.approx([float(leak) for leak in leaks.split()], abs=1e-5)
+        assert state['args']['learn_leak'] is ('--no-learn_leak' not in flags)
+    run(snn, *flags, '--epochs', 2, '--resume')  # the same command line
+    assert load('trained_models/snn/snn_resnet6_digits_4.last.pth')['epoch'] == 2
+
+
+def test_thresholds_that_were_learned_can_be_frozen(learned):
+    before = load(learned)['thresholds']
+    for flag, same_as_before in (('--learn_threshold', False), ('--no-learn_threshold', True)):
+        run(snn, '--pretrained_snn', learned, *SMALL[4:], flag, '-lr', '1e-2', '--epochs', 1)
+        state = load('trained_models/snn/snn_resnet6_digits_4.last.pth')
+        assert (state['thresholds'] == before) is same_as_before
+        assert state['args']['learn_threshold'] is not same_as_before
+
+
+def test_levels_that_a_file_does_not_say(quantized, capsys):
+    state = load(quantized)
+    torch.save(state['state_dict'], 'bare.pth')
+    torch.save({**state, 'args': {**state['args'], 'levels': None}}, 'none.pth')
+    capsys.readouterr()
+    for file in ('bare.pth', 'none.pth'):
+        fails(ann, f'{file}: does not say how many levels its QCFS has; give them with --levels', *SMALL, '--test_only',
+              '--pretrained_ann', file)
+        run(ann, *SMALL, '--test_only', '--pretrained_ann', file, '--levels', 4)
+        assert f'ANN: test accuracy {state["accuracy"]:.2%}' in capsys.readouterr().out
+    run(ann, *SMALL, '--pretrained_ann', 'bare.pth', '--levels', 2, '--epochs', 1)
+    assert load('trained_models/ann/ann_resnet6_digits.pth')['args']['levels'] == 2
+    converted = []
+    for file in (quantized, 'bare.pth'):
+        capsys.readouterr()
+        run(snn, *SMALL, '--pretrained_ann', file, '--timesteps', 2, '--epochs', 1, '--name', 'c')
+        out = capsys.readouterr().out
+        for words, of in (('bare.pth does not say how many levels', 'bare.pth'), ('trained with 4 levels', quantized),
+                          (f'ANN {file}: test accuracy', quantized)):
+            assert (words in out) is (file == of), words
+        converted.append(metrics_of('logs/snn/c.jsonl')[1][0]['curve'])
+    assert converted[0] == converted[1]
 
 
 def test_an_ann_goes_on_with_the_levels_that_it_was_trained_with():

@@ -376,6 +376,44 @@ convert_flags = ('scaling_factor', 'threshold_percentile', 'calibration_samples'
                  'default_threshold')
 
 
+QCFS = ['--activation', 'QCFS', '--levels', 4, '--batch_norm']
+LEARN = ['--learn_threshold', '--learn_leak', '--activation', 'Linear', '--gamma', 0.5]
+STEPS = ['--timesteps', 8, *CALIBRATION[:-1], 40]
+KINDS = {  # of runs: the script, the flags of the network that it begins with, its own
+    'ann': (ann, None, []), 'ann, QCFS': (ann, None, QCFS), 'ann, idle flags': (ann, None, ['--image_size', 9]),
+    'ann from ann': (ann, (ann, []), []), 'ann from QCFS': (ann, (ann, QCFS), ['--levels', 2]),
+    'snn from ann': (snn, (ann, []), [*STEPS, '--default_threshold', 0.3]),
+    'snn from ann, auto': (snn, (ann, []), [*STEPS, '--scaling_factor', 'auto', '--encoding', 'direct', '--delay', 0]),
+    'snn from ann, plain': (snn, (ann, []), [*STEPS, '--output', 'mean', '--threshold_percentile', 99]),
+    'snn from QCFS': (snn, (ann, QCFS), ['--timesteps', 2]),
+    'snn from QCFS, learning': (snn, (ann, QCFS), ['--timesteps', 2, *LEARN]),
+    'snn from snn': (snn, (snn, STEPS), ['--timesteps', 9, '--leak', 0.9]),
+    'snn from snn, learning': (snn, (snn, [*STEPS, *LEARN]), ['--no-learn_leak']),
+    'snn from scratch': (snn, None, STEPS),
+    'snn from scratch, threshold': (snn, None, ['--timesteps', 8, '--default_threshold', 0.4])}
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_resumed_run_records_what_an_unbroken_one_does(kind, architecture, monkeypatch):
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+    (module, began, flags), network = KINDS[kind], ['-a', architecture, '--dataset', 'DIGITS']
+    if began:
+        run(began[0], *network, *SMALL[4:], *began[1], '--epochs', 1, '--name', 'b')
+        of = began[0].__name__
+        network, flags = [], [*flags, f'--pretrained_{of}', f'trained_models/{of}/b.pth']
+    recorded = []
+    # unbroken, resumed by the same command, and by one that leaves to the checkpoint what it knows
+    for epochs, more in ((1, [*network, *flags]), (2, [*network, *flags, '--resume']), (3, ['--resume'])):
+        run(module, *SMALL[4:], *more, '--epochs', epochs, '--name', 'r')
+        last = load(f'trained_models/{module.__name__}/r.last.pth')
+        assert metrics_of(f'logs/{module.__name__}/r.jsonl')[0]['args'] == last['args'] and last['epoch'] == epochs
+        recorded.append({key: value for key, value in last['args'].items() if key not in ('epochs', 'resume')})
+        recorded[-1]['trained_on'] = last['trained_on']
+    assert recorded[0] == recorded[1] == recorded[2]
+    assert (recorded[0]['architecture'], recorded[0]['dataset']) == (architecture, 'DIGITS')
+
+
 def test_what_a_published_snn_does_not_say_is_not_recorded():
     run(snn, *SPIKING, '--epochs', 1, '--name', 'own')
     state = load('trained_models/snn/own.pth')

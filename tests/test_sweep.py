@@ -138,8 +138,9 @@ def test_bare_resume_stays_bare(module):
     ('x/A.pth x/a.pth', ['A-1', 'a-2']),  # one file where case does not count
     ('"x/a b.pth" "x/a?b.pth"', ['a-b-1', 'a-b-2'])])
 def test_names_of_files(module, files, expected):
-    assert names(module, f'--pretrained_ann {files}') == [f'snn_vgg16_cifar10_100_pretrained_ann-{e}'
-                                                          for e in expected]
+    for flags, said in (('', ''), ('-a VGG5', 'architecture-VGG5_'), ('-a VGG5 --dataset DIGITS', 'vgg5_digits_100_')):
+        # of network and data set nothing but what flags say: nobody has read the files
+        assert names(module, f'{flags} --pretrained_ann {files}') == [f'snn_{said}pretrained_ann-{e}' for e in expected]
 
 
 @pytest.mark.parametrize('words, dest, expected', [

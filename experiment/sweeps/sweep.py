@@ -138,9 +138,12 @@ def labels(texts):
     return next(filter(distinct, candidates))
 
 
-def checkpoints_of(flags):
-    """Of a sweep's flags those by which an SNN is taken from a checkpoint, which then says what network it is of."""
-    return [dest for dest in ('pretrained_snn', 'resume')
+def checkpoints_of(kind, flags):
+    """Of a sweep's flags those that name a checkpoint which says what the flags do not: network, data, time steps."""
+    named = {'snn': ['pretrained_snn', 'resume'], 'ann': []}[kind]
+    if not {'architecture', 'dataset'} <= flags.keys():
+        named = {*named, 'pretrained_ann', 'resume'}
+    return [dest for dest in sorted(named)
             if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
 
 
@@ -149,8 +152,8 @@ def expand(kind, target, flags):
 
     flags: {dest: [(option, text), ...]} as Values collects them. Several runs each get a --name: the identifier that
     a run would have anyway and, sorted, the flags that vary without showing in it. So a run's name does not depend on
-    the order in which flags are written, and a sweep can be generated anew to resume it. Of runs from an SNN's
-    checkpoint it names that, and of network, data set and time steps what flags say: nobody has read the checkpoint.
+    the order in which flags are written, and a sweep can be generated anew to resume it. If a checkpoint says what
+    network it is, the name is made of that file's and of what flags say: nobody has read the checkpoint.
     """
     runs = [dict(zip(flags, pairs)) for pairs in itertools.product(*flags.values())]
     if len(runs) == 1:
@@ -161,7 +164,7 @@ def expand(kind, target, flags):
             target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it run '
                          'by run, with snn.py --test_only --pretrained_snn FILE')
 
-    checkpoints = checkpoints_of(flags) if kind == 'snn' and 'name' not in flags else []
+    checkpoints = checkpoints_of(kind, flags) if 'name' not in flags else []
     named = {*checkpoints, 'architecture', 'dataset', 'timesteps'} if checkpoints else ()
 
     def own(args):
