@@ -49,6 +49,9 @@ def get_args_parser():
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
         help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes, of those that do about as '
              'well as the best, the one nearest to 0.7; default %(default)s')
+    add('--balance_blocks', action=options.Switch,
+        help='of a ResNet without batch norm: balance the thresholds of its blocks, too, which as published stay at '
+             '--default_threshold')
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',

@@ -61,7 +61,8 @@ def make_optimizer(model, args):
 
     Thresholds, leaks and bounds of QCFS take no weight decay.
     """
-    free = [p for name, p in model.named_parameters() if name.split('.')[-1] in ('thresholds', 'leaks', 'bound')]
+    free = [p for name, p in model.named_parameters()
+            if name.split('.')[-1] in ('thresholds', 'leaks', 'threshold', 'leak', 'bound')]
     groups = [{'params': [p for p in model.parameters() if all(p is not other for other in free)]}]
     groups += [{'params': free, 'weight_decay': 0.0}] if free else []
     common = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -128,7 +129,7 @@ def layer_not_finite(model, images=None):
     if is_spiking(model):
         records = model.record(images) if model.timesteps > model.latency else ()
         return next((f'the membrane potentials of {record.name}' for record in records
-                     if not math.isfinite(record.spikes.fault)), '')
+                     if not math.isfinite(record.fault)), '')
     if distributed.process().world_size > 1:  # batch norm would wait for the other processes
         model.eval()
     found, hooks = [], []

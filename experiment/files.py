@@ -14,6 +14,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from experiment import UserError
+from experiment.options import is_own_network
 
 
 def identifier(kind, args):
@@ -21,7 +22,11 @@ def identifier(kind, args):
     if args.name:
         return args.name
     steps = f'_{args.timesteps}' if kind == 'snn' else ''
-    return f'{kind}_{args.architecture}_{args.dataset}'.lower() + steps
+    architecture = args.architecture
+    if is_own_network(architecture):  # nets/small.py:Net is small_net
+        file, _, name = architecture.rpartition(':')
+        architecture = Path(file).stem if Path(file).stem.lower() == name.lower() else f'{Path(file).stem}_{name}'
+    return f'{kind}_{architecture}_{args.dataset}'.lower() + steps
 
 
 class Paths(NamedTuple):

@@ -103,6 +103,22 @@ def upper(text):
     return text.upper()
 
 
+def is_own_network(architecture):
+    """Whether an architecture is a network of one's own, FILE.py:NAME."""
+    return architecture.rpartition(':')[0].endswith('.py')
+
+
+def architecture(text):
+    """A name of architectures.py, in capitals, or FILE.py:NAME."""
+    if is_own_network(text) and text.rpartition(':')[2].isidentifier():
+        return text
+    if text.upper() not in ARCHITECTURES:
+        raise argparse.ArgumentTypeError(
+            f'invalid choice: {text!r} (choose from {", ".join(map(repr, ARCHITECTURES))}, or FILE.py:NAME, a network '
+            'of your own)')
+    return text.upper()
+
+
 class Switch(argparse.Action):
     """A boolean that understands --flag, --no-flag, --flag True and --flag False."""
 
@@ -170,8 +186,9 @@ class Parser(OneLineParser):
 def common_options(parser, learning_rate, optimizer, momentum, dropout):
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
-    add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES),
-        help='default %(default)s')
+    add('-a', '--architecture', type=architecture, default='VGG16', metavar='NAME|FILE.py:NAME',
+        help=f'{", ".join(ARCHITECTURES)}; or a function or class of your own that returns a network; default '
+             '%(default)s')
     add('--dropout', type=below_one, default=dropout, metavar='P',
         help='dropout after convolutions, but for those before a pool (0.5 in the classifier); '
              'default %(default)s')
@@ -231,7 +248,8 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 
 def without_effect(settings):
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
-    vgg = str(settings.get('architecture')).startswith('VGG')
+    own = is_own_network(str(settings.get('architecture')))
+    vgg = not own and str(settings.get('architecture')).startswith('VGG')
     effective = {
         'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
@@ -241,9 +259,14 @@ def without_effect(settings):
            for flag, of in ((flag, surrogate.users(flag)) for flag in surrogate.FLAGS)},
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
         'kernel_size': (vgg, 'VGGs'),
-        # a conversion balances all thresholds of a VGG
-        'default_threshold': (not (vgg and settings.get('pretrained_ann')), 'ResNets, and of networks from scratch'),
+        'dropout': (not own, 'the published networks'),
+        'batch_norm': (not own, 'the published networks'),
+        'balance_blocks': (not (own or vgg) and bool(settings.get('pretrained_ann')), 'conversions of ResNets'),
+        # a conversion balances all thresholds of a VGG or a network of one's own
+        'default_threshold': (not ((vgg or own) and settings.get('pretrained_ann')),
+                              'ResNets, and of networks from scratch'),
         'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
+        'bounds': (settings.get('activation') == 'QCFS', '--activation QCFS'),
         # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
                   or 'default_threshold' not in settings.get('given', ()),

@@ -65,7 +65,9 @@ def find_ann(args):
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
     if start.state:  # what its layers are stands in their names
         layers = checkpoint.ann_layers(start.state)
-        for flag in ('activation', 'batch_norm'):
+        if options.is_own_network(args.architecture):
+            del layers['batch_norm']  # its own code's
+        for flag in layers.keys() - {'levels'}:
             if flag in args.given and getattr(args, flag) != layers[flag]:
                 raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
                                 f'{layers[flag]}; leave the flag out, or train anew')
@@ -98,6 +100,8 @@ def check_fits(args, state, path):
 
     Before data are read, or downloaded; so the number of classes, and with it the last layer, is left open.
     """
+    if options.is_own_network(args.architecture):  # its code may not do without values
+        return
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     layers = {**checkpoint.ann_layers(state), 'levels': 1}
     try:
@@ -105,7 +109,7 @@ def check_fits(args, state, path):
             model = setup.build_ann(args, Data(None, None, [''], shape), **layers)
     except UserError as error:
         raise UserError(f'{error}; set --architecture and --dataset as {path} was trained') from error
-    checkpoint.fitting(model, state, path, may_differ=[list(model.state_dict())[-1]])
+    checkpoint.fitting(model, state, path, may_differ=checkpoint.last_layer(model))
 
 
 def take_defaults(args, state):
@@ -120,6 +124,11 @@ def take_defaults(args, state):
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
     layers = checkpoint.ann_layers(state) if state else {}
+    if options.is_own_network(args.architecture) and args.output == 'fitted':
+        if 'output' in args.given:
+            raise UserError("--output fitted: the mean output of a network of your own is in its logits' units as it "
+                            'is; leave the flag out')
+        args.output = 'mean'
     if layers.get('activation') != 'QCFS':
         if args.scaling_factor == 'auto' and not state:
             raise UserError('--scaling_factor auto: chooses by what a trained ANN gives; name one with '
@@ -283,9 +292,19 @@ NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size'
            'image_size': range(1, 4097)}
 
 
+def check_named(args, saved, path):
+    """Raise UserError for a checkpoint of a network of one's own whose file the command line does not name: a file that
+    a checkpoint names is never run."""
+    made_by = saved.get('architecture')
+    if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
+        raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
+                        f'--architecture {made_by}')
+
+
 def take_network(args, state, path):
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    check_named(args, saved, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
     vars(args).update(taken)
@@ -300,6 +319,7 @@ def adopt(args, state, path, resumed=False):
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
     """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    check_named(args, saved, path)
     settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
     settings |= {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *options.FORMER)
                  if type(saved.get(key)) is type(getattr(args, key))}

@@ -43,11 +43,34 @@ class Results:
                 f'{tested.loss:.4f}')
         run.say(f'{self.chosen_on} accuracy after time steps: ' + ', '.join(
             f'{t}: {value:.2%}' for t, value in zip(at, self.curve) if t in self.time_steps(10)))
+        if lost := self.lost_by_conversion(model, tested.accuracy):
+            run.say(lost)
         if not run.args.test_only:
             self.progress.history.append({
                 'epoch': 0, f'{self.chosen_on}_loss': tested.loss, f'{self.chosen_on}_accuracy': tested.accuracy,
                 **self.found, 'curve': dict(zip(map(str, at), self.curve))})
             engine.save(model, optimizer, run, self.progress, tested.accuracy)
+
+    def lost_by_conversion(self, model, accuracy):
+        """A line on what the conversion lost and why, if that is more than a point of the ANN's accuracy, else None."""
+        lost = self.found.get('ann_accuracy', 0) - accuracy if self.start.kind == 'ann' else 0
+        if lost <= 0.01:
+            return None
+        steps, args, why, remedies = self.run.args.timesteps, self.run.args, [], []
+        if model.balanced < len(model.layer_names):
+            why.append('the thresholds of the residual blocks are not balanced, as published')
+            remedies.append('--balance_blocks')
+        if self.curve[-1] > self.curve[len(self.curve) * 9 // 10 - 1] or steps <= 16:
+            why.append(f'{steps} time steps tell few rates apart')
+            remedies.append('more --timesteps')
+        if model.latency > steps / 20:
+            why.append(f'the delays of {model.depth} layers take {model.latency} of the {steps} steps')
+            remedies.append('--delay 0')
+        if args.scaling_factor not in (None, 'auto'):
+            why.append(f'at a scaling factor of {args.scaling_factor} neurons may be slow to fire, or saturate')
+            remedies.append('--scaling_factor auto')
+        return (f'the conversion loses {100 * lost:.1f} points of the ANN: {"; ".join(why) or "its rates are coarse"}. '
+                f'Fine-tuning wins most of it back; so may {" or ".join(remedies) or "more --timesteps"}')
 
     def say_table(self):
         args, lines = self.run.args, list(self.lines)

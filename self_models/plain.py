@@ -226,6 +226,8 @@ class PlainNetwork(Graphed, SpikingNetwork):
         self.hold(tree, graph)
         self.timesteps = options['timesteps']
 
+    carried = True  # a spike is worth its threshold
+
     @property
     def timesteps(self) -> int:
         return self.__dict__['_timesteps']
@@ -283,6 +285,17 @@ class PlainNetwork(Graphed, SpikingNetwork):
                 lif.threshold.clamp_(min=SMALLEST)
             if lif.leak.requires_grad:
                 lif.leak.clamp_(SMALLEST, 1)
+
+    @torch.no_grad()
+    def copy_from(self, ann: nn.Module) -> None:
+        """Take over the weights of the ANN that it was made of, and the bounds of QCFS as thresholds."""
+        weights, own = ann.state_dict(), self.state_dict()
+        self.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
+        for name, lif in zip(self.layer_names, self.lifs):
+            activation = ann.get_submodule(name) if f'{name}.bound' in weights else None
+            if activation is not None:
+                bound = checked_bound(activation)
+                (lif.bounds if bound.dim() else lif.threshold).copy_(bound)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, ...) as the network takes them: themselves if direct, else Poisson spikes at each step."""
