@@ -4,12 +4,12 @@ import importlib
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
 _HOMES = {
-    'LIFParameters': 'lif', 'LayerRecord': 'spiking_network', 'LinearSpike': 'published', 'NEVER': 'surrogate',
-    'PoissonGenerator': 'encoding', 'QCFS': 'qcfs',
+    'Encoding': 'encoding', 'LIFParameters': 'lif', 'LayerRecord': 'spiking_network', 'LinearSpike': 'published',
+    'NEVER': 'surrogate', 'PoissonGenerator': 'published', 'QCFS': 'qcfs', 'Surrogate': 'surrogate',
     'RESNET_SNN_STDB': 'resnet_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet',
-    'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'published', 'Scale': 'layers',
-    'Surrogate': 'surrogate', 'VGG': 'vgg', 'VGG_SNN_STDB': 'vgg_spiking', 'convert': 'conversion',
-    'copy_weights': 'conversion', 'find_thresholds': 'threshold_balancing'}
+    'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'published', 'Scale': 'layers', 'VGG': 'vgg',
+    'VGG_SNN_STDB': 'vgg_spiking', 'convert': 'conversion', 'copy_weights': 'conversion',
+    'find_thresholds': 'threshold_balancing'}
 
 __all__ = ['ARCHITECTURES', 'INPUT_SHAPES', *_HOMES]
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
 from self_models.spike_train import DirectInput, SpikeTrain, flatten
@@ -121,14 +122,15 @@ def _balance_all(model, images, timesteps, percentile, progress):
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     stages = model.balanced_stages()
     device, dtype = stages[0][0].weight.device, stages[0][0].weight.dtype
-    if model.encoding == 'direct':
+    encoding = ENCODINGS[model.encoding]
+    if encoding.constant:
         train, store = DirectInput(None, shape, timesteps), None
     else:
         # of the input only the bits are stored; a pixel's sign is the mask of its train
         train, store = SpikeTrain(None, shape, 0), SpikeStore(timesteps, images[0].numel())
         for group in groups:
             for t in range(timesteps):
-                store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
+                store.write(group, t, flatten(encoding.fires(images[group], t, model.input_layer.rate), 1))
     steps, thresholds = timesteps, []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(device.type, enabled=False)):
