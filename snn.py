@@ -10,7 +10,7 @@ trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 from functools import partial
 
 from experiment import options
-from self_models import surrogate
+from self_models import encoding, surrogate
 
 
 def get_args_parser():
@@ -28,7 +28,7 @@ def get_args_parser():
         help='of layers that are not balanced; default %(default)s')
     add('--activation', default='STDB', choices=list(surrogate.SURROGATES),
         help='surrogate gradient; default %(default)s')
-    add('--encoding', default='poisson', choices=['poisson', 'direct'],
+    add('--encoding', default='poisson', choices=list(encoding.ENCODINGS),
         help='what the first layer is given: Poisson spikes, or the image itself at every step; default %(default)s, '
              'of an ANN of QCFS direct')
     add('--delay', type=int, default=1, choices=[1, 0],

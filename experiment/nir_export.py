@@ -27,12 +27,11 @@ from torch import nn
 from experiment import UserError
 from experiment.files import write_atomically
 from self_models import Scale
+from self_models.encoding import ENCODINGS
 
 NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current I, spikes o
     1: 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t)',
     0: 'h(t) = leak u(t-1) + I(t), o(t) = [h(t) > theta], u(t) = h(t) - theta o(t)'}
-ENCODINGS = {'poisson': 'signed Poisson: at each step sign(x) where rand <= input_rate |x|, else 0',
-             'direct': 'direct: the image itself at each step'}
 
 
 def semantics(model):
@@ -42,7 +41,7 @@ def semantics(model):
             'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
             'fire_before_integrate': bool(model.delay),  # on u(t-1): what fires at t does not depend on I(t)
             'delay': model.delay,  # steps, of every layer of neurons; follows from the line above
-            'input_encoding': ENCODINGS[model.encoding],
+            'input_encoding': ENCODINGS[model.encoding].description,
             'output': 'the sum over all steps of what reaches the output node: no leak, no spike'}
 
 

@@ -5,9 +5,9 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from self_models.encoding import PoissonGenerator
 from self_models.layers import Scale
 from self_models.plain import QUANTIZED, PlainNetwork, checked_bound, spiking
+from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
 from self_models.resnet import ResNet
 from self_models.resnet_spiking import RESNET_SNN_STDB

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from self_models.encoding import PoissonGenerator
+from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
+from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
 from self_models.spiking_network import (
     SMALLEST,
@@ -299,9 +300,11 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, ...) as the network takes them: themselves if direct, else Poisson spikes at each step."""
-        if self.encoding == 'direct':
+        encoding = ENCODINGS[self.encoding]
+        if encoding.constant:
             return x
-        return torch.cat([self.input_layer(x) for _ in range(self.timesteps)])
+        return torch.cat([torch.where(encoding.fires(x, t, self.input_layer.rate), x.sign(), 0)
+                          for t in range(self.timesteps)])
 
     def over_time(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, ...) -> the output at each step, (T, B, labels)."""
@@ -393,7 +396,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
             call = Call(node, owner_of(node, modules), node.target if module else None)
             replace(graph, node, put(tree, call, HeldDropout(kind).train(tree.training), used))
     modules = dict(tree.named_modules())
-    if options.get('encoding', 'poisson') == 'direct':
+    if ENCODINGS[options.get('encoding', 'poisson')].constant:
         _repeat(tree, graph, modules, used)
     notes = _notes(graph, modules)
     rate = 0.9 if type(ann).__name__ == 'ResNet' and type(ann).__module__.startswith('self_models.') else 1.0

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from self_models.encoding import ENCODINGS, PoissonGenerator
+from self_models.encoding import ENCODINGS
 from self_models.layers import Scale, initialize
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import (
@@ -25,6 +25,7 @@ from self_models.lif_layer import (
     window,
     working_bytes,
 )
+from self_models.published import PoissonGenerator
 from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, flatten, join, unflatten
 from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
@@ -104,9 +105,9 @@ class SpikingNetwork(nn.Module):
     `curve` and `record`; and `depth`, the LIF layers on the shortest way from input to output.
 
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
-    (rate coding) or 'direct' (the image itself at each step). delay: 1, or 0 for neurons that fire in the step of their
-    input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks`
-    parameters.
+    (rate coding), 'direct' (the image itself at each step) or another, see encoding.py. delay: 1, or 0 for neurons that
+    fire in the step of their input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak:
+    make `thresholds`, `leaks` parameters.
 
     initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be
     at the output; no fewer time steps than latency + 1 give more than nothing.
@@ -253,15 +254,16 @@ class LayerByLayer(SpikingNetwork):
     def encode(self, x: torch.Tensor, steps: int) -> SpikeTrain | DirectInput:
         """What the first layer is given of images x (B, C, H, W) over `steps` steps.
 
-        Of Poisson spikes a pixel's sign goes into the mask; they are drawn, and have no gradient.
+        A spike's sign goes into the mask; spikes have no gradient.
         """
+        encoding = ENCODINGS[self.encoding]
         dtype, shape = self.classifier[-1].weight.dtype, tuple(x.shape[1:])
-        if self.encoding == 'direct':
+        if encoding.constant:
             x = x.to(dtype)
             return DirectInput(x.detach(), shape, steps, proxy=flatten(x, 1) if x.requires_grad else None)
         spikes = torch.empty(steps, len(x), x[0].numel(), dtype=torch.bool, device=x.device)
-        for row in spikes:
-            row.copy_(flatten(self.input_layer.fires(x), 1)[0])
+        for t, row in enumerate(spikes):
+            row.copy_(flatten(encoding.fires(x, t, self.input_layer.rate), 1)[0])
         return SpikeTrain(spikes, shape, 0, mask=flatten(x.sign().to(dtype), 1)[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

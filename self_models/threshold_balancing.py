@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
@@ -142,14 +143,15 @@ def _balance_all(model, images, timesteps, percentile, progress):
     # first step on, also before the first spike comes, and in a residual block two delays meet: there the trains begin
     # with empty rows.
     shift = model.delay if carried or model.initial_potential or first.bias is not None else 0
-    if model.encoding == 'direct':
+    encoding = ENCODINGS[model.encoding]
+    if encoding.constant:
         sources = {-1: Source(None, DirectInput(None, shape, timesteps))}
     else:
         # of the input only the bits are stored; a pixel's sign is the mask of its train
         sources = {-1: Source(SpikeStore(timesteps, images[0].numel()), SpikeTrain(None, shape, 0))}
         for group in groups:
             for t in range(timesteps):
-                sources[-1].store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
+                sources[-1].store.write(group, t, flatten(encoding.fires(images[group], t, model.input_layer.rate), 1))
     steps, thresholds = timesteps, []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(device.type, enabled=False)):
@@ -215,11 +217,13 @@ def _balance_plain(model, images, timesteps, percentile, progress):
               for name, way in zip(model.layer_names, ways)]
     groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
     stores, worth, thresholds = {}, {}, []
-    if model.encoding != 'direct':
+    encoding = ENCODINGS[model.encoding]
+    if not encoding.constant:
         stores['input'] = SpikeStore(timesteps, math.prod(shapes['input']))
         for group in groups:
             for t in range(timesteps):
-                stores['input'].write(group, t, model.input_layer.fires(images[group]).flatten(1)[None])
+                spikes = encoding.fires(images[group], t, model.input_layer.rate)
+                stores['input'].write(group, t, spikes.flatten(1)[None])
 
     def values_of(source, group, first, stop):
         if source not in stores:  # direct input

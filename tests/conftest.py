@@ -110,6 +110,37 @@ def the_same_draws():
 
 
 @pytest.fixture
+def own_classes(monkeypatch):
+    """The surrogate Gaussian and the encoding Alternating of docs/architecture.md, and a surrogate of spikes, Inverse.
+
+    The plain reference knows them, too. Yields the base classes.
+    """
+    import step_by_step
+    from self_models.encoding import ENCODINGS, Encoding
+    from self_models.surrogate import SURROGATES, Surrogate
+    before = dict(SURROGATES), dict(ENCODINGS)
+    text = (ROOT / 'docs' / 'architecture.md').read_text()
+    exec(text.split('```python\n')[1].split('```')[0], {'__name__': 'own'})
+
+    class Inverse(Surrogate):
+        flags = {'alpha': 'height'}
+        formula = 'alpha / delta_t'
+        of_spikes = True
+
+        def factor(self, delta_t):
+            return 1 / delta_t
+
+    monkeypatch.setitem(step_by_step.GRADIENTS, 'Gaussian',
+                        lambda z, model: model.gamma * torch.exp(-(z * model.width) ** 2))
+    monkeypatch.setitem(step_by_step.GRADIENTS, 'Inverse', lambda delta_t, model: model.alpha / delta_t)
+    monkeypatch.setattr(step_by_step, 'OF_SPIKES', ['STDB', 'Inverse'])
+    yield Surrogate, Encoding
+    for registered, old in zip((SURROGATES, ENCODINGS), before, strict=True):
+        registered.clear()
+        registered.update(old)
+
+
+@pytest.fixture
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -275,6 +275,33 @@ def test_summary_by_hand():
     assert energy['snn_estimate'] == pytest.approx(400 * 0.9e-6)
 
 
+@pytest.mark.parametrize('activation, formula, gradient', [  # at z = 1
+    ('Rectangle', 'gamma [|z| < width / 2], z = u/theta - 1', 0),
+    ('ATan', 'gamma / (1 + (pi/2 * width * z)^2), z = u/theta - 1', 0.5 / (1 + math.pi ** 2 / 4)),
+    ('FastSigmoid', 'gamma / (1 + width * |z|)^2, z = u/theta - 1', 0.5 / 4),
+    ('Sigmoid', '4 * gamma * s (1 - s), s = sigmoid(width * z), z = u/theta - 1', 2 * math.e / (1 + math.e) ** 2)])
+def test_the_surrogates_numbers_by_hand(activation, formula, gradient):
+    layer = count.Layer('a', 10, 0.5, 1, surrogate=torch.arange(62.))
+    got = numbers.surrogate_numbers(SimpleNamespace(surrogate=SURROGATES[activation](gamma=0.5)), [layer, layer])
+    assert (got['activation'], got['formula'], got['gamma'], got['width']) == (activation, formula, 0.5, 1.0)
+    assert got['gradient_at_edges'][30] == 0.5 and got['z_edges'][40] == 1  # at z = 0
+    assert got['gradient_at_edges'][40] == pytest.approx(gradient) == got['gradient_at_edges'][20]
+    assert (got['below'], got['count'][:2], got['above'], got['total']) == (0, [2, 4], 122, 61 * 62)
+
+
+def test_reports_of_the_published_surrogates_have_the_keys_that_they_had():
+    layer = count.Layer('a', 10, 0.5, 1, surrogate=torch.ones(62))
+    common = {'activation', 'formula', 'count', 'total', 'count_by_layer', 'count_by_layer_is'}
+    for name, formula, keys in (
+            ('Linear', 'gamma max(0, 1 - |z|), z = u/theta - 1',
+             {'gamma', 'z_edges', 'gradient_at_edges', 'below', 'above'}),
+            ('STDB', 'alpha exp(-beta delta_t)',
+             {'alpha', 'beta', 'delta_t', 'gradient', 'never', 'never_share', 'never_largest_gradient'})):
+        got = numbers.surrogate_numbers(SimpleNamespace(surrogate=SURROGATES[name]()), [layer])
+        assert got.keys() == common | keys and (got['activation'], got['formula']) == (name, formula)
+    assert got['never_largest_gradient'] == pytest.approx(0.3 * math.exp(-10))  # from step -999 to step 1
+
+
 # -- direct input, neurons without delay, biases -----------------------------------------------------------------------
 
 def low_latency(architecture, timesteps, **options):
@@ -356,11 +383,21 @@ def test_z_is_of_the_potential_that_a_neuron_without_delay_fires_on():
         assert above == layer.spikes.sum().item()
 
 
+TITLES = {
+    'STDB': 'STDB: 0.3 exp(-0.01 Δt)', 'Linear': 'Linear: 0.3 max(0, 1 - |z|)',
+    'Rectangle': 'Rectangle: 0.3 [|z| < 1 / 2]',
+    'ATan': 'ATan: 0.3 / (1 + (pi/2 * 1 * z)^2)', 'FastSigmoid': 'FastSigmoid: 0.3 / (1 + 1 * |z|)^2',
+    'Sigmoid': 'Sigmoid: 4 * 0.3 * s (1 - s), s = sigmoid(1 * z)', 'Gaussian': 'Gaussian: 0.3 exp(-(1 * z)^2)',
+    'Inverse': 'Inverse: 0.3 / Δt'}
+
+
 @own_warnings_are_errors
 @pytest.mark.parametrize('architecture, activation, encoding, delay, timesteps', [
     ('RESNET6', 'STDB', 'poisson', 0, 1), ('VGG5', 'Linear', 'poisson', 0, 1), ('RESNET6', 'Linear', 'direct', 1, 6),
-    ('VGG5', 'STDB', 'direct', 0, 1)])
-def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding, delay, timesteps):
+    ('VGG5', 'STDB', 'direct', 0, 1), ('VGG5', 'Rectangle', 'direct', 0, 2), ('RESNET6', 'ATan', 'poisson', 1, 7),
+    ('VGG5', 'FastSigmoid', 'direct', 0, 2), ('RESNET6', 'Sigmoid', 'direct', 0, 1),
+    ('VGG5', 'Gaussian', 'Alternating', 0, 2), ('VGG5', 'Inverse', 'Alternating', 0, 5)])
+def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding, delay, timesteps, own_classes):
     model, images = low_latency(architecture, timesteps, activation=activation, encoding=encoding, delay=delay)
     layers, connections = counted(model, images)
     found = json.loads(json.dumps(numbers.summary(model, layers, list(connections.values()), 3), allow_nan=False))
@@ -370,6 +407,7 @@ def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding,
              'accuracy': {'time_steps': [timesteps], 'accuracy': [0.5], 'ann': 0.6}}
     for draw in (plots.draw_accuracy, plots.draw_activity, plots.draw_surrogate, plots.draw_operations):
         draw(about).savefig(io.BytesIO(), dpi=30)
+    assert plots.draw_surrogate(about).axes[0].get_title() == TITLES[activation]
     notes = numbers.notes_of(model)
     assert ('direct' in notes) == (encoding == 'direct') != ('signed' in notes)
     assert ('T - L' in notes['steps']) == (delay == 1)

@@ -159,14 +159,16 @@ def test_tensorboard_gets_the_metrics():
             (n, pytest.approx(epochs[n][key])) for n in (1, 2)]
 
 
-def test_train_from_scratch_and_go_on_from_an_snn(capsys):
-    run(snn, *SPIKING, '--epochs', 1, '--activation', 'Linear', '--train_acc_batches', 1, '--test_acc_every_batch')
+@pytest.mark.parametrize('surrogate, width', [(['Linear'], 1.0), (['Rectangle', '--width', 3], 3.0)])
+def test_train_from_scratch_and_go_on_from_an_snn(surrogate, width, capsys):
+    run(snn, *SPIKING, '--epochs', 1, '--activation', *surrogate, '--train_acc_batches', 1, '--test_acc_every_batch')
     out = capsys.readouterr().out
     assert 'batch 1: train loss' in out and 'test batch 1: accuracy' in out
     run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--epochs', 1, '--name', 'b')
     out = capsys.readouterr().out
-    assert 'timesteps 8, leak 1.0, activation Linear' in out
-    assert load('trained_models/snn/b.pth')['activation'] == 'Linear'
+    assert f'timesteps 8, leak 1.0, activation {surrogate[0]}' in out
+    state = load('trained_models/snn/b.pth')
+    assert (state['activation'], state['args']['activation'], state['args']['width']) == (*2 * surrogate[:1], width)
 
 
 def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from experiment.reporting.count import Z_EDGES
 from self_models import NEVER, Scale
+from self_models.encoding import ENCODINGS
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -45,7 +46,8 @@ def notes_of(model):
     else:
         steps = 'Counted are all T steps of every layer: without delay a spike is at the output in its own step.'
     notes = {'steps': f'{steps} All means are of one image.', **NOTES}
-    if model.encoding == 'direct':
+    constant = ENCODINGS[model.encoding].constant
+    if constant:
         notes['direct'] = ('The first layer is given the image itself, not spikes: it costs MACs (every pixel counts, '
                            'whatever its value). Its input is the same at all steps, so its current is computed once '
                            'an image, which is what macs and the energy count; macs_every_step and '
@@ -57,7 +59,7 @@ def notes_of(model):
     if has_biases(model):
         notes['biases'] = ('A bias costs one addition (AC) for each neuron and step that is counted'
                            + (', in the first layer one an image, as part of its constant current'
-                              if model.encoding == 'direct' else '')
+                              if constant else '')
                            + '; of the output layer at all T steps. Two biases that meet at a neuron of a residual '
                              'block are one, counted with the residual. In the ANN: one addition a unit.')
     if any(isinstance(module, Scale) for module in model.modules()):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from experiment import UserError
 from experiment.files import write_atomically
-from experiment.options import FORMER, FORMER_ANN
+from experiment.options import FORMER, FORMER_ANN, without_effect
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
@@ -95,6 +95,8 @@ def _run(path, args, machine, epochs):
         former['threshold_percentile'] = 100.0
     for key, value in former.items():
         settings.setdefault(key, value)
+    if 'width' in without_effect(settings):  # files of former versions do not know it
+        del settings['width']
     if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
         settings['lr_reduce'] = _finite(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
