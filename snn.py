@@ -46,6 +46,8 @@ def get_args_parser():
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
+    add('--keep_batch_norm', action=options.Switch,
+        help='fine-tune with batch norm in place; the best network is folded when training ends, into NAME.folded.pth')
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
         help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes, of those that do about as '
              'well as the best, the one nearest to 0.7; default %(default)s')
@@ -124,6 +126,8 @@ def main(args):
     if not args.test_only:
         engine.fit(model, optimizer, data, run, progress, chance_epochs=5)
     results.say_table()
+    if args.keep_batch_norm and not args.test_only:
+        model = convert.fold_batch_norm(model, data, run)
 
     if args.report:
         results.report(model)

@@ -86,10 +86,10 @@ def devices(text):
 
 def name(text):
     """A part of file names that no other run's files can be mistaken for."""
-    if (not text.isprintable() or '/' in text or text.startswith(('.', 'previous.')) or text.endswith('.last')
-            or not 0 < len(text.encode()) <= 200):
+    taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded'))
+    if not text.isprintable() or '/' in text or taken or not 0 < len(text.encode()) <= 200:
         raise argparse.ArgumentTypeError(f"{text!r} does not serve as a file name: 1 to 200 bytes, no '/', not "
-                                         "beginning with '.' or 'previous.', not ending in '.last'")
+                                         "beginning with '.' or 'previous.', not ending in '.last' or '.folded'")
     return text
 
 
@@ -239,7 +239,8 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
 
 
 # what flags that files of former versions do not know were then
-FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False}
+FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
+          'keep_batch_norm': False}
 FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
@@ -258,6 +259,7 @@ def without_effect(settings):
            for flag, of in ((flag, surrogate.users(flag)) for flag in surrogate.FLAGS)},
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
         'kernel_size': (vgg, 'VGGs'),
+        'keep_batch_norm': (not own, 'the published networks, as one of your own keeps it'),
         'dropout': (not own, 'the published networks'),
         'batch_norm': (not own, 'the published networks'),
         'balance_blocks': (not (own or vgg) and bool(settings.get('pretrained_ann')), 'conversions of ResNets'),

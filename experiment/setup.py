@@ -114,9 +114,10 @@ def build_snn(args, data, state=None):
         'activation', 'timesteps', 'leak', 'backend', 'encoding', 'delay', 'initial_potential', 'learn_threshold',
         'learn_leak', *FLAGS)}
     neurons['default_threshold'] = args.default_threshold or 1.0  # None if all thresholds are the checkpoint's
-    if options.is_own_network(args.architecture):
-        layers = checkpoint.ann_layers(state) if state else {'activation': 'ReLU', 'bounds': 'layer'}
-        ann = build_ann(args, data, **{**layers, 'levels': 1, 'batch_norm': False})
+    if options.is_own_network(args.architecture) or args.keep_batch_norm:
+        scratch = {'activation': 'ReLU', 'bounds': 'layer', 'batch_norm': True}
+        layers = checkpoint.ann_layers(state) if state else scratch
+        ann = build_ann(args, data, **{**layers, 'levels': 1})
         with warnings.catch_warnings(action='ignore'):  # its notes are said with the run's
             return self_models.spiking(ann, **neurons)
     scale = args.balance_blocks or state is not None and checkpoint.has_scales(state)

@@ -124,10 +124,13 @@ def take_defaults(args, state):
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
     layers = checkpoint.ann_layers(state) if state else {}
-    if options.is_own_network(args.architecture) and args.output == 'fitted':
+    if args.keep_batch_norm and not layers.get('batch_norm'):
+        raise UserError('--keep_batch_norm: ' + (f'the ANN in {args.pretrained_ann} has no batch norm' if state else
+                        'a network from scratch has no batch norm') + '; leave the flag out')
+    if (options.is_own_network(args.architecture) or args.keep_batch_norm) and args.output == 'fitted':
         if 'output' in args.given:
-            raise UserError("--output fitted: the mean output of a network of your own is in its logits' units as it "
-                            'is; leave the flag out')
+            raise UserError("--output fitted: the mean output of this network is in its logits' units as it is; leave "
+                            'the flag out')
         args.output = 'mean'
     if layers.get('activation') != 'QCFS':
         if args.scaling_factor == 'auto' and not state:
