@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from experiment import UserError, options
 
-
 wanted = options.several_processes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from experiment import UserError, distributed, log
+from experiment import distributed, importing, log
 from experiment.files import write_atomically
 
 
@@ -69,10 +69,8 @@ def open_board(kind, name, wanted):
     """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
     if not wanted or not distributed.is_main():
         return None
-    try:
+    with importing('tensorboard', '--tensorboard'):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('--tensorboard: the package tensorboard is not installed; pip install tensorboard') from error
     return SummaryWriter(Path('logs', kind, name))
 
 
