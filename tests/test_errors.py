@@ -89,7 +89,7 @@ def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
     assert {path.name: path.read_bytes() for path in folder.glob('*.pth')} == before
 
 
-# -- packages that do not load ------------------------------------------------------------------------------------------
+# -- packages that do not load -----------------------------------------------------------------------------------------
 
 @pytest.fixture
 def broken(monkeypatch, tmp_path):
