@@ -81,7 +81,6 @@ def main(args):
     from experiment.reporting import report
     from experiment.run import open_run
     from experiment.start import find_snn
-    from self_models.conversion import is_quantized
 
     if args.export_nir:
         nir_export.check(args.export_nir)
@@ -90,6 +89,9 @@ def main(args):
         print('\n'.join(predict.lines(args, device)))
         return
     start = find_snn(args, device)  # the run's name is taken for as long as this is held
+    balances = convert.balances(args, start)
+    if balances:
+        convert.check_temporary_folder()
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -111,11 +113,11 @@ def main(args):
         # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
         ann = convert.copy_ann(model, start.state, data, run)
         found = convert.measure_ann(ann, start.state, data, run)
-        if not is_quantized(ann):
+        if balances:
             thresholds = convert.balanced_thresholds(model, data, run)
             found |= convert.scale_thresholds(model, thresholds, data, run)
             found |= convert.fit_output(model, ann, data, run)
-    elif start.kind == 'scratch' and 'default_threshold' not in args.given:
+    elif balances:
         convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
         run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))

@@ -1,6 +1,7 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import argparse
 import math
+import os
 import tempfile
 
 import torch
@@ -10,6 +11,25 @@ from experiment.data import epoch_loader
 from self_models.conversion import copy_weights, find_thresholds, is_quantized
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
+
+
+def balances(args, start):
+    """Whether a run balances thresholds: neither such as an ANN of QCFS brings nor such as --default_threshold sets."""
+    if start.kind == 'ann':
+        return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
+    return start.kind == 'scratch' and 'default_threshold' not in args.given
+
+
+def check_temporary_folder():
+    """Raise UserError, before any work, where spikes would go to another temporary folder than the environment says."""
+    name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
+    if name:
+        try:
+            with tempfile.TemporaryFile(dir=os.environ[name]) as file:
+                file.write(b' ')  # which a full disk refuses
+        except OSError as error:
+            raise UserError(f'{name}={os.environ[name]}: spikes cannot be kept there ({error.strerror}); name a folder '
+                            'that can be written, or unset it') from error
 
 
 def balanced_thresholds(model, data, run):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from experiment import UserError
+from experiment import UserError, importing
 from experiment.distributed import ALONE
 from self_models.architectures import INPUT_SHAPES
 
@@ -164,8 +164,7 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
 
     augment, how, test_how, shape = True, {}, {}, None
     if name == 'IMAGENET':
-        from torchvision.transforms import v2
-        augment = False  # the transform does it
+        augment, v2 = False, _transforms()  # which do it
         how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
         test_how = {'prepare': _imagenet_test()}
         shape = (3, 224, 224)
@@ -268,8 +267,9 @@ def _subset(images, labels, samples, seed, part, from_end=False):
 
 
 def _digits():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with importing('scikit-learn', 'DIGITS'):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target)
     train, test = train_test_split(range(len(labels)), test_size=360, stratify=digits.target, random_state=0)
@@ -278,7 +278,8 @@ def _digits():
 
 def _torchvision(name, root):
     """((images, labels) to train on, the same to test on, classes); downloaded where files are missing."""
-    import torchvision
+    with _importing_torchvision(name):
+        import torchvision
     kind, folder, inner, files = _TORCHVISION[name]
     kind, root = getattr(torchvision.datasets, kind), root / folder
 
@@ -407,14 +408,28 @@ def picture(file, name, input_shape):
 
 
 def _imagenet_test():
-    from torchvision.transforms import v2
+    v2 = _transforms()
     return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+
+
+def _transforms():
+    with _importing_torchvision('IMAGENET'):
+        from torchvision.transforms import v2
+    return v2
+
+
+def _importing_torchvision(name):
+    """importing() of the package whose version has to be that of torch."""
+    fitting = f'0.{int(torch.__version__.split(".")[1]) + 15}'  # torch 2.11 came with 0.26, and so on
+    return importing('torchvision', name, f'torch {torch.__version__} goes with torchvision {fitting}; install the two '
+                     'together, from one index')
 
 
 def _read(file, prepare):
     """A picture file as RGB, prepared: uint8 (3, H, W)."""
     import numpy as np
-    from PIL import Image
+    with importing('pillow', 'pictures'):
+        from PIL import Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken

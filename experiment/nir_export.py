@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from experiment import UserError
+from experiment import UserError, importing
 from experiment.files import write_atomically
 from self_models import Scale
 from self_models.encoding import ENCODINGS
@@ -179,8 +179,6 @@ def to_graph(model, input_shape, **about):
 
 
 def _nir():
-    try:
+    with importing('nir', '--export_nir'):
         import nir
-    except ImportError as error:
-        raise UserError('--export_nir: needs the package nir: pip install nir') from error
     return nir

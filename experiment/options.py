@@ -304,8 +304,16 @@ def said(error):
 
 
 def several_processes():
-    """Whether torchrun started this process beside others; distributed.wanted() without torch."""
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+    """Whether torchrun started this process beside others.
+
+    It says where they meet. A WORLD_SIZE without that, which many a shell or container keeps, is of no run.
+    """
+    try:
+        rank, size, *_ = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        int(os.environ.get('LOCAL_RANK', 0))
+    except (KeyError, ValueError):
+        return False
+    return 0 <= rank < size > 1 and bool(os.environ.get('MASTER_ADDR'))
 
 
 def fail(script, message, status=1, wait=None):

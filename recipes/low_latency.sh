@@ -17,7 +17,7 @@
 # names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
 # --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"

@@ -1,9 +1,12 @@
 """ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
 import math
+import os
 import platform
 import re
 import resource
 import shlex
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import ann
 import snn
 from conftest import CALIBRATION, ROOT, SMALL, SPIKING, load, metrics_of, run
 from experiment import engine, setup
+from experiment.reporting import metrics
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
@@ -188,3 +192,51 @@ def test_memory_that_was_freed_is_not_cleared_anew():
         torch.ones(9 * 2 ** 20)  # 36 MiB, 9216 pages; glibc gives back what is above 32
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert sum(faults[-10:]) < 9000, faults  # a few small values that take from what was freed may move it
+
+
+# -- what a run says of the code --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def git(monkeypatch):
+    """git(folder, words): call git there, with a user of its own; the line that it prints."""
+    if not shutil.which('git'):
+        pytest.skip('there is no git')
+    for name in [name for name in os.environ if name.startswith('GIT_')]:
+        monkeypatch.delenv(name)
+
+    def call(folder, words):
+        command = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', folder, *words.split()]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+    return call
+
+
+def test_the_commit_is_of_the_projects_own_repository(tmp_path, monkeypatch, git):
+    around, project = tmp_path / 'around', tmp_path / 'around/project'
+    code = project / 'experiment/reporting/metrics.py'
+    code.parent.mkdir(parents=True)
+    code.touch()
+    link = tmp_path / 'link'
+    link.symlink_to(project)
+    commits = {}
+    for folder in (around, project):
+        (folder / 'file').touch()
+        git(folder, 'init')
+        git(folder, 'add file')
+        git(folder, f'commit -m {folder.name}')
+        commits[folder] = git(folder, 'rev-parse HEAD')[:12]
+    for file in (code, link / 'experiment/reporting/metrics.py'):
+        monkeypatch.setattr(metrics, '__file__', str(file))
+        assert metrics.commit() == commits[project]
+    with monkeypatch.context() as patch:
+        for name, value in (('GIT_DIR', around / '.git'), ('GIT_WORK_TREE', around), ('GIT_INDEX_FILE', 'none')):
+            patch.setenv(name, str(value))
+            assert metrics.commit() == commits[project]
+    (project / '.git').rename(tmp_path / 'away')
+    git(around, 'add project')
+    git(around, 'commit -m both')
+    assert metrics.commit() is None
+    monkeypatch.setenv('GIT_DIR', str(around / '.git'))
+    assert metrics.commit() is None
+    (tmp_path / 'away').rename(project / '.git')
+    (project / 'file').write_text('changed')
+    assert metrics.commit() == commits[project] + '+'

@@ -211,6 +211,20 @@ def test_the_figure(written):
     assert [len(axes.lines[-1].get_xdata()) for axes in (over_time, by_factor)] == [0, 0]  # of scratch: nothing
 
 
+@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'svg', 'qtagg', ''])
+def test_a_figure_is_drawn_whatever_the_environment_says_of_windows(written, tmp_path, backend):
+    metrics = written('a', epochs(0.5, 0.6))
+    (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf')
+    left = {key: value for key, value in os.environ.items() if key != 'DISPLAY'}
+    code = ('import os, ann_script\n'
+            f'ann_script.main(["--summarize", {str(metrics)!r}, "--figure", "x.png"])\n'
+            f'assert os.environ["MPLBACKEND"] == {backend!r}')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True,
+                          env={**left, 'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, '')
+    assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_the_figures_file(written, tmp_path, capsys):
     paths = [written('a', epochs(0.5, 0.25)), written('b', epochs(0.5, 0.5), leak=0.9)]
     ann_script.main(['--summarize', *paths, '--figure', 'made.png'])

@@ -1,12 +1,14 @@
 """The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
 import json
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-from experiment import UserError, distributed, log
+from experiment import distributed, importing, log
 from experiment.files import write_atomically
 
 
@@ -37,10 +39,13 @@ def holds(path, history):
 
 
 def commit():
-    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout."""
+    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout of its own."""
+    root = Path(__file__).resolve().parents[2]
+    # neither the repository that a variable names, as in a hook of git's, nor one that the project's folder lies in
+    own = {name: value for name, value in os.environ.items() if not re.match('GIT_(?!CONFIG)', name)}
     try:
-        done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'],
-                              cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'], cwd=root,
+                              env={**own, 'GIT_CEILING_DIRECTORIES': str(root.parent)}, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None
@@ -69,10 +74,8 @@ def open_board(kind, name, wanted):
     """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
     if not wanted or not distributed.is_main():
         return None
-    try:
+    with importing('tensorboard', '--tensorboard'):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('--tensorboard: the package tensorboard is not installed; pip install tensorboard') from error
     return SummaryWriter(Path('logs', kind, name))
 
 

@@ -3,6 +3,7 @@
 count.py counts, numbers.py makes the JSON of it, and plots.py draws the figures from that JSON alone.
 """
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,8 @@ def write(model, data, run, known):
              **({'training': plots.draw_training(training)} if training else {})}
     report['figures'] = [f'{name}.png' for name in drawn]
     for name, figure in drawn.items():
-        files.write_atomically(Path(folder, f'{name}.png'), lambda file, figure=figure: figure.savefig(file, dpi=150))
+        save = partial(figure.savefig, format='png', dpi=150)
+        files.write_atomically(Path(folder, f'{name}.png'), save)
     text = json.dumps(report, indent=1)
     files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
     total, energy = report['operations']['total'], report['operations']['energy_uj']

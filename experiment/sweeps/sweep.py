@@ -194,11 +194,15 @@ def expand(kind, target, flags):
 
 
 def way_home(path, root):
-    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root."""
-    up = os.path.relpath(os.path.realpath(root), os.path.dirname(os.path.realpath(path)))
+    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root.
+
+    The script finds it also when it is called through a link. A link that stands at `path` is replaced.
+    """
+    up = os.path.relpath(os.path.realpath(root), os.path.realpath(os.path.dirname(path)))
     if not set(up.split(os.sep)) <= {'.', '..'}:
         return ''  # the way would go through folders of this machine
-    return '$(dirname -- "$0")' + ('' if up == '.' else f'/{up}')
+    here = '$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")'  # an old macOS has no -f
+    return here + ('' if up == '.' else f'/{up}')
 
 
 def made_by(kind, argv):
