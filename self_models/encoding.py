@@ -17,7 +17,8 @@ class PoissonGenerator(nn.Module):
 
     def fires(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> bool, the same shape."""
-        return torch.rand_like(x) <= self.rate * x.abs()
+        # drawn in float32 at least: bfloat16 draws multiples of 1/256, and 0 <= 0.001 as often
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) <= self.rate * x.abs()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> -1, 0 or 1, same shape and type."""

@@ -24,7 +24,7 @@ from self_models.lif_layer import (
     window,
     working_bytes,
 )
-from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, flatten, join, unflatten
+from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, at_least_float32, flatten, join, unflatten
 from self_models.surrogate import SURROGATES
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
@@ -199,6 +199,7 @@ class SpikingNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images -> (B, labels): the output currents W s + b summed over all time steps.
 
+        In the weights' type, or in float32 if that is narrower, as are spike counts and membrane potentials.
         All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
         """
         if self.timesteps <= self.latency or not len(x):
@@ -217,8 +218,10 @@ class SpikingNetwork(nn.Module):
         (B, C, H, W) float images; at: whole numbers in ascending order, from 1 to timesteps. The outputs after t steps
         are those of the same network at timesteps = t, given the same random draws.
         """
-        if list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
-            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, not {at}')
+        given, at = list(at), [int(steps) for steps in at]
+        if not at or at != given or at != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
+            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, one whole number at least, '
+                             f'not {given}')
         if self.timesteps <= self.latency or not len(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
@@ -233,7 +236,8 @@ class SpikingNetwork(nn.Module):
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
         weight = self.classifier[-1].weight
-        return SpikingNetwork.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
+        counts = weight.new_zeros(len(x), weight.shape[1], dtype=at_least_float32(weight.dtype))
+        return SpikingNetwork.readout(self, counts, steps)
 
     def last_spikes(self, x: torch.Tensor) -> SpikeTrain:
         """The spikes that the output layer receives from images x (B, C, H, W)."""
@@ -293,7 +297,8 @@ class SpikingNetwork(nn.Module):
         """The output layer on spike counts over so many steps: sum_t (W s(t) + b) = W sum_t s(t) + T b, one product."""
         layer = self.classifier[-1]
         with torch.autocast(counts.device.type, enabled=False):  # counts go beyond the 8 bits of bfloat16
-            return F.linear(counts.flatten(1), layer.weight, None if layer.bias is None else steps * layer.bias)
+            weight, bias = (None if each is None else each.to(counts.dtype) for each in (layer.weight, layer.bias))
+            return F.linear(counts.flatten(1), weight, None if bias is None else steps * bias)
 
 
 def last(layers: Layers) -> SpikeTrain:

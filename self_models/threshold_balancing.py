@@ -12,8 +12,8 @@ from torch import nn
 from tqdm import tqdm
 
 from self_models.lif import LIFParameters, lif_forward
-from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
-from self_models.spike_train import DirectInput, SpikeTrain, flatten
+from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_current, prepare
+from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten
 from self_models.spiking_network import SpikingNetwork
 
 BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
@@ -120,7 +120,7 @@ def _balance_all(model, images, timesteps, percentile, progress):
     size = max(1, min(16, len(images) // 8, fitting))
     groups = [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
     stages = model.balanced_stages()
-    device, dtype = stages[0][0].weight.device, stages[0][0].weight.dtype
+    device, dtype = stages[0][0].weight.device, dtypes(stages[0][0].weight)[0]
     if model.encoding == 'direct':
         train, store = DirectInput(None, shape, timesteps), None
     else:
@@ -168,8 +168,8 @@ def current_source(store: SpikeStore | None, train: SpikeTrain | DirectInput, im
     images: (B, C, H, W) that are the direct input or whose signs these spikes have, or None. channels: indices of the
     output channels that are wanted; all of them unless given.
     """
-    dtype, device = synapse.weight.dtype, synapse.weight.device
-    weight = prepare(synapse.weight[channels], dtype)
+    (dtype, compute_dtype), device = dtypes(synapse.weight), synapse.weight.device
+    weight = prepare(synapse.weight[channels], compute_dtype)
     bias = None if synapse.bias is None else synapse.bias.detach()[channels]
 
     def current(group, first, stop):
@@ -180,7 +180,7 @@ def current_source(store: SpikeStore | None, train: SpikeTrain | DirectInput, im
             mask = None if images is None else flatten(images[group].sign(), 1)[0].to(device, dtype)
             part = SpikeTrain(store.read(group, first, stop, device), train.shape, 0, mask=mask, pools=train.pools)
         return input_current([SynapticInput(part, synapse)], (0, steps), [weight], [bias], slice(None), dtype,
-                             dtype).expand(steps, -1, -1)
+                             compute_dtype).expand(steps, -1, -1)
 
     return current
 
@@ -242,6 +242,7 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
     for group in pieces.groups:
         for block in pieces.blocks:
             values = current(group, *block).flatten()
+            values = values.to(at_least_float32(values.dtype))  # in which histc counts
             largest = values.max().item()
             if not math.isfinite(largest):
                 return math.inf
