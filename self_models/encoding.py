@@ -42,7 +42,8 @@ class Poisson(Encoding, name='poisson'):
 
     def fires(self, x, t, rate):
         import torch
-        return torch.rand_like(x) <= rate * x.abs()
+        # drawn in float32 at least: bfloat16 draws multiples of 1/256, and 0 <= 0.001 as often
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) <= rate * x.abs()
 
 
 class Direct(Encoding, name='direct'):

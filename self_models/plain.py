@@ -324,7 +324,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
         (B, ...) float images; at: whole numbers in ascending order, from 1 to timesteps. Raises ValueError for others.
         """
-        self.check_curve(at)
+        at = self.checked_curve(at)
         return self.over_time(x).cumsum(0)[[steps - 1 for steps in at]]
 
     @torch.no_grad()

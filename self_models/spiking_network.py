@@ -26,7 +26,7 @@ from self_models.lif_layer import (
     working_bytes,
 )
 from self_models.published import PoissonGenerator
-from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, flatten, join, unflatten
+from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, at_least_float32, flatten, join, unflatten
 from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
@@ -153,11 +153,13 @@ class SpikingNetwork(nn.Module):
         self.leak_update([leak] * len(self.leaks))
 
 
-    def check_curve(self, at: list[int]) -> None:
-        """Raise ValueError unless `at` are time steps that curve() can tell of."""
-        if not at or list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
-            raise ValueError(f'at must be one or more time steps that ascend from 1 or more to {self.timesteps} or '
-                             f'less, not {at}')
+    def checked_curve(self, at: Sequence[float]) -> list[int]:
+        """The time steps that curve() is to tell of, as a list. Raises ValueError for others than it can."""
+        given, at = list(at), [int(steps) for steps in at]
+        if not at or at != given or at != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
+            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, one whole number at least, '
+                             f'not {given}')
+        return at
 
 
 class LayerByLayer(SpikingNetwork):
@@ -269,6 +271,7 @@ class LayerByLayer(SpikingNetwork):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images -> (B, labels): the output currents W s + b summed over all time steps.
 
+        In the weights' type, or in float32 if that is narrower, as are spike counts and membrane potentials.
         All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
         """
         if self.timesteps <= self.latency or not len(x):
@@ -287,7 +290,7 @@ class LayerByLayer(SpikingNetwork):
         (B, C, H, W) float images; at: whole numbers in ascending order, from 1 to timesteps. The outputs after t steps
         are those of the same network at timesteps = t, given the same random draws.
         """
-        self.check_curve(at)
+        at = self.checked_curve(at)
         if self.timesteps <= self.latency or not len(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
@@ -302,7 +305,8 @@ class LayerByLayer(SpikingNetwork):
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
         weight = self.classifier[-1].weight
-        return LayerByLayer.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
+        counts = weight.new_zeros(len(x), weight.shape[1], dtype=at_least_float32(weight.dtype))
+        return LayerByLayer.readout(self, counts, steps)
 
     def stages(self) -> list[Stage]:
         """The LIF layers, in the order in which they run."""
@@ -362,7 +366,8 @@ class LayerByLayer(SpikingNetwork):
         """The output layer on spike counts over so many steps: sum_t (W s(t) + b) = W sum_t s(t) + T b, one product."""
         layer = self.classifier[-1]
         with torch.autocast(counts.device.type, enabled=False):  # counts go beyond the 8 bits of bfloat16
-            return F.linear(counts.flatten(1), layer.weight, None if layer.bias is None else steps * layer.bias)
+            weight, bias = (None if each is None else each.to(counts.dtype) for each in (layer.weight, layer.bias))
+            return F.linear(counts.flatten(1), weight, None if bias is None else steps * bias)
 
 
 def last(layers: Layers) -> SpikeTrain:

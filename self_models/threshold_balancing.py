@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_forward
-from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
+from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_current, prepare
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
-from self_models.spike_train import DirectInput, SpikeTrain, flatten
+from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten
 from self_models.spiking_network import SpikingNetwork
 
 BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
@@ -137,7 +137,7 @@ def _balance_all(model, images, timesteps, percentile, progress):
     size = groups[0].stop
     stages = model.stages()[:model.balanced]
     first = stages[0].inputs[0][1]
-    device, dtype = first.weight.device, first.weight.dtype
+    device, dtype = first.weight.device, dtypes(first.weight)[0]
     carried = model.carried
     # With a delay, what a layer does at its last step reaches nothing. A bias and an initial potential act from the
     # first step on, also before the first spike comes, and in a residual block two delays meet: there the trains begin
@@ -272,8 +272,9 @@ def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.
     or whose signs the spikes have, or None. channels: indices of the output channels that are wanted; all of them
     unless given, which a layer of several inputs needs.
     """
-    weights = [prepare(synapse.weight[channels], dtype) * source.worth if hasattr(synapse, 'weight') else None
-               for source, synapse in inputs]
+    weights = [prepare(synapse.weight[channels], synapse.weight.dtype) * source.worth
+               if hasattr(synapse, 'weight') else None for source, synapse in inputs]
+    compute_dtype = next(weight.dtype for weight in weights if weight is not None)
     biases = [None if getattr(synapse, 'bias', None) is None else synapse.bias.detach()[channels]
               for _, synapse in inputs]
 
@@ -288,7 +289,8 @@ def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.
                     mask = torch.full((), worth, dtype=dtype, device=device).expand(group.stop - group.start, 1)
                 part = SpikeTrain(store.read(group, first, stop, device), train.shape, 0, mask=mask, pools=train.pools)
             synapses.append(SynapticInput(part, synapse))
-        return input_current(synapses, (0, steps), weights, biases, slice(None), dtype, dtype).expand(steps, -1, -1)
+        return input_current(synapses, (0, steps), weights, biases, slice(None), dtype,
+                             compute_dtype).expand(steps, -1, -1)
 
     return current
 
@@ -365,6 +367,7 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
     for group in pieces.groups:
         for block in pieces.blocks:
             values = current(group, *block).flatten()
+            values = values.to(at_least_float32(values.dtype))  # in which histc counts
             largest = values.max().item()
             if not math.isfinite(largest):
                 return math.inf

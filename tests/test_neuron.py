@@ -173,3 +173,13 @@ def test_poisson_is_fresh_in_every_call():
     x = torch.full((1000,), 0.5)
     encoder = PoissonGenerator()
     assert not torch.equal(encoder(x), encoder(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_rates_of_a_narrow_type(dtype):
+    x = torch.tensor([0.0005, 0.003, 0.3, 1]).to(dtype)
+    spikes = PoissonGenerator()(x.expand(200000, 4))
+    assert spikes.dtype == dtype
+    p = x.double()
+    spread = (p * (1 - p) / 200000).sqrt()
+    assert ((spikes.double().mean(0) - p).abs() <= 5 * spread + 1e-12).all()

@@ -46,6 +46,21 @@ def test_learning_rate_schedule():
     assert engine.learning_rate_at(1, args) == 1
 
 
+@pytest.mark.parametrize('part, epochs, milestone', [
+    ('0.29', 100, 29), ('0.7', 90, 63), ('0.57', 100, 57), ('.58', 100, 58), ('1e-1', 30, 3), ('1', 7, 7), ('1.', 7, 7),
+    ('0.6', 3, 1), ('0.999', 1000, 999), ('0.289', 100, 28)])
+def test_the_rate_is_divided_at_the_epoch_that_the_decimal_says(part, epochs, milestone):
+    args = ann.get_args_parser().parse_args(['--epochs', str(epochs), '-lr', '1', '--lr_interval', part])
+    rates = [engine.learning_rate_at(epoch, args) for epoch in range(1, epochs + 1)]
+    assert rates == [1.0 if epoch < milestone or milestone == 1 else 0.1 for epoch in range(1, epochs + 1)]
+
+
+def test_a_hundredth_of_a_hundred_epochs_is_an_epoch():
+    for at in range(2, 100):
+        args = ann.get_args_parser().parse_args(['--epochs', '100', '-lr', '1', '--lr_interval', f'0.{at:02}'])
+        assert [engine.learning_rate_at(epoch, args) for epoch in (at - 1, at)] == [1, 0.1], at
+
+
 def test_ann_run_writes_what_it_says(command, tmp_path):
     flags = [*SMALL, '--epochs', '2', '--lr_interval', '0.5 0.9', '--log', '--name', 'mine']
     done = command('ann.py', *flags)
