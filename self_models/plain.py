@@ -177,17 +177,19 @@ class _LIF(torch.autograd.Function):
 
 
 class HeldDropout(nn.Module):
-    """A dropout whose mask is drawn once for each sample and held over the time steps: (T * B, ...)."""
+    """A dropout whose mask is drawn once for each sample and held over the time steps: (T * B, ...), or (B, ...) if
+    once."""
 
     def __init__(self, dropout: nn.Module, timesteps: int = 1):
         super().__init__()
-        self.dropout, self.timesteps = dropout, timesteps
+        self.dropout, self.timesteps, self.once = dropout, timesteps, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T * B, ...) -> the same shape and type."""
+        """x -> the same shape and type."""
         if not self.training or not self.dropout.p:
             return x
-        over_time = x.unflatten(0, (self.timesteps, len(x) // self.timesteps))
+        steps = 1 if self.once else self.timesteps
+        over_time = x.unflatten(0, (steps, len(x) // steps))
         return (over_time * self.dropout(torch.ones_like(over_time[0]))).flatten(0, 1)
 
 
@@ -433,15 +435,17 @@ def _repeat(tree, graph, modules, used):
     once, taken = set(), []
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == 'call_module' else None
-        if isinstance(module, LIF):
+        if isinstance(module, (LIF, HeldDropout)):
             module.once = node.args[0] in once
-        elif all(each in once for each in node.all_input_nodes) and node.op != 'output':
+        if isinstance(module, LIF):
+            continue
+        if all(each in once for each in node.all_input_nodes) and node.op != 'output':
             once.add(node)
         elif node.op != 'output':
             taken += [(each, node) for each in node.all_input_nodes if each in once and _of_input(each)]
     if any(_is_size(each) for each, _ in taken):  # a size of what is (B, ...) would be taken for one of (T * B, ...)
         for node in graph.nodes:
-            if node.op == 'call_module' and isinstance(modules[node.target], LIF):
+            if node.op == 'call_module' and isinstance(modules[node.target], (LIF, HeldDropout)):
                 modules[node.target].once = False
         image = next(node for node in graph.nodes if node.op == 'placeholder')
         taken = [(image, user) for user in list(image.users)]
