@@ -388,7 +388,7 @@ TITLES = {
     'Rectangle': 'Rectangle: 0.3 [|z| < 1 / 2]',
     'ATan': 'ATan: 0.3 / (1 + (pi/2 * 1 * z)^2)', 'FastSigmoid': 'FastSigmoid: 0.3 / (1 + 1 * |z|)^2',
     'Sigmoid': 'Sigmoid: 4 * 0.3 * s (1 - s), s = sigmoid(1 * z)', 'Gaussian': 'Gaussian: 0.3 exp(-(1 * z)^2)',
-    'Inverse': 'Inverse: 0.3 / Δt'}
+    'Inverse': 'Inverse: 0.3 / Δt, without beta'}
 
 
 @own_warnings_are_errors
