@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from experiment import UserError, importing
 from experiment.distributed import ALONE
+from experiment.options import dead_worker
 from self_models.architectures import INPUT_SHAPES
 
 _IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
@@ -218,11 +219,10 @@ class _Loader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if not str(error).startswith('DataLoader worker'):
-                raise
-            raise UserError('a process that loads data died, as happens where memory or shared memory runs out; '
-                            'lower --num_workers or --batch_size') from error
+        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+            if died := dead_worker(error):
+                raise died from error
+            raise
 
 
 def _batch(dataset, seeds, indices):

@@ -342,13 +342,35 @@ def _end_on_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def _stop(*_):
+    """The handler of Ctrl-C and of SIGTERM, which a batch scheduler sends, often to all processes of a run."""
+    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler would raise an error of each worker that ends
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+    raise KeyboardInterrupt
+
+
+def dead_worker(error):
+    """The UserError for an error that says that a process that loads data died, else None.
+
+    error: a RuntimeError, which torch raises wherever this process is, or an OSError or EOFError of a loader.
+    """
+    lost = isinstance(error, OSError | EOFError) and not str(error).startswith('Caught ')  # in it, torch's words
+    if not lost and not str(error).startswith('DataLoader worker'):
+        return None
+    time.sleep(1)  # what stops all processes may have come to that one first, and stops this one now
+    return UserError('a process that loads data died, as happens where memory or shared memory runs out; '
+                     'lower --num_workers or --batch_size')
+
+
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
     prepare_streams()
     if several_processes() and os.environ.get('RANK') != '0':
         _end_on_signals()  # it writes no files, and a KeyboardInterrupt is lost in code that catches everything
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
+        signal.signal(signal.SIGTERM, _stop)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores it
+            signal.signal(signal.SIGINT, _stop)
     try:
         _report_errors(main, args, script)
     except KeyboardInterrupt:
@@ -369,6 +391,8 @@ def _report_errors(main, args, script):
     except UserError as error:
         fail(script, str(error))
     except (RuntimeError, MemoryError) as error:
+        if died := dead_worker(error):
+            fail(script, str(died))
         if isinstance(error, MemoryError) or any(words in str(error) for words in (
                 'out of memory', 'allocate memory', 'ALLOC_FAILED', 'calculation overflowed')):
             fail(script, 'out of memory; lower --batch_size, --timesteps, --image_size or --kernel_size')

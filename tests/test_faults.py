@@ -1,17 +1,21 @@
 """What befalls a training run from outside: a second run of its name, a kill, a full disk."""
 import errno
+import os
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ann
 import snn
 from conftest import ROOT, SMALL, SPIKING, load
-from experiment import files
+from experiment import files, options
 
 RUNS = [(ann, SMALL, 'ann_resnet6_digits'), (snn, SPIKING, 'snn_resnet6_digits_8')]
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -100,6 +104,64 @@ def test_without_locks_runs_run(tmp_path, monkeypatch, missing):
     else:
         monkeypatch.setattr(files.fcntl, 'lockf', lockf)
     assert files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl')) is None
+
+
+# -- processes that load data -----------------------------------------------------------------------------------------
+
+DECODES_IN_EVERY_EPOCH = """
+import ann
+from experiment import data, options
+data.IN_MEMORY_BYTES = 0
+options.run(ann.main, ann.get_args_parser().parse_args(), 'ann.py')
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='there is no /proc to find those processes in')
+@pytest.mark.parametrize('ended, status, said', [
+    ('a worker', 1, '^ann.py: error: a process that loads data died.*--num_workers.*\n$'),
+    ('all at once', 130, '^\nann.py: stopped; .*\n$'), ('workers first', 130, '^\nann.py: stopped; .*\n$')])
+def test_a_process_that_loads_data_ends_wherever_the_training_is(tmp_path, ended, status, said):
+    for path in ('train/a', 'train/b', 'test/a', 'test/b'):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new('RGB', (16, 16)).save(tmp_path / path / '0.png')
+        for number in range(1, 500 if 'train' in path else 2):
+            (tmp_path / path / f'{number}.png').symlink_to('0.png')
+    flags = ['-a', 'RESNET6', '--dataset', 'FOLDER', '--data_dir', '.', '--image_size', '16', '--batch_size', '2',
+             '--no-gpu']
+    process = subprocess.Popen([sys.executable, '-c', DECODES_IN_EVERY_EPOCH, *flags], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    try:
+        next(line for line in process.stdout if line.startswith('the best epoch is chosen'))
+        children, workers = Path(f'/proc/{process.pid}/task/{process.pid}/children'), []
+        while len(workers) < 2 and process.poll() is None:
+            workers = children.read_text().split()
+        time.sleep(0.3)  # it trains
+        if ended == 'all at once':
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            os.kill(int(workers[0]), signal.SIGKILL if ended == 'a worker' else signal.SIGTERM)
+        if ended == 'workers first':
+            time.sleep(0.1)
+            process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status and re.fullmatch(said, errors), errors
+
+
+@pytest.mark.parametrize('words, status', [
+    ('DataLoader worker (pid 7) is killed by signal: Killed. ', 1),
+    ('DataLoader worker (pid 7) exited unexpectedly with exit code 1.\nDetails are lost', 1),
+    ('DataLoader worker (pid(s) 7, 8) exited unexpectedly', 1),
+    ('Caught RuntimeError in DataLoader worker process 0.', 'raised')])  # a bug in one
+def test_what_torch_says_of_a_process_that_loads_data(words, status, monkeypatch):
+    def main(args):
+        raise RuntimeError(words)
+    for module, name in ((signal, 'signal'), (time, 'sleep')):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    with pytest.raises(RuntimeError if status == 'raised' else SystemExit, match='DataLoader|--num_workers'):
+        options.run(main, None, 'ann.py')
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
