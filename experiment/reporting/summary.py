@@ -52,7 +52,9 @@ class Run(NamedTuple):
 def read(path):
     """The Run of a metrics file. Raises UserError."""
     try:
-        about, *epochs = map(json.loads, Path(path).read_text(encoding='utf-8').splitlines())
+        text = Path(path).read_bytes()
+        text = text.decode(json.detect_encoding(text))  # editors add a byte-order mark, in UTF-8 or UTF-16
+        about, *epochs = [json.loads(line) for line in text.splitlines() if line.strip()]
         return _run(str(path), about['args'], about.get('machine'), epochs)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
