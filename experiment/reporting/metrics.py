@@ -1,4 +1,5 @@
 """The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
+import functools
 import json
 import platform
 import subprocess
@@ -65,20 +66,24 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def open_board(kind, name, wanted):
-    """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
+def open_board(folder, wanted):
+    """A function that gives the SummaryWriter in a folder, if --tensorboard is given, else None. Raises UserError.
+
+    It opens its file on the first call, as the folder may first have to be set aside with an earlier run's files.
+    """
     if not wanted or not distributed.is_main():
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError('--tensorboard: the package tensorboard is not installed; pip install tensorboard') from error
-    return SummaryWriter(Path('logs', kind, name))
+    return functools.cache(functools.partial(SummaryWriter, folder))
 
 
 def to_board(board, entry):
-    """Add an epoch's numbers."""
+    """Add an epoch's numbers. board: of open_board()."""
+    writer = board()
     for key, value in entry.items():
         if key != 'epoch' and isinstance(value, (int, float)):
-            board.add_scalar(key, value, entry['epoch'])
-    board.flush()
+            writer.add_scalar(key, value, entry['epoch'])
+    writer.flush()
