@@ -75,7 +75,7 @@ def main(args):
     from experiment.start import find_snn
     from self_models.conversion import is_quantized
 
-    if args.export_nir:
+    if args.export_nir and not args.predict:
         nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     if args.predict:
