@@ -340,7 +340,7 @@ def save(model, optimizer, run, progress, accuracy):
     if improved:
         progress.best = accuracy, epoch
     if progress.fresh and distributed.is_main():
-        files.set_aside(paths, run.say)
+        files.set_aside([*paths, paths.events], run.say)
     progress.done, progress.fresh = epoch, False
     if not distributed.is_main():
         return

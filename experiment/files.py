@@ -35,6 +35,11 @@ class Paths(NamedTuple):
     last: Path
     metrics: Path
 
+    @property
+    def events(self) -> Path:
+        """The folder of what --tensorboard writes."""
+        return self.metrics.with_suffix('')
+
 
 def paths(kind, name):
     """The Paths of the run `name`."""

@@ -245,11 +245,17 @@ FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
+# what --predict heeds: the network, what runs it, and the draws of its input
+PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
+              'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
+              'backend'}
+
 
 def without_effect(settings):
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
     own = is_own_network(str(settings.get('architecture')))
     vgg = not own and str(settings.get('architecture')).startswith('VGG')
+    predict = settings.get('predict')
     effective = {
         'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
@@ -264,14 +270,17 @@ def without_effect(settings):
         'batch_norm': (not own, 'the published networks'),
         'balance_blocks': (not (own or vgg) and bool(settings.get('pretrained_ann')), 'conversions of ResNets'),
         # a conversion balances all thresholds of a VGG or a network of one's own
-        'default_threshold': (not ((vgg or own) and settings.get('pretrained_ann')),
+        'default_threshold': (not ((vgg or own) and (predict or settings.get('pretrained_ann'))),
                               'ResNets, and of networks from scratch'),
         'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
         'bounds': (settings.get('activation') == 'QCFS', '--activation QCFS'),
+        'seed': (not (predict and settings.get('encoding') == 'direct'), '--encoding poisson'),
         # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
                   or 'default_threshold' not in settings.get('given', ()),
                   'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
+    if predict:
+        effective |= dict.fromkeys(settings.keys() - PREDICTING, (False, 'runs that train or test'))
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}
 
 

@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,6 +177,27 @@ def test_tensorboard_gets_the_metrics():
     for key in ('train_loss', 'test_accuracy'):
         assert [(event.step, event.value) for event in events.Scalars(key)] == [
             (n, pytest.approx(epochs[n][key])) for n in (1, 2)]
+
+
+def test_tensorboard_shows_one_run_of_a_name(monkeypatch):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps(folder):
+        return [event.step for event in EventAccumulator(f'logs/ann/{folder}').Reload().Scalars('train_loss')]
+
+    flags = [*SMALL, '--tensorboard', '--name', 'b']
+    run(ann, *flags, '--epochs', 1)
+    run(ann, *flags, '--epochs', 2, '--resume')  # which is the same run
+    assert steps('b') == [1, 2]
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(engine, 'train_epoch', None)  # ends the run in its first epoch
+        run(ann, *flags, '--epochs', 2)
+    assert steps('b') == [1, 2]  # a run that saves nothing leaves what is there
+    run(ann, *flags, '--epochs', 1)
+    assert (steps('b'), steps('previous.1.b')) == ([1], [1, 2])
+    run(ann, *SMALL, '--name', 'b', '--epochs', 1)  # without --tensorboard, too
+    assert not Path('logs/ann/b').exists() and steps('previous.2.b') == [1]
 
 
 @pytest.mark.parametrize('surrogate, width', [(['Linear'], 1.0), (['Rectangle', '--width', 3], 3.0)])

@@ -291,6 +291,19 @@ def test_a_file_that_an_editor_has_saved(written, encoding, end):
     assert summary.read(path).accuracy == 0.75
 
 
+def test_runs_that_later_ones_replaced_are_left_out_and_said(written, capsys):
+    paths = [written('a', epochs(0.5, 0.75)), written('previous.1.a', epochs(0.2, 0.25)),
+             written('previous.12.b', epochs(0.1, 0.1), seed=1)]
+    ann_script.main(['--summarize', *paths, '--markdown'])
+    shown, said = capsys.readouterr()
+    assert '75.00' in shown and '25.00' not in shown and 'previous' not in shown
+    assert said.count('\n') == 1 and 'previous.1.a.jsonl, previous.12.b.jsonl' in said
+    assert '25.00' not in summary.narrow_table(paths, ['seeds', 'test accuracy'])
+    ann_script.main(['--summarize', *paths[1:]])  # on purpose
+    shown, said = capsys.readouterr()
+    assert '17.50' in shown and not said  # the mean of 25 and 10
+
+
 def test_the_same_run_twice(written):
     paths = [written(name, epochs(0.5, 0.5)) for name in ('a', 'b')]
     with pytest.raises(UserError, match='a.jsonl and b.jsonl are of the same settings and seed.*leave one out'):

@@ -62,9 +62,18 @@ def read(path):
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
+def is_set_aside(path):
+    """Whether a later run of the same name has set this metrics file aside."""
+    return Path(path).name.startswith('previous.')
+
+
 def read_all(paths):
-    """The Runs of metrics files, one named twice once. Raises UserError."""
-    return [read(path) for path in dict.fromkeys(paths)]
+    """The Runs of metrics files, one named twice once; of those set aside only if there are no others.
+
+    A pattern such as logs/snn/*.jsonl matches them, too. Raises UserError.
+    """
+    paths = list(dict.fromkeys(paths))
+    return [read(path) for path in [path for path in paths if not is_set_aside(path)] or paths]
 
 
 def _finite(value):

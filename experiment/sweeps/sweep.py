@@ -281,6 +281,10 @@ def _main(module, kind, target, parser, published, argv):
         for flag in ('figure', 'over_timesteps'):
             if getattr(args, flag):
                 figures.check(f'--{flag}')
+        aside = list(filter(summary.is_set_aside, args.summarize))
+        if 0 < len(aside) < len(args.summarize):
+            print(f'{parser.prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
+                  'them alone to see them', file=sys.stderr)
         try:
             print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
                   summary.summarize(args.summarize, args.markdown), flush=True)
