@@ -110,7 +110,9 @@ def is_own_network(architecture):
 
 def architecture(text):
     """A name of architectures.py, in capitals, or FILE.py:NAME."""
-    if is_own_network(text) and text.rpartition(':')[2].isidentifier():
+    if is_own_network(text) or text.endswith('.py'):
+        if not text.rpartition(':')[2].isidentifier():
+            raise argparse.ArgumentTypeError(f'{text!r} names no function or class in the file: FILE.py:NAME')
         return text
     if text.upper() not in ARCHITECTURES:
         raise argparse.ArgumentTypeError(

@@ -5,12 +5,13 @@ From here on arguments are only read.
 import dataclasses
 import importlib.util
 import os
+import shlex
 from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, files, options, setup, split
-from experiment.data import Data
+from experiment import UserError, checkpoint, distributed, engine, files, options, setup, split
+from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
 from self_models.surrogate import FLAGS
@@ -74,7 +75,8 @@ def find_ann(args):
         if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
             raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
         vars(args).update({key: value for key, value in layers.items() if value is not None and key not in args.given})
-    return _settled(start, args, drop_idle(args, start) + start.said)
+    said = drop_idle(args, start) + start.said
+    return _settled(start, args, said, {flag: getattr(args, flag) for flag in ('activation', 'levels', 'bounds')})
 
 
 def find_snn(args, device):
@@ -84,12 +86,19 @@ def find_snn(args, device):
     said = drop_idle(args, start) + start.said
     if start.kind in ('scratch', 'ann'):
         said += take_defaults(args, start.state)
-    return _settled(start, args, said)
+    return _settled(start, args, said, {**checkpoint.ann_layers(start.state), 'levels': 1})
 
 
-def _settled(start, args, said):
-    """The Start with all it says, once the last arguments are settled. Raises UserError."""
-    if start.kind == 'ann':
+def _settled(start, args, said, layers):
+    """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
+    own = options.is_own_network(args.architecture)
+    if own and args.dataset in CLASS_COUNTS:  # before data are read, or downloaded
+        engine.seed_all(args.seed)  # of what its file draws, which runs now
+        data = Data(None, None, [''] * CLASS_COUNTS[args.dataset], INPUT_SHAPES[args.dataset])
+        model = setup.build_ann(args, data, **{'batch_norm': None, **layers})
+        if start.kind == 'ann':
+            checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
+    elif start.kind == 'ann' and not own:
         check_fits(args, start.state, start.path)
     split.choose(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
@@ -100,8 +109,6 @@ def check_fits(args, state, path):
 
     Before data are read, or downloaded; so the number of classes, and with it the last layer, is left open.
     """
-    if options.is_own_network(args.architecture):  # its code may not do without values
-        return
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     layers = {**checkpoint.ann_layers(state), 'levels': 1}
     try:
@@ -301,7 +308,7 @@ def check_named(args, saved, path):
     made_by = saved.get('architecture')
     if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
         raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
-                        f'--architecture {made_by}')
+                        f'--architecture {shlex.quote(made_by)}')
 
 
 def take_network(args, state, path):

@@ -23,10 +23,11 @@ pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
     cpu, plain, amp = torch.device('cpu'), *map(ann.get_args_parser().parse_args, ([], ['--amp']))
+    model = torch.nn.Linear(1, 1)
     for supported, said in ((True, 0), (False, 1)):
         monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda answer=supported: answer)
-        assert (len(setup.notes(amp, cpu)), len(setup.notes(plain, cpu))) == (said, 0)
-    assert setup.notes(amp, torch.device('cuda')) == []
+        assert (len(setup.notes(amp, cpu, model)), len(setup.notes(plain, cpu, model))) == (said, 0)
+    assert setup.notes(amp, torch.device('cuda'), model) == []
 
 
 def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from experiment import UserError
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import OneLineParser, fail, file, output_fails, positive_int, prepare_streams, said
+from experiment.options import (
+    OneLineParser,
+    fail,
+    file,
+    is_own_network,
+    output_fails,
+    positive_int,
+    prepare_streams,
+    said,
+)
 from experiment.reporting import figures, summary
 
 
@@ -145,6 +154,16 @@ def checkpoints_of(kind, flags):
         named = {*named, 'pretrained_ann', 'resume'}
     return [dest for dest in sorted(named)
             if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
+
+
+def seen_from(root, architecture):
+    """A network of one's own, FILE.py:NAME, for a script that runs in `root`; any other architecture as it is.
+
+    A FILE that is not here is taken to be seen from there already, as paths of other flags are.
+    """
+    path, _, name = architecture.rpartition(':')
+    here = is_own_network(architecture) and os.path.isfile(path) and not os.path.isabs(path)
+    return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else architecture
 
 
 def expand(kind, target, flags):
@@ -301,12 +320,15 @@ def _main(module, kind, target, parser, published, argv):
     add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
+    root = os.path.dirname(module.__file__)
+    if 'architecture' in flags:
+        flags = {**flags, 'architecture': [(option, seen_from(root, text)) for option, text in flags['architecture']]}
     commands = expand(kind, target, flags)
 
     if args.slurm:
         home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
     else:
-        home = way_home(args.script, os.path.dirname(module.__file__))
+        home = way_home(args.script, root)
         text = script(kind, commands, limit, argv, home)
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
