@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from experiment.reporting.count import Z_EDGES
 from self_models import NEVER, Scale
+from self_models.conversion import has_biases
 from self_models.encoding import ENCODINGS
+from self_models.plain import PlainNetwork
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -35,7 +37,11 @@ NOTES = {  # of every network; notes_of() adds what else holds for the one at ha
 
 def notes_of(model):
     """How the numbers of a network were counted: {what: text}."""
-    if model.delay:
+    plain = isinstance(model, PlainNetwork)
+    if plain:
+        steps = ('Counted are all T steps of every layer' + (
+            ', also spikes that come too late to reach the output.' if model.delay else '.'))
+    elif model.delay:
         steps = ('Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
                  'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer '
                  'is silent, and its last steps come too late.')
@@ -63,11 +69,12 @@ def notes_of(model):
                              'block are one, counted with the residual. In the ANN: one addition a unit.')
     if any(isinstance(module, Scale) for module in model.modules()):
         notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    if plain:
+        notes['values'] = ('A synapse right behind another, with no neurons between the two, is given real values: it '
+                           'costs its MACs at each step, once an image if no spike has come to it yet. Batch norm is '
+                           'taken for part of the synapse beside it: its shift is a bias. Of a max pool, each output '
+                           'that is not 0 is a spike.')
     return notes
-
-
-def has_biases(model):
-    return model.classifier[-1].bias is not None
 
 
 def summary(model, layers, connections, images):
@@ -116,14 +123,14 @@ def operation_numbers(connections, images):
     """Operations and energy of an image, of each connection and in all."""
     rows = []
     for c in connections:
-        per_neuron = None if c.constant else c.spikes / images / c.neurons
+        per_neuron = None if c.mac_steps else c.spikes / images / c.neurons
         rows.append({
             'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
             'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
             'nonzero_inputs': c.nonzero_operations / images,
-            'estimate': 0.0 if c.constant else per_neuron * (c.macs_with_padding + c.additions),
-            'macs': c.macs if c.constant else 0, 'macs_with_padding': c.macs_with_padding if c.constant else 0,
-            'macs_every_step': c.macs * c.steps if c.constant else 0,
+            'estimate': 0.0 if c.mac_steps else per_neuron * (c.macs_with_padding + c.additions),
+            'macs': c.macs * c.mac_steps, 'macs_with_padding': c.macs_with_padding * c.mac_steps,
+            'macs_every_step': c.macs * c.steps if c.mac_steps else 0,
             'bias_additions': c.biases * (1 if c.constant else c.bias_steps),
             'bias_additions_every_step': c.biases * c.bias_steps,
             'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})

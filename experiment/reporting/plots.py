@@ -37,7 +37,7 @@ def draw_activity(report):
     image = rate_axes.imshow(rates, aspect='auto', cmap='viridis', vmin=0, interpolation='none')
     figure.colorbar(image, ax=rate_axes)
     grey = (['the input is no spikes'] if direct else []) + (
-        ['silent, or too late for the output'] if report['latency'] else [])
+        ['silent, or too late for the output'] if layers[0]['steps'] < report['timesteps'] else [])
     rate_axes.xaxis.get_major_locator().set_params(integer=True)
     rate_axes.set(xlabel='time step' + (f' (grey: {"; ".join(grey)})' if grey else ''),
                   title='Firing rate (spikes per neuron and step)')
@@ -127,12 +127,14 @@ def draw_operations(report):
     for each, direction in ((axes, 'x'), (energy_axes, 'y')):
         each.grid(axis=direction, alpha=0.3)
         each.set_axisbelow(True)
-    of_input = ('the first layer, given the image itself, MACs, once an image' if direct
+    of_input = ('the first layer, given the image itself, MACs, once an image' if rows[0]['macs']
                 else 'a negative input spike as a positive one')
+    behind = any(row['macs'] > row['ann_macs'] for row in rows)
     figure.supxlabel(
         'Exact: each spike counts as many ACs as its neuron has outgoing connections, borders and strides considered; '
         'a spike before an average pool counts\n'
         f'its own ACs (the estimate: a quarter), {of_input}, a plain identity one AC a spike'
+        + (', a synapse behind another MACs at each step' if behind else '')
         + (', a bias one AC a neuron and step' if biased else '')
         + '. Synapses only: neither memory nor neurons.\n'
         f'Energy: {numbers["energy_source"]}.', fontsize='x-small', x=0.01, ha='left')

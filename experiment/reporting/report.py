@@ -1,6 +1,7 @@
 """What a spiking network did on the test images, as figures and as one JSON with every number in them.
 
-count.py counts, numbers.py makes the JSON of it, and plots.py draws the figures from that JSON alone.
+count.py counts, for a network of one's own with count_graph.py; numbers.py makes the JSON of it, and plots.py draws the
+figures from that JSON alone.
 """
 import json
 from functools import partial
@@ -66,7 +67,7 @@ def write(model, data, run, known):
     files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
     total, energy = report['operations']['total'], report['operations']['energy_uj']
     more = ''.join(f', {total[key]:.4g} {what}' for key, what in (
-        ('macs', 'MACs in the first layer'), ('bias_additions', 'additions of biases')) if total[key])
+        ('macs', 'MACs'), ('bias_additions', 'additions of biases')) if total[key])
     say(line)
     say(f'report: {Path(folder, "report.json")}, {", ".join(report["figures"])}; an image takes '
         f'{total["synaptic_operations"]:.4g} synaptic operations{more}, '
