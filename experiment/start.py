@@ -175,13 +175,13 @@ def choose_backend(args, device):
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
-def drop_idle(args, start):
+def drop_idle(args, start=None):
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
     Returns a line to say for each that was given.
     """
     idle, said = options.without_effect(vars(args)), []
-    before = start.state['args'] if start.resumed else {}
+    before = start.state['args'] if start and start.resumed else {}
     for flag, of in sorted(idle.items()):
         if flag in args.given:
             said.append(f'--{flag} has no effect here: it is of {of}')
