@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 from experiment import UserError
 from self_models import surrogate
@@ -353,11 +354,21 @@ def _end_on_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
-def _stop(*_):
-    """The handler of Ctrl-C and of SIGTERM, which a batch scheduler sends, often to all processes of a run."""
-    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler would raise an error of each worker that ends
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+def _stop(process, *_):
+    """The handler of Ctrl-C and of SIGTERM, which a batch scheduler sends, often to all processes of a run.
+
+    process: the number of the one that it was set in, which those that load data have it from until torch sets theirs.
+    """
+    if os.getpid() != process:
+        os._exit(0)
+    sys.unraisablehook = _nothing  # a loader that was about to start has nothing to say
+    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler raises an error as processes that load data end
+        signal.signal(signal.SIGCHLD, _nothing)
     raise KeyboardInterrupt
+
+
+def _nothing(*_):
+    pass
 
 
 def dead_worker(error):
@@ -368,7 +379,9 @@ def dead_worker(error):
     lost = isinstance(error, OSError | EOFError) and not str(error).startswith('Caught ')  # in it, torch's words
     if not lost and not str(error).startswith('DataLoader worker'):
         return None
-    time.sleep(1)  # what stops all processes may have come to that one first, and stops this one now
+    if sys.unraisablehook == _nothing:  # a KeyboardInterrupt was lost, as happens while processes start
+        raise KeyboardInterrupt
+    time.sleep(2)  # what stops all processes may have come to that one first, and stops this one now
     return UserError('a process that loads data died, as happens where memory or shared memory runs out; '
                      'lower --num_workers or --batch_size')
 
@@ -379,9 +392,9 @@ def run(main, args, script):
     if several_processes() and os.environ.get('RANK') != '0':
         _end_on_signals()  # it writes no files, and a KeyboardInterrupt is lost in code that catches everything
     else:
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores it
-            signal.signal(signal.SIGINT, _stop)
+            signal.signal(signal.SIGINT, partial(_stop, os.getpid()))
     try:
         _report_errors(main, args, script)
     except KeyboardInterrupt:

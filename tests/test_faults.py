@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import ann
 import snn
 from conftest import ROOT, SMALL, SPIKING, load
-from experiment import files, options
+from experiment import UserError, data, files, options
 
 RUNS = [(ann, SMALL, 'ann_resnet6_digits'), (snn, SPIKING, 'snn_resnet6_digits_8')]
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -142,7 +143,6 @@ def test_a_process_that_loads_data_ends_wherever_the_training_is(tmp_path, ended
         else:
             os.kill(int(workers[0]), signal.SIGKILL if ended == 'a worker' else signal.SIGTERM)
         if ended == 'workers first':
-            time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -162,6 +162,33 @@ def test_what_torch_says_of_a_process_that_loads_data(words, status, monkeypatch
         monkeypatch.setattr(module, name, lambda *_: None)
     with pytest.raises(RuntimeError if status == 'raised' else SystemExit, match='DataLoader|--num_workers'):
         options.run(main, None, 'ann.py')
+
+
+@pytest.mark.parametrize('error, died', [
+    (ConnectionResetError(104, 'Connection reset by peer'), True), (EOFError(), True),
+    (EOFError('Caught EOFError in DataLoader worker process 0.'), False), (RuntimeError('a bug'), False)])
+def test_what_a_loader_says_of_a_process_that_died(error, died, monkeypatch):
+    def fetch(*_):
+        raise error
+    monkeypatch.setattr(time, 'sleep', lambda *_: None)
+    loader = data.epoch_loader(data.load('DIGITS', '', sampling=data.Sampling(8, 8)).test, 4)
+    monkeypatch.setattr(torch.utils.data.dataloader._BaseDataLoaderIter, '__next__', fetch)
+    with pytest.raises(UserError if died else type(error)):
+        list(loader)
+
+
+def test_a_stop_that_was_lost_while_processes_started_is_one_all_the_same(monkeypatch, capsys):
+    def main(args):
+        try:
+            options._stop(os.getpid())
+        except KeyboardInterrupt:
+            pass
+        raise RuntimeError('DataLoader worker (pid(s) 7, 8) exited unexpectedly')
+    monkeypatch.setattr(sys, 'unraisablehook', sys.unraisablehook)
+    monkeypatch.setattr(signal, 'signal', lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        options.run(main, None, 'ann.py')
+    assert ended.value.code == 130 and capsys.readouterr().err.startswith('\nann.py: stopped;')
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
