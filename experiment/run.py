@@ -43,7 +43,7 @@ def open_run(kind, args, start, data, model, device, loss_function) -> Run:
     board = None if args.test_only else metrics.open_board(start.paths.events, args.tensorboard)
     say = log.open_log(kind, start.name, args.log)
     say(log.header(args, model, device))
-    notes = setup.notes(args, device, model) + start.said + list(getattr(model, 'notes', ())) + others
+    notes = [*setup.notes(args, device, model), *start.said, *getattr(model, 'notes', ()), *data.notes, *others]
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
         notes += split.notes(args, data, start.state, start.path)
     for note in notes:

@@ -169,6 +169,17 @@ def test_a_validation_set_chooses_the_epoch(module, monkeypatch, capsys):
     assert load(f'trained_models/{module.__name__}/v.pth')['epoch'] == 2
 
 
+def test_files_that_are_no_pictures_are_said(capsys):
+    from PIL import Image
+    for place in ('train/a', 'train/b', 'test/a'):
+        Path('set', place).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(f'set/{place}/1.gif')
+    Path('set/test/a/2.heic').touch()
+    run(ann, '-a', 'RESNET6', '--dataset', 'FOLDER', '--data_dir', 'set', '--image_size', 8, '--epochs', 1, '--no-gpu')
+    lines = [line for line in capsys.readouterr().out.splitlines() if '.heic' in line]
+    assert len(lines) == 1 and lines[0].startswith('files left out') and lines[0].endswith('set/test: 1 .heic')
+
+
 def test_tensorboard_gets_the_metrics():
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
