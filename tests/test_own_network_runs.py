@@ -75,6 +75,10 @@ class ByHand(nn.Module):
         return self.layers(x.view(-1, 3))
 
 
+def pooled():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10))
+
+
 class TwoInTraining(ByHand):
     def forward(self, x):
         return (self.layers(x), x) if self.training else self.layers(x)
@@ -312,6 +316,9 @@ def test_flags_that_mean_nothing_for_it_say_so(anns, capsys):
     said = capsys.readouterr().out
     for flag in ('balance_blocks', 'keep_batch_norm', *idle):
         assert re.search(f'^--{flag} has no effect here', said, re.M), flag
+    capsys.readouterr()
+    run(snn, *of('pooled', '--timesteps', 4, '--default_threshold', 1, '--epochs', 1))
+    assert capsys.readouterr().out.count('2: the maximum of spikes at each step is not that of the ANN') == 1
     fails(snn, '--output fitted: .* leave the flag out', *converted(anns, 'chain', '--output', 'fitted'))
 
 
@@ -478,8 +485,9 @@ def test_what_is_wrong_with_a_network(name, words, monkeypatch):
 def test_what_is_wrong_with_a_file(text, words):
     Path('wrong.py').write_text(text)
     Path('broken_beside.py').write_text('\n)\n')
-    for _ in range(2):  # the second time as the first
-        fails(ann, f'^--architecture wrong.py:network: .*{words}', '-a', 'wrong.py:network', *DIGITS)
+    # the second time as the first, and before pictures are looked for
+    for data_set in (DIGITS, DIGITS, ['--dataset', 'FOLDER', '--data_dir', 'none', '--no-gpu']):
+        fails(ann, f'^--architecture wrong.py:network: .*{words}', '-a', 'wrong.py:network', *data_set)
 
 
 def test_where_a_file_may_lie_and_what_its_name_may_be(called):
