@@ -3,6 +3,8 @@ import copy
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,28 +15,30 @@ from self_models.layers import BatchNorm1d, BatchNorm2d
 from self_models.traced import activations_of, trace
 
 
-def build(architecture: str, labels: int, input_shape: tuple[int, int, int]) -> nn.Module:
-    """The network that FILE.py:NAME makes; NAME is given labels and input_shape (C, H, W) if it takes them.
-
-    It has run once, on images of zeros. Raises UserError for a missing file or NAME, an error in them, what is no
-    nn.Module or has no weights, a network that cannot become a spiking one, and one that does not take images of
-    input_shape or does not give (B, labels).
-    """
+def find(architecture: str) -> Callable:
+    """What FILE.py:NAME names; the file has run. Raises UserError for a missing file or NAME, or an error in it."""
     file, _, name = architecture.rpartition(':')
     path = Path(file).resolve()
-
-    def refuse(why, error=None):
-        raise UserError(f'--architecture {architecture}: {why}' + (_said(error, path) if error else '')) from error
-
     if not path.is_file():
-        refuse(f'there is no file {file}')
+        _refuse(architecture, f'there is no file {file}')
     try:
         make = getattr(_module(path), name, None)
     except (Exception, SystemExit) as error:  # anything, as it is the user's code
-        refuse('', error)
+        _refuse(architecture, error=error)
     if not callable(make) or isinstance(make, nn.Module):
-        refuse(f'{file} has no function or class {name}' + (
+        _refuse(architecture, f'{file} has no function or class {name}' + (
             ', but a network of that name: give a function that returns it' if callable(make) else ''))
+    return make
+
+
+def build(architecture: str, labels: int, input_shape: tuple[int, int, int]) -> nn.Module:
+    """The network that FILE.py:NAME makes; NAME is given labels and input_shape (C, H, W) if it takes them.
+
+    It has run once, on images of zeros. Raises UserError as `find` does, for an error in NAME, for what is no nn.Module
+    or has no weights, for a network that cannot become a spiking one, and for one that does not take images of
+    input_shape or does not give (B, labels).
+    """
+    make, name, refuse = find(architecture), architecture.rpartition(':')[2], partial(_refuse, architecture)
     known = {'labels': labels, 'input_shape': tuple(input_shape)}
     try:
         parameters = inspect.signature(make).parameters.values()
@@ -42,7 +46,7 @@ def build(architecture: str, labels: int, input_shape: tuple[int, int, int]) -> 
         given = {key: value for key, value in known.items() if takes_all or key in {each.name for each in parameters}}
         network = make(**given)
     except (Exception, SystemExit) as error:
-        refuse('', error)
+        refuse(error=error)
     if not isinstance(network, nn.Module):
         refuse(f'{name} gives {type(network).__name__}, not an nn.Module')
     if not any(weight.requires_grad for weight in network.parameters()):
@@ -96,6 +100,11 @@ def _run(network, labels, input_shape, refuse):
     given[1].sum().backward()
     for weight, used in zip(network.parameters(), trained.parameters()):  # several processes wait for all gradients
         weight.requires_grad_(weight.requires_grad and used.grad is not None)
+
+
+def _refuse(architecture, why='', error=None):
+    said = _said(error, Path(architecture.rpartition(':')[0]).resolve()) if error else ''
+    raise UserError(f'--architecture {architecture}: {why}{said}') from error
 
 
 def _said(error, path):

@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, files, options, setup, split
+from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, split
 from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
@@ -91,17 +91,26 @@ def find_snn(args, device):
 
 def _settled(start, args, said, layers):
     """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
-    own = options.is_own_network(args.architecture)
-    if own and args.dataset in CLASS_COUNTS:  # before data are read, or downloaded
-        engine.seed_all(args.seed)  # of what its file draws, which runs now
+    if options.is_own_network(args.architecture):
+        check_own(args, start, layers)
+    elif start.kind == 'ann':
+        check_fits(args, start.state, start.path)
+    split.choose(args, start.state, resumed=start.resumed)
+    return start._replace(said=said)
+
+
+def check_own(args, start, layers):
+    """Raise UserError for a network of one's own that cannot be taken, or not with the weights of an ANN's checkpoint.
+
+    Before data are read, or downloaded; where only they say how many classes there are, its file is run and no more.
+    """
+    engine.seed_all(args.seed)  # of what its file draws, which runs now
+    own.find(args.architecture)
+    if args.dataset in CLASS_COUNTS:
         data = Data(None, None, [''] * CLASS_COUNTS[args.dataset], INPUT_SHAPES[args.dataset])
         model = setup.build_ann(args, data, **{'batch_norm': None, **layers})
         if start.kind == 'ann':
             checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
-    elif start.kind == 'ann' and not own:
-        check_fits(args, start.state, start.path)
-    split.choose(args, start.state, resumed=start.resumed)
-    return start._replace(said=said)
 
 
 def check_fits(args, state, path):

@@ -156,14 +156,14 @@ def checkpoints_of(kind, flags):
             if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
 
 
-def seen_from(root, architecture):
-    """A network of one's own, FILE.py:NAME, for a script that runs in `root`; any other architecture as it is.
+def seen_from(root, word):
+    """A network of one's own, FILE.py:NAME, as a script that runs in `root` finds it; any other word as it is.
 
     A FILE that is not here is taken to be seen from there already, as paths of other flags are.
     """
-    path, _, name = architecture.rpartition(':')
-    here = is_own_network(architecture) and os.path.isfile(path) and not os.path.isabs(path)
-    return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else architecture
+    path, _, name = word.rpartition(':')
+    here = is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
+    return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else word
 
 
 def expand(kind, target, flags):
@@ -321,9 +321,7 @@ def _main(module, kind, target, parser, published, argv):
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
     root = os.path.dirname(module.__file__)
-    if 'architecture' in flags:
-        flags = {**flags, 'architecture': [(option, seen_from(root, text)) for option, text in flags['architecture']]}
-    commands = expand(kind, target, flags)
+    commands = [[seen_from(root, word) for word in command] for command in expand(kind, target, flags)]
 
     if args.slurm:
         home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
