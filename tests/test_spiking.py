@@ -202,7 +202,7 @@ def test_the_curve_holds_the_outputs_of_fewer_steps(architecture):
     model.network_update(model.depth, 1.0)
     assert not model.curve(x, [1, model.depth]).any()
     for wrong in ([0, 1], [2, 1], [model.depth + 1]):
-        with pytest.raises(ValueError, match='at must ascend'):
+        with pytest.raises(ValueError, match='at must .* ascend'):
             model.curve(x, wrong)
 
 
