@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import self_models.layers as layers
 import step_by_step
-from conftest import ternary
-from self_models import quantize, spiking
+from conftest import network, ternary
+from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
+from self_models.architectures import RESNET_STAGES
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -476,3 +478,116 @@ def test_a_network_that_mixes_samples_after_all_is_found_when_it_runs():
               fc=nn.Linear(512, 5))
     with pytest.raises(ValueError, match='3 outputs for 2 images at 3 time steps: its forward mixes samples'):
         spiking(net, 3, **DIRECT)(torch.rand(2, *SHAPE))
+
+
+# -- the layer-by-layer way ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Every architecture with a few channels only."""
+    monkeypatch.setattr(layers, 'VGG_LAYOUTS', {
+        name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
+    monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
+    monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
+    original = layers.conv
+    monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: original(
+        *(3 if size == 64 else size for size in (inputs, outputs)), *more))
+
+
+def published(architecture, **options):
+    """An ANN of the published layout in float64 and eval mode, no weight and no statistic at its initial value."""
+    torch.manual_seed(5)
+    kind = VGG if architecture.startswith('VGG') else ResNet
+    ann = kind(architecture, input_shape=(2, 16, 16), **options).double().eval()
+    with torch.no_grad():
+        for module in ann.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.normal_(0.1, 1).mul_((2 / module.weight[0].numel()) ** 0.5)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.5),
+                                          (module.running_mean, -0.2, 0.2), (module.running_var, 0.3, 2.0)):
+                    values.uniform_(low, high)
+            elif isinstance(module, QCFS):
+                module.bound.uniform_(1.0, 2.5)
+    return ann
+
+
+def with_biases(ann):
+    for module in ann.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bias = nn.Parameter(torch.rand(len(module.weight), dtype=torch.float64) * 0.3)
+    return ann
+
+
+def both_ways(architecture, timesteps, **options):
+    """(lean, plain) spiking networks of one ANN with biases, at the same thresholds and leaks."""
+    ann = with_biases(published(architecture))
+    options = {'gamma': 0.8, 'beta': 0.1, 'width': 1.5, 'leak': 0.9, 'timesteps': timesteps, **LEARNED, **options}
+    lean = network(architecture, input_shape=(2, 16, 16), bias=True, **options).double().eval()
+    copy_weights(ann, lean)
+    plain = spiking(ann, options.pop('timesteps'), **options).double()
+    return lean, plain
+
+
+IMAGES = {'direct': torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1,
+          'poisson': ternary((3, 2, 16, 16), 1, 1.25)}
+
+
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+@pytest.mark.parametrize('delay, timesteps', [(0, 1), (0, 4), (0, 12), (1, 12)])
+@pytest.mark.parametrize('architecture, activation', [
+    ('VGG5', 'STDB'), ('VGG5', 'Linear'), ('VGG9', 'Linear'), ('RESNET12', 'STDB'), ('RESNET12', 'FastSigmoid')])
+def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, narrow):
+    lean, plain = both_ways(architecture, timesteps, activation=activation, encoding=encoding, delay=delay,
+                            initial_potential=0.5)
+    x = IMAGES[encoding]
+    found = find_thresholds(lean, x, 10)
+    assert find_thresholds(plain, x, 10) == pytest.approx(found, rel=1e-9)
+    for model in (lean, plain):
+        model.threshold_update(0.3, [value * 0.75 ** i for i, value in enumerate(found)])  # deep layers fire, too
+    assert torch.equal(lean.thresholds, plain.thresholds) and lean.leaks.tolist() == plain.leaks.tolist()
+    assert (lean.depth, lean.latency) == (plain.depth, plain.latency)
+    a, b, outputs = x.clone().requires_grad_(), x.clone().requires_grad_(), []
+    for model, images in ((lean, a), (plain, b)):
+        outputs.append(model(images))
+        torch.nn.functional.cross_entropy(outputs[-1] / 5, torch.arange(3)).backward()
+    assert torch.allclose(*outputs, rtol=1e-6, atol=1e-9) and outputs[0].std() > 0
+    at = [1, timesteps]
+    assert torch.allclose(lean.curve(x, at), plain.curve(x, at), rtol=1e-6, atol=1e-9)
+    same_spikes(lean, plain, x)
+    same_gradients(lean, plain)
+    if encoding == 'direct':
+        close(a.grad, b.grad, 1e-6, 'images')
+
+
+def same_spikes(lean, plain, x):
+    for one, other in zip(lean.record(x), plain.record(x), strict=True):
+        train = one.spikes
+        steps = slice(train.start, train.start + len(train.spikes))
+        spikes = other.spikes if len(train.shape) == 1 else other.spikes.permute(0, 1, 3, 4, 2)
+        assert (spikes.any() or len(spikes) == 1) and not spikes[:train.start].any()
+        assert torch.equal(spikes[steps].flatten(2), train.spikes)
+
+
+def same_gradients(lean, plain):
+    """W' = theta W, so dL/dW = theta dL/dW', and dL/dtheta of the plain way has the way through W' in it."""
+    theirs, thresholds = dict(plain.named_parameters()), lean.thresholds.detach()
+    ours = lean.thresholds.grad.clone()
+    scaled = set()  # layers that a plain identity is behind, whose factor is no parameter
+    last = len(thresholds) - 1
+    behind = [*(each for stage in lean.stages() for each in stage.inputs), (last, lean.classifier[-1])]
+    names = {module: name for name, module in lean.named_modules()}
+    for source, synapse in behind:
+        if isinstance(synapse, layers.Scale):
+            scaled.add(source)
+            continue
+        worth = thresholds[source] if source >= 0 else 1.0
+        close(worth * synapse.weight.grad, theirs[f'{names[synapse]}.weight'].grad, 1e-6, names[synapse], True)
+        close(synapse.bias.grad, theirs[f'{names[synapse]}.bias'].grad, 1e-6, names[synapse], True)
+        if source >= 0:
+            ours[source] += (synapse.weight.grad * theirs[f'{names[synapse]}.weight'].detach()).sum()
+    wanted = [i for i in range(len(thresholds)) if i not in scaled]
+    got = torch.stack([lif.threshold.grad for lif in plain.lifs])
+    assert torch.allclose(ours[wanted], got[wanted], rtol=1e-6, atol=1e-9) and ours.abs().max() > 0
+    leaks = torch.stack([lif.leak.grad for lif in plain.lifs])
+    assert torch.allclose(lean.leaks.grad, leaks, rtol=1e-6, atol=1e-9)
