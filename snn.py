@@ -82,7 +82,7 @@ def main(args):
     from experiment.run import open_run
     from experiment.start import find_snn
 
-    if args.export_nir:
+    if args.export_nir and not args.predict:
         nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     if args.predict:

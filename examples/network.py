@@ -1,7 +1,9 @@
 """A small convolutional network, for the scripts to train, convert and fine-tune as any of your own:
 
-    python ann.py --architecture examples/network.py:network --activation QCFS --dataset DIGITS --epochs 10
-    python snn.py --architecture examples/network.py:network --pretrained_ann trained_models/ann/ann_network_digits.pth
+    python ann.py --architecture examples/network.py:network --dataset DIGITS --activation QCFS --levels 4 \\
+                  --optimizer Adam --learning_rate 2e-3 --lr_schedule cosine --batch_size 32 --epochs 4
+    python snn.py --architecture examples/network.py:network --timesteps 4 --activation Linear --epochs 1 \\
+                  --pretrained_ann trained_models/ann/ann_network_digits.pth
 """
 from torch import nn
 

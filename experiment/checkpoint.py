@@ -189,8 +189,10 @@ def snn_state(model):
 def ann_layers(state):
     """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint; of an SNN's but the last.
 
-    The names of its weights say the first two, its args how many levels QCFS has; None if they do not.
+    The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
+    network from scratch, which has ReLU.
     """
+    state = state or {'state_dict': {}}
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
     channel = any(getattr(value, 'ndim', 0) for key, value in state['state_dict'].items()

@@ -115,31 +115,37 @@ def fitting_scale(model, ann, images, device, args):
     return args.timesteps * both / square if both > 0 else 1.0
 
 
-def fold_batch_norm(model, data, run):
-    """The spiking network with its batch norm folded into weights and biases, saved as NAME.folded.pth; says what each
-    of the two gives on the set that epochs are compared on. Of several processes the main one saves."""
-    args = argparse.Namespace(**{**vars(run.args), 'keep_batch_norm': False})
-    weights = model.state_dict()
+def folded(model, args, data):
+    """The spiking network of a published layout with the batch norm of `model`, its plain form, folded into weights and
+    biases."""
+    args = argparse.Namespace(**{**vars(args), 'keep_batch_norm': False})
+    weights, like = model.state_dict(), next(model.parameters())
     bounds = 'channel' if any(lif.bounds is not None for lif in model.lifs) else 'layer'
-    ann = setup.build_ann(args, data, 'QCFS', 1, True, bounds)
+    ann = setup.build_ann(args, data, 'QCFS', 1, True, bounds).to(like)
     wanted = {key: weights.get(key) for key in ann.state_dict()}
     for name, lif in zip(model.layer_names, model.lifs):
         wanted[f'{name}.bound'] = lif.threshold if lif.bounds is None else lif.threshold * lif.bounds
     ann.load_state_dict(wanted)
-    folded = setup.build_snn(args, data, {'state_dict': wanted})
-    copy_weights(ann, folded)
-    folded.to(run.device).leak_update(model.leaks.tolist())
-    images = getattr(data, data.selection)
-    before, after = (run.test(each, images).accuracy for each in (model, folded))
+    network = setup.build_snn(args, data, {'state_dict': wanted}).to(like)
+    copy_weights(ann, network)
+    network.leak_update(model.leaks.tolist())
+    return network
+
+
+def fold_batch_norm(model, data, run):
+    """folded(model), saved as NAME.folded.pth; says what each of the two gives on the set that epochs are compared on.
+    Of several processes the main one saves."""
+    network, images = folded(model, run.args, data), getattr(data, data.selection)
+    before, after = (run.test(each, images).accuracy for each in (model, network))
     path = run.paths.best.with_suffix('.folded.pth')
     run.say(f'{path}: the best network with its batch norm folded; {data.selection} accuracy {after:.2%}, with batch '
             f'norm in place {before:.2%}')
     if distributed.is_main():
         state = checkpoint.read(run.paths.best)
         del state['optimizer']
-        checkpoint.save({**state, 'state_dict': folded.state_dict(), **checkpoint.snn_state(folded),
+        checkpoint.save({**state, 'state_dict': network.state_dict(), **checkpoint.snn_state(network),
                          'args': {**state['args'], 'keep_batch_norm': False}}, path)
-    return folded
+    return network
 
 
 def at_chance(accuracy, labels, classes):

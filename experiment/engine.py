@@ -330,7 +330,9 @@ def save(model, optimizer, run, progress, accuracy):
     """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
     then, where this epoch is the best, that of the best, and the metrics.
 
-    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one.
+    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one. The
+    files of an earlier run of this name are set aside once the first two checkpoints are whole: a full disk costs
+    neither run its name.
 
     The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
     the main one writes.
@@ -339,17 +341,23 @@ def save(model, optimizer, run, progress, accuracy):
     improved = progress.best is None or accuracy > progress.best[0]
     if improved:
         progress.best = accuracy, epoch
-    if progress.fresh and distributed.is_main():
-        files.set_aside(paths, run.say)
+    fresh, said = progress.fresh, []
     progress.done, progress.fresh = epoch, False
     if not distributed.is_main():
         return
     state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
              **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
              'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
-    checkpoint.save(state, paths.last)
-    if improved:
-        checkpoint.copy(paths.last, paths.best)
+    if fresh:
+        write = partial(torch.save, state)
+        with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
+            files.set_aside([*paths, paths.events], said.append)
+    else:
+        checkpoint.save(state, paths.last)
+        if improved:
+            checkpoint.copy(paths.last, paths.best)
+    for line in said:
+        run.say(line)
     metrics.write(paths.metrics, run.args, progress.history)
 
 

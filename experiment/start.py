@@ -5,12 +5,13 @@ From here on arguments are only read.
 import dataclasses
 import importlib.util
 import os
+import shlex
 from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, files, options, setup, split
-from experiment.data import Data
+from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, split
+from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
 from self_models.surrogate import FLAGS
@@ -74,7 +75,8 @@ def find_ann(args):
         if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
             raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
         vars(args).update({key: value for key, value in layers.items() if value is not None and key not in args.given})
-    return _settled(start, args, drop_idle(args, start) + start.said)
+    said = drop_idle(args, start) + start.said
+    return _settled(start, args, said, {flag: getattr(args, flag) for flag in ('activation', 'levels', 'bounds')})
 
 
 def find_snn(args, device):
@@ -84,15 +86,31 @@ def find_snn(args, device):
     said = drop_idle(args, start) + start.said
     if start.kind in ('scratch', 'ann'):
         said += take_defaults(args, start.state)
-    return _settled(start, args, said)
+    return _settled(start, args, said, {**checkpoint.ann_layers(start.state), 'levels': 1})
 
 
-def _settled(start, args, said):
-    """The Start with all it says, once the last arguments are settled. Raises UserError."""
-    if start.kind == 'ann':
+def _settled(start, args, said, layers):
+    """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
+    if options.is_own_network(args.architecture):
+        check_own(args, start, layers)
+    elif start.kind == 'ann':
         check_fits(args, start.state, start.path)
     split.choose(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
+
+
+def check_own(args, start, layers):
+    """Raise UserError for a network of one's own that cannot be taken, or not with the weights of an ANN's checkpoint.
+
+    Before data are read, or downloaded; where only they say how many classes there are, its file is run and no more.
+    """
+    engine.seed_all(args.seed)  # of what its file draws, which runs now
+    own.find(args.architecture)
+    if args.dataset in CLASS_COUNTS:
+        data = Data(None, None, [''] * CLASS_COUNTS[args.dataset], INPUT_SHAPES[args.dataset])
+        model = setup.build_ann(args, data, **{'batch_norm': None, **layers})
+        if start.kind == 'ann':
+            checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
 
 
 def check_fits(args, state, path):
@@ -100,8 +118,6 @@ def check_fits(args, state, path):
 
     Before data are read, or downloaded; so the number of classes, and with it the last layer, is left open.
     """
-    if options.is_own_network(args.architecture):  # its code may not do without values
-        return
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     layers = {**checkpoint.ann_layers(state), 'levels': 1}
     try:
@@ -168,13 +184,13 @@ def choose_backend(args, device):
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
-def drop_idle(args, start):
+def drop_idle(args, start=None):
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
     Returns a line to say for each that was given.
     """
     idle, said = options.without_effect(vars(args)), []
-    before = start.state['args'] if start.resumed else {}
+    before = start.state['args'] if start and start.resumed else {}
     for flag, of in sorted(idle.items()):
         if flag in args.given:
             said.append(f'--{flag} has no effect here: it is of {of}')
@@ -301,7 +317,7 @@ def check_named(args, saved, path):
     made_by = saved.get('architecture')
     if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
         raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
-                        f'--architecture {made_by}')
+                        f'--architecture {shlex.quote(made_by)}')
 
 
 def take_network(args, state, path):

@@ -1,5 +1,7 @@
 """What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
-from experiment import distributed, engine
+from pathlib import Path
+
+from experiment import UserError, checkpoint, distributed, engine
 from experiment.reporting import report
 
 # what a conversion measures, as far as it does
@@ -84,11 +86,17 @@ class Results:
 
     def report(self, model):
         """Write --report of the network tested, or of the best epoch."""
-        run, tested = self.run, self.start.path if self.start.kind in ('snn', 'resume') else None
+        run, tested, history, later = self.run, None, None, None
         if not run.args.test_only:
-            tested = run.paths.best
+            tested, history = run.paths.best, self.progress.history
             _, self.curve = self.over_time(model, self.data.test)
+        elif self.start.kind in ('snn', 'resume'):
+            tested, history = self.start.path, self.start.state.get('history')
+            try:  # that of a best epoch ends there
+                later = checkpoint.load_training(Path(tested).with_suffix('.last.pth'), 'snn')['history']
+            except UserError:
+                pass
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,
-                                                             tested))
+                                                             tested, history, later))

@@ -100,7 +100,7 @@ def backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters) ->
     stdb = type(surrogate) is SpikeTimeDependent
     if stdb:
         first, decay = surrogate.before_first_spike(start), math.exp(-surrogate.beta)
-    elif surrogate.of_spikes:
+    elif surrogate.of_spikes:  # the kernel knows no other factor of the spikes
         surrogate.multiply(grad, state, start)
     with torch.cuda.device_of(grad):
         _backward[(triton.cdiv(neurons, BLOCK),)](

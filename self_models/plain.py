@@ -10,7 +10,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from self_models.encoding import ENCODINGS
@@ -42,8 +41,6 @@ from self_models.traced import (
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
 QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
-_FUNCTIONAL_DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d,
-                        F.dropout3d: nn.Dropout3d}
 
 
 class LIF(nn.Module):
@@ -392,18 +389,16 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
         replace(graph, call.node, names[-1])
     for node in list(graph.nodes):
         module = modules.get(node.target) if node.op == 'call_module' else None
-        if isinstance(module, DROPOUTS) or node.op == 'call_function' and node.target in _FUNCTIONAL_DROPOUTS:
-            kind = module or _FUNCTIONAL_DROPOUTS[node.target](node.args[1] if len(node.args) > 1 else node.kwargs.get(
-                'p', 0.5))
-            call = Call(node, owner_of(node, modules), node.target if module else None)
-            replace(graph, node, put(tree, call, HeldDropout(kind).train(tree.training), used))
+        if isinstance(module, DROPOUTS):
+            call = Call(node, owner_of(node, modules), node.target)
+            replace(graph, node, put(tree, call, HeldDropout(module).train(module.training), used))
     modules = dict(tree.named_modules())
     if ENCODINGS[options.get('encoding', 'poisson')].constant:
         _repeat(tree, graph, modules, used)
     notes = _notes(graph, modules)
-    rate = 0.9 if type(ann).__name__ == 'ResNet' and type(ann).__module__.startswith('self_models.') else 1.0
+    rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0
     network = PlainNetwork(tree, graph, names, _depth(graph, modules), rate, options)
-    network.train(ann.training)
+    network.training = tree.training
     network.notes = notes
     for note in notes:
         warnings.warn(note, stacklevel=2)

@@ -6,61 +6,68 @@ over T * B images as it is. A network with anything else is refused by name befo
 import copy
 import inspect
 import operator
+import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.optim.swa_utils import AveragedModel
 
 from self_models.layers import Scale
 from self_models.qcfs import QCFS
 
-SYNAPSES = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
+SYNAPSES = (nn.modules.conv._ConvNd, nn.Linear)
 POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d,
              nn.AdaptiveMaxPool3d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 SHAPES = (nn.Flatten, nn.Unflatten, nn.Identity, Scale, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-          nn.Upsample, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d,
-          nn.ReplicationPad1d, nn.ReplicationPad2d, nn.CircularPad1d, nn.CircularPad2d)
+          nn.Upsample, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
+          nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd)
 ACTIVATIONS = (nn.ReLU, QCFS)
-LINEAR_MODULES = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm, *POOLS, *MAX_POOLS, *DROPOUTS,
-                  *SHAPES)
+LINEAR_MODULES = (*SYNAPSES, nn.modules.batchnorm._BatchNorm, *POOLS, *MAX_POOLS, *DROPOUTS, *SHAPES)
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'}
-FUNCTION_POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
-                  F.adaptive_avg_pool3d}
-FUNCTION_MAX_POOLS = {F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-                      F.adaptive_max_pool3d}
+FUNCTION_DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d,
+                     F.dropout3d: nn.Dropout3d}
 FUNCTION_SYNAPSES = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
-                     F.conv_transpose3d, torch.conv1d, torch.conv2d, torch.conv3d}
-PRODUCTS = {operator.mul, operator.imul, operator.truediv, operator.itruediv, operator.matmul, torch.mul,
-            torch.multiply, torch.div, torch.divide, torch.true_divide, torch.matmul, torch.mm, 'mul', 'mul_',
-            'multiply', 'div', 'div_', 'divide', 'true_divide', 'matmul', 'mm'}
-SUMS = {operator.add, operator.iadd, operator.sub, operator.isub, operator.neg, torch.add, torch.sub, torch.neg, 'add',
-        'add_', 'sub', 'sub_', 'neg', 'neg_'}
-DIMENSIONS = {  # of a function or method: where its dimensions stand (position, name), and the default
-    torch.flatten: (1, 'start_dim', 0), 'flatten': (1, 'start_dim', 0), torch.cat: (1, 'dim', 0),
-    torch.concat: (1, 'dim', 0), torch.concatenate: (1, 'dim', 0), torch.mean: (1, 'dim', None),
-    'mean': (1, 'dim', None), torch.sum: (1, 'dim', None), 'sum': (1, 'dim', None), torch.chunk: (2, 'dim', 0),
-    'chunk': (2, 'dim', 0), torch.split: (2, 'dim', 0), 'split': (2, 'dim', 0), torch.squeeze: (1, 'dim', None),
-    'squeeze': (1, 'dim', None), torch.unsqueeze: (1, 'dim', None), 'unsqueeze': (1, 'dim', None),
-    'narrow': (1, 'dim', None), torch.narrow: (1, 'dim', None), torch.transpose: (slice(1, 3), None, None),
-    'transpose': (slice(1, 3), None, None), 'unflatten': (1, 'dim', None), torch.unflatten: (1, 'dim', None)}
-FREE = {'view', 'reshape', torch.reshape, 'contiguous', 'clone', torch.clone, 'to', 'float', 'double', 'half',
-        'bfloat16', 'type', 'type_as', 'size', 'dim', getattr, operator.getitem, F.pad, F.interpolate, F.pixel_shuffle,
-        F.pixel_unshuffle, 'permute', torch.permute, 'expand_as', 'requires_grad_'}
-SIZES = {'size', 'dim'}
+                     F.conv_transpose3d}
+MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, 'matmul', 'mm'}
+QUOTIENTS = {operator.truediv, torch.div, torch.divide, torch.true_divide, 'div', 'divide', 'true_divide'}
+PRODUCTS = {operator.mul, torch.mul, torch.multiply, 'mul', 'multiply', *QUOTIENTS, *MATRIX_PRODUCTS}
+SUMS = {operator.add, operator.sub, operator.neg, torch.add, torch.sub, torch.subtract, torch.neg, 'add', 'sub', 'neg'}
+IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+            operator.itruediv: operator.truediv, operator.imatmul: operator.matmul}
+DIMENSIONS = {  # of a function or method: where its dimensions stand, their names, and what they are if not given
+    'flatten': (1, ('start_dim',), 0), 'unflatten': (1, ('dim',), None), 'cat': (1, ('dim',), 0),
+    'concat': (1, ('dim',), 0), 'concatenate': (1, ('dim',), 0), 'mean': (1, ('dim',), None),
+    'sum': (1, ('dim',), None), 'chunk': (2, ('dim',), 0), 'split': (2, ('dim',), 0), 'squeeze': (1, ('dim',), None),
+    'unsqueeze': (1, ('dim',), None), 'narrow': (1, ('dim',), None), 'transpose': (1, ('dim0', 'dim1'), None)}
+SPELLINGS = {*DIMENSIONS, *(getattr(torch, name) for name in DIMENSIONS)}
+RESHAPES = {'view', 'reshape', torch.reshape}
+PERMUTES = {'permute', torch.permute}
+VIEWS = {*RESHAPES, *PERMUTES, operator.getitem, 'contiguous', 'to', 'float', 'double', 'half', 'bfloat16', 'type',
+         'type_as', 'expand_as', 'requires_grad_', *(name for name in DIMENSIONS if name not in ('mean', 'sum', 'cat')),
+         *(getattr(torch, name) for name in ('flatten', 'unflatten', 'chunk', 'split', 'squeeze', 'unsqueeze', 'narrow',
+                                             'transpose'))}
+FREE = {'clone', torch.clone, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle}
 REMEDIES = {  # of what is refused: what to put in its place
     'activation': 'put nn.ReLU or QCFS in its place',
     'norm': 'put batch norm in its place',
     'softmax': 'leave it out: the loss and the predictions take logits',
     'product': 'a spiking network adds up its inputs: leave the product of activations out, or add them',
+    'samples': 'name the dimensions, from 1 on',
     'other': 'use layers that are linear in their input, and nn.ReLU or QCFS between them'}
-_NORMS = ('Norm', 'norm', 'LRN')
-_ACTIVATIONS = ('LU', 'lu', 'igmoid', 'anh', 'Shrink', 'shrink', 'Mish', 'mish', 'wish', 'clamp', 'clip', 'sign',
-                'Threshold', 'threshold', 'Softplus', 'softplus', 'abs', 'exp', 'sqrt', 'square', 'pow', 'maximum',
-                'minimum', 'max', 'min')
+_PRODUCTS = re.compile('ttention|matmul|bmm|einsum|LSTM|GRU|RNN|ransformer|ilinear|addcmul|outer|^dot$|^prod$')
+_NORMS = re.compile('Norm|norm|LRN')
+_ACTIVATIONS = re.compile('LU|lu$|lu6|igmoid|anh|[sS]hrink|ish$|clamp|clip|[sS]ign|hreshold|oftplus|^abs$|^exp|sqrt$|'
+                          'square|pow$|^max|^min|^amax|^amin|^heaviside')
+_RANDOM = re.compile('rand|bernoulli|normal|multinomial|poisson')
+# what a node of the graph gives: what depends on the input's values; a tensor that does not; a number that does not, or
+# that counts the samples; a shape that begins with that count
+VALUE, WEIGHT, SIZE, COUNT, SHAPE = 'value', 'weight', 'size', 'count', 'shape'
 
 
 class Refused(ValueError):
@@ -77,6 +84,29 @@ class _Tracer(fx.Tracer):
         home = type(module).forward.__module__
         return known and home.startswith(('torch.', 'self_models.')) or super().is_leaf_module(module, name)
 
+    def create_node(self, *args, **options):
+        if self.surroundings != _surroundings():
+            raise Refused(f'{type(self.root).__name__} runs a part of itself under no_grad or autocast, which its '
+                          'spiking network would not: leave that out; requires_grad_(False) freezes weights')
+        return super().create_node(*args, **options)
+
+    def trace(self, *args, **options):
+        self.surroundings, draws = _surroundings(), _draws()
+        graph = super().trace(*args, **options)
+        if draws != _draws():
+            raise Refused(f'{type(self.root).__name__} draws random numbers in evaluation: leave them out')
+        return graph
+
+
+def _surroundings():
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
+        torch.is_autocast_enabled(kind) for kind in ('cpu', 'cuda'))
+
+
+def _draws():
+    """What changes with every random number that is drawn."""
+    return torch.get_rng_state().tolist(), random.getstate()
+
 
 class Call(NamedTuple):
     """A call of an activation. owner: the path of the module that makes it. target: the path of the activation module,
@@ -87,79 +117,169 @@ class Call(NamedTuple):
 
 
 def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
-    """(a copy of the ANN, the graph of its calls in eval mode). Raises Refused if torch.fx cannot follow it."""
-    tree = copy.deepcopy(ann)
-    training = {name: module.training for name, module in tree.named_modules()}
+    """(a copy of the ANN, the graph of its calls in eval mode). Raises Refused if torch.fx cannot follow it.
+
+    Nothing in the graph changes its input: what the ANN's own code reads of a tensor that a call changed in place, it
+    reads of that call. Dropouts that are functions become modules.
+    """
+    ann = unwrapped(ann)
     name = type(ann).__name__
-    defaults = {key: value.default for key, value in inspect.signature(ann.forward).parameters.items()
-                if value.default is not inspect.Parameter.empty}
+    if ann._forward_hooks or ann._forward_pre_hooks:
+        raise Refused(f'{name} has hooks of its own, which a copy of its calls does not run: remove them')
+    parameters = inspect.signature(ann.forward).parameters
+    defaults = {key: value.default for key, value in parameters.items() if value.default is not inspect.Parameter.empty}
     try:
-        graph = _Tracer().trace(tree.eval(), concrete_args=defaults or None)
+        tree = copy.deepcopy(ann)
+        traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
+        graph = _Tracer().trace(traced, concrete_args=defaults or None)
+    except Refused:
+        raise
     except Exception as error:  # tracing runs the network's own code
         reason = ' '.join(str(error).split())
         if isinstance(error, fx.proxy.TraceError):
             reason = f'its way depends on values ({reason})'
         raise Refused(f'{name} cannot be traced: {reason}; write its forward without conditions on values') from error
-    for path, module in tree.named_modules():
-        module.training = training.get(path, module.training)
-    modules, order = dict(tree.named_modules()), {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:  # later readers of what a call wrote to get what it wrote
-        if writes_to_input(node, modules):
-            for user in [user for user in node.args[0].users if order[user] > order[node]]:
-                user.replace_input_with(node.args[0], node)
-    wanted = len(inspect.signature(ann.forward).parameters) - len(defaults)
-    further = [node for node in graph.nodes if node.op == 'placeholder'][wanted:]  # arguments at their defaults
+    for key, value in vars(traced).items():  # tensors that its code makes
+        if isinstance(value, torch.Tensor) and key not in vars(tree):
+            setattr(tree, key, value)
+    modules = dict(tree.named_modules())
+    read_in_order(graph, modules)
+    further = [node for node in graph.nodes if node.op == 'placeholder'][len(parameters) - len(defaults):]
     for node in reversed(graph.nodes):
+        # further: arguments at their defaults
         if not node.users and node.op != 'output' and (node.op != 'placeholder' or node in further):
             graph.erase_node(node)
+    used = set()
+    for node in list(graph.nodes):
+        if node.op == 'call_function' and node.target in FUNCTION_DROPOUTS and not argument(node, 2, 'training', True):
+            owner, dropout = owner_of(node, modules), FUNCTION_DROPOUTS[node.target](argument(node, 1, 'p', 0.5))
+            replace(graph, node, put(tree, Call(node, owner, None), dropout.train(modules[owner].training), used))
     return tree, graph
 
 
+def unwrapped(ann: nn.Module) -> nn.Module:
+    """The network itself, of one that torch.compile or a parallel wrapper holds."""
+    while True:
+        if isinstance(getattr(ann, '_orig_mod', None), nn.Module):
+            ann = ann._orig_mod
+        elif isinstance(ann, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+            ann = ann.module
+        else:
+            return ann
+
+
+def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Have what a call changed in place read of that call by all later readers, and nothing be changed in place.
+
+    Raises Refused if a view of it, or what it is a view of, is read later on.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if not writes_to_input(node, modules):
+            continue
+        written, changed = source_of(node), node.kwargs.get('out')
+        aliases, waiting = set(), [written]
+        while waiting:
+            alias = waiting.pop()
+            if alias not in aliases:
+                aliases.add(alias)
+                waiting += [user for user in alias.users if shares_memory(user, modules)]
+                waiting += [source_of(alias)] if shares_memory(alias, modules) else []
+        later = [(alias, user) for alias in aliases for user in alias.users if order[alias] < order[node] < order[user]]
+        if changed is not None or any(alias is not written for alias, _ in later):
+            raise Refused(f'{owner_of(node, modules) or "the network"}: {said(node, modules)[1]} changes in place what '
+                          'is read elsewhere, too: leave out its inplace=True, or its _, or its out=')
+        for _, user in later:
+            user.replace_input_with(written, node)
+        node.meta['changes'] = bool(later)
+        if node.op == 'call_method' and node.target not in RELUS:
+            node.target = node.target.removesuffix('_')
+        node.target = IN_PLACE.get(node.target, node.target)
+
+
+def source_of(node: fx.Node) -> fx.Node:
+    """The first argument of a call."""
+    return node.args[0] if node.args else node.kwargs.get('input', next(iter(node.kwargs.values()), None))
+
+
+def argument(node: fx.Node, position: int, name: str, default=None):
+    """An argument of a call, by its position or its name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def shares_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether what a call gives may be its first argument, or a part of it."""
+    if node.op == 'call_module':
+        return isinstance(modules[node.target], (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)) or (
+            writes_to_input(node, modules))
+    return node.op.startswith('call') and (node.target in VIEWS or node.target in FUNCTION_DROPOUTS or (
+        writes_to_input(node, modules)))
+
+
 def writes_to_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a call changes its first argument."""
+    """Whether a call changes its first argument, or one named out."""
     if node.op == 'call_module':
         return getattr(modules[node.target], 'inplace', False)
     if node.op not in ('call_function', 'call_method'):
         return False
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    operators = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
-    return name.endswith('_') or node.target in operators or node.kwargs.get('inplace', False)
+    inplace = node.kwargs.get('inplace', node.target is F.relu and len(node.args) > 1 and node.args[1])
+    if node.target in FUNCTION_DROPOUTS:
+        inplace = argument(node, 3, 'inplace', False)
+    inplace = inplace or node.target in IN_PLACE or name.endswith('_') and name != 'requires_grad_'
+    return inplace or node.kwargs.get('out') is not None
 
 
 def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
     """The calls of ReLU and QCFS, in their order. Raises Refused if anything else in the graph cannot be spiking."""
-    modules, calls, weights, sizes = dict(tree.named_modules()), [], set(), set()
-    behind = {}  # node: whether an activation is behind it with no synapse between
-    inputs = [node for node in graph.nodes if node.op == 'placeholder']
-    if len(inputs) != 1 or str(inputs[0].target).startswith('*'):
-        raise Refused(f'{type(tree).__name__} takes {len(inputs)} inputs: a spiking network takes one, the images')
+    modules, calls, kinds, ranks = dict(tree.named_modules()), [], {}, {}
+    name, behind = type(tree).__name__, {}  # node: whether an activation is behind it with no synapse between
+    inputs = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
+    if len(inputs) != 1 or inputs[0].startswith('*'):
+        count = 'any number of' if any(each.startswith('*') for each in inputs) else len(inputs)
+        raise Refused(f'{name} takes {count} inputs: a spiking network takes one, the images')
     for node in graph.nodes:
-        values = [each for each in node.all_input_nodes if each not in weights and each not in sizes]
-        behind[node] = any(behind[each] for each in node.all_input_nodes)
-        if node.op == 'get_attr' or node.op not in ('placeholder', 'output') and not values and all(
-                each in weights for each in node.all_input_nodes):
-            weights.add(node)
-        elif node.op in ('call_module', 'call_function', 'call_method'):
-            module = modules[node.target] if node.op == 'call_module' else None
+        where, what = said(node, modules)
+
+        def refuse(why, remedy, where=where, what=what):
+            raise Refused(f'{where}: {what} {why}: {REMEDIES.get(remedy, remedy)}')
+
+        module = modules[node.target] if node.op == 'call_module' else None
+        values = [each for each in node.all_input_nodes if kinds[each] == VALUE]
+        behind[node] = any(behind[each] for each in values)
+        kinds[node], ranks[node] = VALUE, None
+        if node.op == 'output':
+            if not isinstance(node.args[0], fx.Node):
+                raise Refused(f'{name} gives more than one output: have it return the logits alone')
+            if behind[node.args[0]]:
+                raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
+                              'the logits')
+        elif node.op != 'placeholder' and (not values or is_size(node)):
+            kinds[node] = kind_of(node, kinds, ranks, refuse)
+        elif node.op != 'placeholder':
+            ranks[node] = rank_of(node, what, values, ranks)
             if is_activation(node, module):
+                if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+                    refuse('has hooks, which the neurons in its place do not have', 'remove them')
                 calls.append(Call(node, owner_of(node, modules), node.target if module is not None else None))
                 behind[node] = True
                 continue
-            if not values or node.target in SIZES or node.target is getattr and node.args[1] in ('shape', 'ndim'):
-                sizes.add(node)
-                continue
-            check(node, module, values, weights, owner_of(node, modules))
-            if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES:
+            check(node, module, what, kinds, ranks, refuse)
+            if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS:
                 behind[node] = False
-        elif node.op == 'output':
-            if not isinstance(node.args[0], fx.Node):
-                raise Refused(f'{type(tree).__name__} gives more than one output: have it return the logits alone')
-            if behind[node.args[0]]:
-                raise Refused(f'{type(tree).__name__} has an activation behind its last layer: leave it out, so that '
-                              'the output is the logits')
     if not calls:
-        raise Refused(f'{type(tree).__name__} has no ReLU and no QCFS that could become spiking neurons')
+        raise Refused(f'{name} has no ReLU and no QCFS that could become spiking neurons')
     return calls
+
+
+def said(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
+    """(where, what) a node calls, for a message."""
+    if node.op == 'call_module':
+        return node.target, type(modules[node.target]).__name__
+    if node.target is getattr:
+        return owner_of(node, modules) or 'the network', f'.{node.args[1]}'
+    name = getattr(node.target, '__name__', str(node.target))
+    return owner_of(node, modules) or 'the network', name.lstrip('_') + '()'
 
 
 def is_activation(node: fx.Node, module: nn.Module | None) -> bool:
@@ -174,77 +294,167 @@ def owner_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     return stack[-1] if stack else ''
 
 
-def check(node: fx.Node, module: nn.Module | None, values: list[fx.Node], weights: set, owner: str) -> None:
-    """Raise Refused unless a call is linear in the activations and keeps the samples apart."""
-    target = node.target
-    if module is not None:
-        where, what = target, type(module).__name__
-    else:
-        where, what = owner or 'the network', getattr(target, '__name__', str(target)) + '()'
+def is_size(node: fx.Node) -> bool:
+    """Whether a node asks for a shape, a type or a device."""
+    return node.target in ('size', 'dim') or node.target is getattr and node.args[1] in ('shape', 'ndim', 'dtype',
+                                                                                        'device')
 
-    def refuse(why, remedy):
-        raise Refused(f'{where}: {what} {why}: {REMEDIES.get(remedy, remedy)}')
 
+def kind_of(node: fx.Node, kinds: dict, ranks: dict, refuse: Callable) -> str:
+    """The kind of what a node gives that does not depend on values; refuses random numbers, and what computes with the
+    number of samples, which are T times as many in a spiking network."""
+    inputs = [kinds[each] for each in node.all_input_nodes]
+    name = getattr(node.target, '__name__', str(node.target))
+    if node.op != 'get_attr' and _RANDOM.search(name):
+        refuse('draws random numbers', 'leave them out')
+    if is_size(node) and VALUE in inputs:
+        dim = argument(node, 1, 'dim') if node.target == 'size' else None
+        if node.target != 'size' and node.args[1:] != ('shape',):
+            return SIZE
+        if dim is not None:
+            return COUNT if first(dim, ranks[node.args[0]]) else SIZE
+        ranks[node] = ranks[node.args[0]]
+        return SHAPE
+    if COUNT not in inputs and SHAPE not in inputs:
+        return WEIGHT if node.op == 'get_attr' or WEIGHT in inputs or not inputs else SIZE
+    if node.target is operator.getitem:
+        index = node.args[1]
+        if isinstance(index, slice):
+            ranks[node] = None
+            return SHAPE if index.start is None or first(index.start, ranks[node.args[0]]) else SIZE
+        return COUNT if first(index, ranks[node.args[0]]) else SIZE
+    if node.target is operator.mul and SHAPE not in inputs:
+        return COUNT
+    if name not in ('zeros', 'ones', 'full', 'expand', 'new_zeros', 'new_ones', 'new_full') or not counted(
+            node, kinds, 1 if node.op == 'call_method' else 0):
+        refuse('computes with the number of samples', 'write it without')
+    return WEIGHT
+
+
+def counted(node: fx.Node, kinds: dict, position: int) -> bool:
+    """Whether the number of samples stands first of the sizes from an argument's position on, and nowhere else."""
+    sizes = node.args[position:] or [node.kwargs.get('size', node.kwargs.get('shape'))]
+    sizes = sizes[0] if isinstance(sizes[0], (list, tuple)) else sizes
+    counts = [each for each in node.all_input_nodes if kinds[each] in (COUNT, SHAPE)]
+    return counts == [sizes[0]] and sum(each is sizes[0] for each in sizes) == 1
+
+
+def first(dim: int, rank: int | None) -> bool:
+    """Whether a dimension is the samples', of a tensor of so many; of one of unknown rank, any below -1 may be."""
+    return dim == 0 or isinstance(dim, int) and (dim == -rank if rank else dim < -1)
+
+
+def rank_of(node: fx.Node, what: str, values: list[fx.Node], ranks: dict) -> int | None:
+    """How many dimensions a node gives, as far as its name and what it is given tell."""
+    given, name = ranks[values[0]], what.removesuffix('()')
+    kind = re.search('(Conv|conv|BatchNorm).*([123])d$', name)
+    if kind and name != 'BatchNorm1d':
+        return int(kind[2]) + 2
+    if node.target in RESHAPES and len(node.args) > 1:
+        sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
+        return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
+    if name == 'Flatten' or name in ('unflatten', 'Unflatten', 'squeeze', 'getitem', *MATRIX_PRODUCTS):
+        return None
+    if name == 'flatten':
+        return 2 if argument(node, 1, 'start_dim') == 1 and argument(node, 2, 'end_dim', -1) == -1 else None
+    if name in ('mean', 'sum'):
+        dims, keeps = argument(node, 1, 'dim'), argument(node, 2, 'keepdim', False)
+        lost = 0 if keeps else len(dims) if isinstance(dims, (list, tuple)) else 1
+        return given and given - lost
+    if name == 'unsqueeze':
+        return given and given + 1
+    known = [ranks[each] for each in values]
+    return None if None in known else max(known)
+
+
+def check(node: fx.Node, module: nn.Module | None, what: str, kinds: dict, ranks: dict, refuse: Callable) -> None:
+    """Refuse a call unless it is linear in the activations and keeps the samples apart."""
+    target, name, source = node.target, what.removesuffix('()'), source_of(node)
+    of_values = [each for each in (*node.args, *node.kwargs.values())
+                 if isinstance(each, fx.Node) and kinds[each] == VALUE]
+    rank = ranks[next(each for each in node.all_input_nodes if kinds[each] == VALUE)]
+    counts = any(kinds[each] in (COUNT, SHAPE) for each in node.all_input_nodes)
+    if counts and target not in RESHAPES:
+        refuse('computes with the number of samples', 'write it without')
     if module is not None:
-        if isinstance(module, nn.MultiheadAttention):
-            refuse('is a product of activations', 'product')
-        if isinstance(module, LINEAR_MODULES):
-            if isinstance(module, nn.Flatten) and module.start_dim != 1 and module.start_dim >= -1:
-                if module.start_dim == 0:
-                    refuse('mixes samples', 'flatten from dimension 1 on')
-            return
-        refuse_by_name(what, refuse)
+        if not isinstance(module, LINEAR_MODULES):
+            refuse_by_name(name, refuse)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            refuse('has no running statistics', 'build it with track_running_stats=True')
+        if getattr(module, 'return_indices', False):
+            refuse('gives more than one output', 'build it without return_indices')
+        if isinstance(module, (nn.Flatten, nn.Unflatten)):
+            if first(getattr(module, 'start_dim', getattr(module, 'dim', None)), rank):
+                refuse('mixes samples', 'flatten from dimension 1 on')
     elif target in PRODUCTS:
-        if sum(each in values for each in node.all_input_nodes) > 1 or node.args[0] is node.args[1]:
+        if len(of_values) > 1:
             refuse('is a product of activations', 'product')
-        if target in ('div', 'div_', operator.truediv, torch.div) and node.args[1] in values:
-            refuse('divides by an activation', 'product')
+        if target in QUOTIENTS:
+            if of_values[0] is not source:
+                refuse('divides by an activation', 'product')
+            if node.kwargs.get('rounding_mode'):
+                refuse('rounds', 'divide without rounding_mode')
+        if target in MATRIX_PRODUCTS and of_values[0] is not source and (rank or 0) < 3:
+            refuse('mixes samples', 'put the weights behind the @')
     elif target in FUNCTION_SYNAPSES:
-        if any(each in values for each in node.all_input_nodes[1:]):
+        if of_values != [source]:
             refuse('has weights that depend on the input', 'product')
-    elif target in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
-        if node.kwargs.get('training', node.args[2] if len(node.args) > 2 else True):
-            refuse('drops in evaluation, too', 'say training=self.training')
-    elif target in DIMENSIONS:
-        position, name, default = DIMENSIONS[target]
-        args = [each for each in node.args[position]] if isinstance(position, slice) else [
-            node.args[position] if len(node.args) > position else node.kwargs.get(name, default)]
-        if position == 1 and len(node.args) > 2 and target in ('mean', 'sum', 'squeeze'):
-            args = list(node.args[1:])
-        dims = [dim for each in args for dim in (each if isinstance(each, (list, tuple)) else [each])]
-        if 0 in dims or None in dims:
-            refuse('mixes samples', 'name the dimensions, from 1 on')
+    elif target in FUNCTION_DROPOUTS:  # trace() has made modules of the others
+        refuse('drops in evaluation, too', 'say training=self.training')
+    elif target in SPELLINGS:
+        position, names, default = DIMENSIONS[name]
+        dims = [argument(node, position + i, each, default) for i, each in enumerate(names)]
+        dims = [dim for each in dims for dim in (each if isinstance(each, (list, tuple)) else [each])]
+        # a new dimension moves the others
+        if None in dims or any(first(dim, rank and rank + (name == 'unsqueeze')) for dim in dims):
+            refuse('mixes samples', 'samples')
     elif target is operator.getitem:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
-        of_list = node.args[0].target in (torch.chunk, 'chunk', torch.split, 'split')
-        if not of_list and index[0] != slice(None) and index[0] is not Ellipsis:
+        if source.target in (torch.chunk, 'chunk', torch.split, 'split'):
+            return
+        numbers = len([each for each in index[1:] if each is not None])  # behind an Ellipsis, from the last one on
+        if index[0] is Ellipsis and numbers < (rank or 2):
+            return
+        if index[0] != slice(None):
             refuse('takes some of the samples', 'index from dimension 1 on')
-    elif target in ('permute', torch.permute):
-        dims = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
-        if dims[0] != 0:
+    elif target in PERMUTES:
+        dims = argument(node, 1, 'dims')
+        if (dims if isinstance(dims, (list, tuple)) else [dims])[0] != 0:
             refuse('moves the samples', 'keep dimension 0')
-    elif target not in SUMS | FREE | FUNCTION_POOLS | FUNCTION_MAX_POOLS and not known_pool(target):
-        refuse_by_name(what, refuse)
+    elif target in RESHAPES:
+        sizes = node.args[1:] or [node.kwargs.get('size', node.kwargs.get('shape'))]
+        start = sizes[0][0] if isinstance(sizes[0], (list, tuple)) else sizes[0]
+        if not (counted(node, kinds, 1) if counts else start == -1):
+            refuse('mixes samples', 'begin its sizes with -1 or x.size(0)')
+    elif target in VIEWS:
+        kind = next((each for each in (*node.args, *node.kwargs.values()) if isinstance(each, torch.dtype)), None)
+        if kind is not None and not kind.is_floating_point or name == 'type' and kind is None:
+            refuse('rounds', 'keep floating-point numbers')
+    elif target is F.pad and rank and len(argument(node, 1, 'pad')) >= 2 * rank:
+        refuse('adds samples', 'pad from dimension 1 on')
+    elif target not in SUMS | FREE and not is_average_pool(name) and not is_max_pool(target):
+        refuse_by_name(name, refuse)
 
 
-def known_pool(target) -> bool:
-    """Whether a function pools; torch wraps some of its own, so that they are told by name."""
-    name = getattr(target, '__name__', '')
-    return 'avg_pool' in name or is_max_pool(target)
+def is_average_pool(name: str) -> bool:
+    """Whether a function averages; torch wraps some of its own, so that they are told by name."""
+    return 'avg_pool' in name
 
 
 def is_max_pool(target) -> bool:
-    return 'max_pool' in getattr(target, '__name__', '')
+    return re.fullmatch('(adaptive_)?max_pool[123]d', getattr(target, '__name__', '')) is not None
 
 
-def refuse_by_name(what: str, refuse: Callable) -> None:
-    if 'oftmax' in what or 'oftmin' in what:
+def refuse_by_name(name: str, refuse: Callable) -> None:
+    if 'oftmax' in name or 'oftmin' in name:
         refuse('has no spiking counterpart', 'softmax')
-    if any(word in what for word in ('ttention', 'matmul', 'bmm', 'einsum', 'LSTM', 'GRU', 'RNN', 'ransformer')):
+    if _PRODUCTS.search(name):
         refuse('is a product of activations', 'product')
-    if any(word in what for word in _NORMS):
+    if name == 'batch_norm':
+        refuse('would not follow into training', 'put nn.BatchNorm1d, 2d or 3d in its place')
+    if _NORMS.search(name):
         refuse('depends on all the values of a sample', 'norm')
-    refuse('has no spiking counterpart', 'activation' if any(word in what for word in _ACTIVATIONS) else 'other')
+    refuse('has no spiking counterpart', 'activation' if _ACTIVATIONS.search(name) else 'other')
 
 
 def put(tree: nn.Module, call: Call, module: nn.Module, used: set[str]) -> str:
@@ -252,22 +462,14 @@ def put(tree: nn.Module, call: Call, module: nn.Module, used: set[str]) -> str:
 
     The first call of a module takes its place and its name, a further one, or a function, a name beside it.
     """
-    if call.target is not None and call.target not in used:
-        path = call.target
-    else:
-        stem = call.target if call.target is not None else '.'.join(filter(None, (call.owner, _name_of(call.node))))
-        numbers = [''] if call.target is None else []
-        taken, number = {name for name, _ in tree.named_modules()}, 0
-        while not numbers or stem + numbers[0] in taken or stem + numbers[0] in used:
-            number += 1
-            numbers = [f'_{number}']
-        path = stem + numbers[0]
-    parent, _, name = path.rpartition('.')
-    owner = tree.get_submodule(parent)
-    if name not in owner._modules and hasattr(owner, name):
-        name = f'{name}_module'
-        path = '.'.join(filter(None, (parent, name)))
+    target = call.target or '.'.join(filter(None, (call.owner, _name_of(call.node))))
+    parent, _, stem = target.rpartition('.')
+    owner, name, number = tree.get_submodule(parent), stem, 0
+    while hasattr(owner, name) and (target != call.target or number or target in used):
+        number += 1
+        name = f'{stem}_{number}'
     owner.add_module(name, module)
+    path = '.'.join(filter(None, (parent, name)))
     used.add(path)
     return path
 
@@ -279,9 +481,8 @@ def _name_of(node):
 
 def replace(graph: fx.Graph, node: fx.Node, path: str) -> None:
     """Have the graph call the module at `path` in place of a node."""
-    source = node.args[0] if node.args else node.kwargs['input']
     with graph.inserting_after(node):
-        new = graph.call_module(path, (source,))
+        new = graph.call_module(path, (source_of(node),))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
@@ -351,6 +552,7 @@ class Traced(Graphed, nn.Module):
     def __init__(self, tree: nn.Module, graph: fx.Graph):
         super().__init__()
         self.hold(tree, graph)
+        self.training = tree.training
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the network that was traced."""
@@ -366,16 +568,18 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     """
     tree, graph = trace(ann)
     calls = activations_of(tree, graph)
-    modules, used = dict(tree.named_modules()), set()
     own = [call.target for call in calls]
-    plain = None not in own and len(set(own)) == len(own)
+    plain = None not in own and len(set(own)) == len(own) and not any(call.node.meta.get('changes') for call in calls)
+    if plain:  # without the modules that the graph has in place of functions
+        tree = copy.deepcopy(unwrapped(ann))
+    modules, used = dict(tree.named_modules()), set()
     first = next(tree.parameters())
     for call in calls:
         if isinstance(modules.get(call.target), QCFS):
             used.add(call.target)
             continue
         count = None
-        if channels and (count := channels_of(call.node.args[0], modules)) is None:
+        if channels and (count := channels_of(source_of(call.node), modules)) is None:
             raise Refused(f'{call.target or call.owner}: how many channels it has is unknown: take one bound a layer')
         new = QCFS(levels, bound, count).to(first.device, first.dtype).train(tree.training)
         path = put(tree, call, new, used)

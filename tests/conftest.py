@@ -124,7 +124,7 @@ def own_classes(monkeypatch):
 
     class Inverse(Surrogate):
         flags = {'alpha': 'height'}
-        formula = 'alpha / delta_t'
+        formula = 'alpha / delta_t, without beta'
         of_spikes = True
 
         def factor(self, delta_t):

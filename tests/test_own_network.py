@@ -1,6 +1,7 @@
 """Any network as a spiking one: held to the ANN's own code run one step after another and to the layer-by-layer way;
 and what has to be refused."""
 import copy
+import re
 import warnings
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import self_models.layers as layers
 import step_by_step
-from conftest import ternary
-from self_models import spiking
+from conftest import network, ternary
+from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
+from self_models.architectures import RESNET_STAGES
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -297,3 +300,294 @@ def test_networks_of_torchvision_step_by_step(name, size):
     ann, x = own(name), torch.rand(1, 3, size, size, dtype=torch.float64) * 2 - 1
     snn = made(ann, x, 2, part=0.3, activation='STDB', initial_potential=0.5, beta=0.1, **DIRECT)
     agrees(snn, ann, x, silent=True, rtol=1e-8)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+def between(module):
+    return chain(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), module, nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(),
+                 nn.Flatten(), nn.Linear(256, 5))
+
+
+def calling(expression):
+    """A network with an expression of spikes x and of the network n, n.w of which is a convolution."""
+    function = eval(f'lambda x, n: {expression}')
+    return Net(lambda n, x: n.fc(function(F.relu(n.conv(x)), n).flatten(1)), conv=nn.Conv2d(2, 4, 3, padding=1),
+               w=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4), fc=nn.Linear(256, 5))
+
+
+def over_a_view(x):
+    F.relu(x.flatten(2), inplace=True)  # which changes x
+    return x
+
+
+def after_a_view(x):
+    y = x.flatten(2)
+    F.relu(x, inplace=True)
+    return y
+
+
+class Sequences(nn.Module):
+    """A layer on sequences (B, n, 8) of activations; of what it gives the first, if several."""
+
+    def __init__(self, layer, several=True):
+        super().__init__()
+        self.before, self.layer, self.fc, self.several = nn.Linear(8, 8), layer, nn.Linear(8, 5), several
+
+    def forward(self, x):
+        x = F.relu(self.before(x[:, 0]))
+        x = self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        if self.several:
+            x, _ = x
+        return self.fc(x.mean(1))
+
+
+class Inputs(nn.Module):
+    """(images, a second input) -> labels; subclasses take other arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(256, 5)
+
+    def forward(self, x, y):
+        return self.fc(F.relu(self.conv(x)).flatten(1) + y)
+
+
+class Keywords(Inputs):
+    def forward(self, x, *, y):
+        return super().forward(x, y)
+
+
+class Any(Inputs):
+    def forward(self, *images):
+        return super().forward(images[0], 0)
+
+
+class Several(Inputs):
+    """What it gives beside the logits."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more = more
+
+    def forward(self, x):
+        logits = super().forward(x, 0)
+        return self.more(logits, x)
+
+
+RELU, NORM, LOGITS = 'put nn.ReLU or QCFS in its place', 'put batch norm in its place', 'leave it out: the loss'
+ADD, LINEAR, SAMPLES = 'or add them', 'use layers that are linear', 'samples'
+REFUSED_MODULES = [
+    *((module, RELU) for module in (
+        nn.GELU(), nn.SiLU(), nn.Sigmoid(), nn.LeakyReLU(), nn.ReLU6(), nn.PReLU(), nn.ELU(), nn.Tanh(), nn.Hardtanh(),
+        nn.Hardswish(), nn.Mish(), nn.Softplus(), nn.Threshold(0.1, 0), nn.GLU(1), nn.Softsign())),
+    *((module, NORM) for module in (nn.LayerNorm(8), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4), nn.RMSNorm(8),
+                                    nn.LocalResponseNorm(2))),
+    *((module, LINEAR) for module in (nn.LPPool2d(2, 2), nn.FractionalMaxPool2d(2, 4), nn.AlphaDropout())),
+    *((module, SAMPLES) for module in (nn.Flatten(0), nn.Flatten(-4), nn.Unflatten(0, (1, -1)))),
+    (nn.Softmax(1), LOGITS), (nn.LogSoftmax(1), LOGITS), (nn.Bilinear(4, 4, 4), ADD),
+    (nn.BatchNorm2d(4, track_running_stats=False), 'track_running_stats=True'),
+    (nn.MaxPool2d(2, return_indices=True), 'return_indices')]
+REFUSED_CALLS = {
+    ADD: [
+        'x * n.w(x)', 'x * x', 'torch.mul(input=x, other=x)', 'n.w(x).mul_(x)', 'x @ n.w(x)', 'torch.matmul(x, x)',
+        'torch.bmm(x[:, 0], x[:, 1])', 'torch.einsum("bchw,bchw->bchw", x, x)', 'x * n.w(x.mean((2, 3), keepdim=True))',
+        '1 / (x + 1)', 'torch.true_divide(1, x + 1)', 'x.divide(x + 1)', 'F.conv2d(x, x)', 'F.linear(n.w.weight, x)',
+        'torch.addcmul(x, x, x)', 'F.scaled_dot_product_attention(x, x, x)'],
+    RELU: [
+        'x * torch.sigmoid(n.w(x))', 'x ** 2', 'x.square()', 'abs(x)', 'x.clamp(0, 1)', 'x.clip(max=1)',
+        'x.clamp_min(0)', 'torch.minimum(x, n.w(x))', 'x.max(1, keepdim=True)[0]', 'x.amax(1, keepdim=True)',
+        'x.sign()', 'x.exp()', 'F.gelu(x)', 'F.leaky_relu(x)', 'F.relu6(x)', 'x.tanh()', 'F.threshold(x, 0.1, 0)'],
+    NORM: [
+        'x + x.norm(dim=1, keepdim=True)', 'F.normalize(x)', 'F.layer_norm(x, (8, 8))', 'F.group_norm(x, 2)'],
+    LINEAR: [
+        'x.sort(1)[0]', 'x[:, x.argmax()]', 'x.topk(4, 1)[0]', 'torch.where(x > 0, x, 0.1 * x)', 'x.round()', 'x % 1',
+        'x // 1', 'x.std(1, keepdim=True)', 'x.int()', 'x.T', 'x.data', 'x.detach()', 'x + torch.rand_like(x)',
+        'F.fractional_max_pool2d(x, 2, output_size=4)', 'x.copy_(n.w(x))'],
+    SAMPLES: [
+        'x - x.mean(0)', 'x - x.mean()', 'x - x.mean(-4)', 'x - x.mean(dim=(0, 2), keepdim=True)', 'x + x.sum()',
+        'x.flatten()', 'torch.flatten(x, 0, 1)', 'torch.cat([x, x])', 'torch.cat([x, x], dim=0)',
+        'torch.cat([x, x], -4)', 'x[0]', 'x[:2]', 'x[::2]', 'x[None]', 'x[..., 0, 0, 0, 0]', 'x.transpose(0, 1)',
+        'x.transpose(1, -4)', 'x.transpose(dim0=0, dim1=1)', 'x.permute(1, 0, 2, 3)',
+        'torch.permute(x, dims=(1, 0, 2, 3))', 'x.view(4, -1)', 'x.reshape((1, -1))', 'x.split(1)[0]', 'x.chunk(2)[0]',
+        'x.squeeze()', 'x.unsqueeze(0)', 'x.narrow(0, 0, 1)', 'x / x.size(0)', 'x * x.shape[0]', 'x + x.size()[0]',
+        'x.view(x.size(0) // 2, -1)', 'x + torch.arange(x.shape[0]).view(-1, 1, 1, 1)', 'x.view(-1, x.size(0))',
+        'F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))', 'n.fc.weight @ x.flatten(1)'],
+    'rounds': ['torch.div(x, 2, rounding_mode="floor")', 'x.to(torch.int64)', 'x.type(torch.uint8)'],
+    'random numbers': ['x + torch.randn(x.shape)', 'x + torch.randn(1)'],
+    'in place': ['over_a_view(n.w(x))', 'after_a_view(n.w(x))', 'torch.add(x, x, out=x)'],
+    'depends on values': ['x if x.sum() > 0 else -x', 'sum(row for row in x)'],
+    'cannot be traced': ['[x for _ in range(x.max())][0]', 'x * float(x)', 'torch.tensor(x.numpy())'],
+    'no_grad': ['torch.no_grad()(n.w)(x)'], 'training=self.training': ['F.dropout(x)'], LOGITS: ['F.softmax(x, 1)'],
+    'nn.BatchNorm': ['F.batch_norm(x, n.norm.running_mean, n.norm.running_var)']}
+
+
+def refused(ann, words):
+    """Refused by name in one line, before anything runs, by whatever is called first."""
+    before = {name: value.clone() for name, value in ann.state_dict().items()}
+    for call in (lambda: spiking(ann, 2), lambda: quantize(ann)):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert '\n' not in str(caught.value) and words in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in ann.state_dict().items())
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('module, words', REFUSED_MODULES, ids=lambda each: type(each).__name__)
+def test_modules_that_are_refused(module, words):
+    assert refused(between(module), words).startswith(f'2: {type(module).__name__} ')
+
+
+@pytest.mark.parametrize('expression, words', [(each, words) for words, all in REFUSED_CALLS.items() for each in all])
+def test_calls_that_are_refused(expression, words):
+    message = refused(calling(expression), words)
+    assert re.match(r'the network: [a-z0-9_]+\(\) |the network: \.[a-zT]+ |Net ', message), message
+
+
+@pytest.mark.parametrize('ann, words', [
+    (lambda: Sequences(nn.LSTM(8, 8)), 'layer: LSTM'), (lambda: Sequences(nn.GRU(8, 8)), 'layer: GRU'),
+    (lambda: Sequences(nn.MultiheadAttention(8, 2)), 'layer: MultiheadAttention'),
+    (lambda: Sequences(nn.TransformerEncoderLayer(8, 2, 16), False), 'layer: TransformerEncoderLayer'),
+    (lambda: chain(nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 5), nn.Softmax(1)), '4: Softmax'),
+    (lambda: chain(nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU()), 'behind its last layer'),
+    (lambda: chain(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+     'behind its last layer'),
+    (lambda: torchvision_net('squeezenet1_1'), 'behind its last layer'),
+    (lambda: torchvision_net('mobilenet_v2'), 'features.0.2: ReLU6'),
+    (lambda: chain(nn.Flatten(), nn.Linear(128, 5)), 'no ReLU and no QCFS'),
+    (lambda: calling('n.fc.weight[:1, :256]'), 'no ReLU'),
+    (Inputs, '2 inputs'), (Keywords, '2 inputs'), (Any, 'any number of inputs'),
+    (lambda: Several(lambda logits, x: (logits, x)), 'more than one output'),
+    (lambda: Several(lambda logits, x: {'logits': logits}), 'more than one output'),
+    (lambda: Several(lambda logits, x: None), 'more than one output')])
+def test_networks_that_are_refused(ann, words):
+    refused(ann(), words)
+
+
+def test_a_network_is_refused_for_its_hooks():
+    net = own('residual')
+    net.relu.register_forward_hook(lambda module, given, output: output * 2)
+    refused(net, 'relu: ReLU has hooks')
+    net = own('residual')
+    net.register_forward_hook(lambda module, given, output: output * 2)
+    refused(net, 'Net has hooks')
+
+
+def test_a_network_that_mixes_samples_after_all_is_found_when_it_runs():
+    net = Net(lambda n, x: n.fc(F.relu(n.conv(x)).view(-1, 512)), conv=nn.Conv2d(2, 4, 3, padding=1),
+              fc=nn.Linear(512, 5))
+    with pytest.raises(ValueError, match='3 outputs for 2 images at 3 time steps: its forward mixes samples'):
+        spiking(net, 3, **DIRECT)(torch.rand(2, *SHAPE))
+
+
+# -- the layer-by-layer way ---------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Every architecture with a few channels only."""
+    monkeypatch.setattr(layers, 'VGG_LAYOUTS', {
+        name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
+    monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
+    monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
+    original = layers.conv
+    monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: original(
+        *(3 if size == 64 else size for size in (inputs, outputs)), *more))
+
+
+def published(architecture, **options):
+    """An ANN of the published layout in float64 and eval mode, no weight and no statistic at its initial value."""
+    torch.manual_seed(5)
+    kind = VGG if architecture.startswith('VGG') else ResNet
+    ann = kind(architecture, input_shape=(2, 16, 16), **options).double().eval()
+    with torch.no_grad():
+        for module in ann.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.weight.normal_(0.1, 1).mul_((2 / module.weight[0].numel()) ** 0.5)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for values, low, high in ((module.weight, 0.5, 1.5), (module.bias, -0.3, 0.5),
+                                          (module.running_mean, -0.2, 0.2), (module.running_var, 0.3, 2.0)):
+                    values.uniform_(low, high)
+            elif isinstance(module, QCFS):
+                module.bound.uniform_(1.0, 2.5)
+    return ann
+
+
+def with_biases(ann):
+    for module in ann.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.bias = nn.Parameter(torch.rand(len(module.weight), dtype=torch.float64) * 0.3)
+    return ann
+
+
+def both_ways(architecture, timesteps, **options):
+    """(lean, plain) spiking networks of one ANN with biases, at the same thresholds and leaks."""
+    ann = with_biases(published(architecture))
+    options = {'gamma': 0.8, 'beta': 0.1, 'width': 1.5, 'leak': 0.9, 'timesteps': timesteps, **LEARNED, **options}
+    lean = network(architecture, input_shape=(2, 16, 16), bias=True, **options).double().eval()
+    copy_weights(ann, lean)
+    plain = spiking(ann, options.pop('timesteps'), **options).double()
+    return lean, plain
+
+
+IMAGES = {'direct': torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1,
+          'poisson': ternary((3, 2, 16, 16), 1, 1.25)}
+
+
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+@pytest.mark.parametrize('delay, timesteps', [(0, 1), (0, 4), (0, 12), (1, 12)])
+@pytest.mark.parametrize('architecture, activation', [
+    ('VGG5', 'STDB'), ('VGG5', 'Linear'), ('VGG9', 'Linear'), ('RESNET12', 'STDB'), ('RESNET12', 'FastSigmoid')])
+def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, narrow):
+    lean, plain = both_ways(architecture, timesteps, activation=activation, encoding=encoding, delay=delay,
+                            initial_potential=0.5)
+    x = IMAGES[encoding]
+    found = find_thresholds(lean, x, 10)
+    assert find_thresholds(plain, x, 10) == pytest.approx(found, rel=1e-9)
+    for model in (lean, plain):
+        model.threshold_update(0.3, [value * 0.75 ** i for i, value in enumerate(found)])  # deep layers fire, too
+    assert torch.equal(lean.thresholds, plain.thresholds) and lean.leaks.tolist() == plain.leaks.tolist()
+    assert (lean.depth, lean.latency) == (plain.depth, plain.latency)
+    a, b, outputs = x.clone().requires_grad_(), x.clone().requires_grad_(), []
+    for model, images in ((lean, a), (plain, b)):
+        outputs.append(model(images))
+        torch.nn.functional.cross_entropy(outputs[-1] / 5, torch.arange(3)).backward()
+    assert torch.allclose(*outputs, rtol=1e-6, atol=1e-9) and outputs[0].std() > 0
+    at = [1, timesteps]
+    assert torch.allclose(lean.curve(x, at), plain.curve(x, at), rtol=1e-6, atol=1e-9)
+    same_spikes(lean, plain, x)
+    same_gradients(lean, plain)
+    if encoding == 'direct':
+        close(a.grad, b.grad, 1e-6, 'images')
+
+
+def same_spikes(lean, plain, x):
+    for one, other in zip(lean.record(x), plain.record(x), strict=True):
+        train = one.spikes
+        steps = slice(train.start, train.start + len(train.spikes))
+        spikes = other.spikes if len(train.shape) == 1 else other.spikes.permute(0, 1, 3, 4, 2)
+        assert (spikes.any() or len(spikes) == 1) and not spikes[:train.start].any()
+        assert torch.equal(spikes[steps].flatten(2), train.spikes)
+
+
+def same_gradients(lean, plain):
+    """W' = theta W, so dL/dW = theta dL/dW', and dL/dtheta of the plain way has the way through W' in it."""
+    theirs, thresholds = dict(plain.named_parameters()), lean.thresholds.detach()
+    ours = lean.thresholds.grad.clone()
+    scaled = set()  # layers that a plain identity is behind, whose factor is no parameter
+    last = len(thresholds) - 1
+    behind = [*(each for stage in lean.stages() for each in stage.inputs), (last, lean.classifier[-1])]
+    names = {module: name for name, module in lean.named_modules()}
+    for source, synapse in behind:
+        if isinstance(synapse, layers.Scale):
+            scaled.add(source)
+            continue
+        worth = thresholds[source] if source >= 0 else 1.0
+        close(worth * synapse.weight.grad, theirs[f'{names[synapse]}.weight'].grad, 1e-6, names[synapse], True)
+        close(synapse.bias.grad, theirs[f'{names[synapse]}.bias'].grad, 1e-6, names[synapse], True)
+        if source >= 0:
+            ours[source] += (synapse.weight.grad * theirs[f'{names[synapse]}.weight'].detach()).sum()
+    wanted = [i for i in range(len(thresholds)) if i not in scaled]
+    got = torch.stack([lif.threshold.grad for lif in plain.lifs])
+    assert torch.allclose(ours[wanted], got[wanted], rtol=1e-6, atol=1e-9) and ours.abs().max() > 0
+    leaks = torch.stack([lif.leak.grad for lif in plain.lifs])
+    assert torch.allclose(lean.leaks.grad, leaks, rtol=1e-6, atol=1e-9)

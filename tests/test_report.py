@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import step_by_step
 from conftest import digits, fails, fill, network, run, ternary
 from experiment import engine, setup
 from experiment.data import Data
-from experiment.reporting import count, numbers, plots
+from experiment.reporting import count, numbers, plots, report
 from self_models import LayerRecord, LIFParameters, ResNet
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
@@ -388,7 +389,7 @@ TITLES = {
     'Rectangle': 'Rectangle: 0.3 [|z| < 1 / 2]',
     'ATan': 'ATan: 0.3 / (1 + (pi/2 * 1 * z)^2)', 'FastSigmoid': 'FastSigmoid: 0.3 / (1 + 1 * |z|)^2',
     'Sigmoid': 'Sigmoid: 4 * 0.3 * s (1 - s), s = sigmoid(1 * z)', 'Gaussian': 'Gaussian: 0.3 exp(-(1 * z)^2)',
-    'Inverse': 'Inverse: 0.3 / Δt'}
+    'Inverse': 'Inverse: 0.3 / Δt, without beta'}
 
 
 @own_warnings_are_errors
@@ -513,22 +514,57 @@ def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder
     assert not Path('folder').exists()
 
 
-def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
-    assert numbers.training_rows(None)[0] is None
-    rows, line = numbers.training_rows('x/mine.last.pth')
-    assert rows is None and str(Path('logs/snn/mine.jsonl')) in line
-    Path('logs/snn').mkdir(parents=True)
-    file = Path('logs/snn/mine.jsonl')
-    lines = [{'command': ''}, {'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}, {'epoch': 3, 'n': 3}, {'command': ''},
-             {'epoch': 2, 'n': 4}]
-    file.write_text('\n'.join(map(json.dumps, lines)))
-    assert numbers.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
-    for odd in ('{"epoch": 1}\n{"epo', '{"epoch": 1, "test_loss": null}', '{"epoch": "1"}',
-                '{"epoch": 1, "test_loss": NaN}', '["epoch"]', '"epoch"', '3',
-                '{"epoch": 1' + '0' * 400 + '}', '[' * 100000):
-        file.write_text(odd)
-        rows, line = numbers.training_rows('mine.pth')
+def test_training_curves_are_those_of_the_checkpoint():
+    own, other = [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}], [{'epoch': 1, 'n': 3}, {'epoch': 2, 'n': 4}]
+    longer = [*own, {'epoch': 3, 'n': 5}]
+    for later, want in ((None, own), ([], own), (other, own), (own[:1], own), (longer, longer)):
+        assert numbers.training_rows('a.pth', own, later) == (want, f'training curves: {len(want)} epochs')
+    for checkpoint, history, said in ((None, None, 'not trained here'), ('a.pth', None, 'a.pth says nothing'),
+                                      ('a.pth', [], 'a.pth says nothing')):
+        rows, line = numbers.training_rows(checkpoint, history)
+        assert rows is None and said in line
+    for odd in ([{'epoch': 1, 'test_loss': None}], [{'epoch': '1'}], [{'epoch': 1, 'test_loss': math.nan}], [['epoch']],
+                ['epoch'], 'epoch', 3, {'epoch': 1}, [{'n': 1}], [{'epoch': 10 ** 400}], [{'epoch': torch.ones(2)}]):
+        rows, line = numbers.training_rows('a.pth', odd)
         assert rows is None and 'cannot be read' in line and '\n' not in line, odd
+
+
+def test_a_report_has_nothing_of_another_run_or_report(in_an_empty_folder, monkeypatch):
+    losses, written = iter(range(1, 100)), report.write
+
+    def test_over_time(*_):  # whose first epoch is the best, and whose losses are its own
+        return engine.Metrics(float(next(losses)), 0.5), [0.5] * 9
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'test_over_time', test_over_time)
+        for name, epochs in (('a', 2), ('b', 3)):
+            run(snn, *FLAGS, '--test_samples', 5, '--name', name, '--epochs', epochs)
+    Path('other').mkdir()
+    shutil.copy('trained_models/snn/a.pth', 'other/b.pth')  # named as the other run
+
+    def curves(path):
+        shown = []
+        monkeypatch.setattr(report, 'write', lambda model, data, run, known: shown.extend(
+            numbers.training_rows(known.checkpoint, known.history, known.later)[0]))
+        run(snn, *SMALL, '--test_samples', 5, '--test_only', '--pretrained_snn', path, '--report', 'r')
+        return [row['test_loss'] for row in shown]
+
+    assert curves('trained_models/snn/a.pth') == curves('trained_models/snn/a.last.pth') == [1, 2]
+    assert curves('trained_models/snn/b.pth') == [3, 4, 5]
+    assert curves('other/b.pth') == [1]  # its own, of the best epoch
+    shutil.copy('trained_models/snn/b.last.pth', 'other/b.last.pth')
+    assert curves('other/b.pth') == [1]
+    Path('other/b.last.pth').write_bytes(b'damaged')
+    assert curves('other/b.pth') == [1]
+    state = torch.load('other/b.pth', weights_only=True)
+    del state['history']
+    torch.save(state, 'other/b.pth')
+    monkeypatch.setattr(report, 'write', written)
+    for name in ('mine', 'training'):
+        Path('r', f'{name}.png').touch()
+    run(snn, *SMALL, '--test_samples', 5, '--test_only', '--pretrained_snn', 'other/b.pth', '--report', 'r')
+    assert {path.name for path in Path('r').glob('*.png')} == {*read('r')['figures'], 'mine.png'}
+    assert read('r')['training'] is None and not Path('r/training.png').exists()
 
 
 @pytest.mark.parametrize('architecture, delay, activation, steps', [

@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
     cpu, plain, amp = torch.device('cpu'), *map(ann.get_args_parser().parse_args, ([], ['--amp']))
+    model = torch.nn.Linear(1, 1)
     for supported, said in ((True, 0), (False, 1)):
         monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda answer=supported: answer)
-        assert (len(setup.notes(amp, cpu)), len(setup.notes(plain, cpu))) == (said, 0)
-    assert setup.notes(amp, torch.device('cuda')) == []
+        assert (len(setup.notes(amp, cpu, model)), len(setup.notes(plain, cpu, model))) == (said, 0)
+    assert setup.notes(amp, torch.device('cuda'), model) == []
 
 
 def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
@@ -167,6 +169,17 @@ def test_a_validation_set_chooses_the_epoch(module, monkeypatch, capsys):
     assert load(f'trained_models/{module.__name__}/v.pth')['epoch'] == 2
 
 
+def test_files_that_are_no_pictures_are_said(capsys):
+    from PIL import Image
+    for place in ('train/a', 'train/b', 'test/a'):
+        Path('set', place).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(f'set/{place}/1.gif')
+    Path('set/test/a/2.heic').touch()
+    run(ann, '-a', 'RESNET6', '--dataset', 'FOLDER', '--data_dir', 'set', '--image_size', 8, '--epochs', 1, '--no-gpu')
+    lines = [line for line in capsys.readouterr().out.splitlines() if '.heic' in line]
+    assert len(lines) == 1 and lines[0].startswith('files left out') and lines[0].endswith('set/test: 1 .heic')
+
+
 def test_tensorboard_gets_the_metrics():
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -176,6 +189,27 @@ def test_tensorboard_gets_the_metrics():
     for key in ('train_loss', 'test_accuracy'):
         assert [(event.step, event.value) for event in events.Scalars(key)] == [
             (n, pytest.approx(epochs[n][key])) for n in (1, 2)]
+
+
+def test_tensorboard_shows_one_run_of_a_name(monkeypatch):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps(folder):
+        return [event.step for event in EventAccumulator(f'logs/ann/{folder}').Reload().Scalars('train_loss')]
+
+    flags = [*SMALL, '--tensorboard', '--name', 'b']
+    run(ann, *flags, '--epochs', 1)
+    run(ann, *flags, '--epochs', 2, '--resume')  # which is the same run
+    assert steps('b') == [1, 2]
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(engine, 'train_epoch', None)  # ends the run in its first epoch
+        run(ann, *flags, '--epochs', 2)
+    assert steps('b') == [1, 2]  # a run that saves nothing leaves what is there
+    run(ann, *flags, '--epochs', 1)
+    assert (steps('b'), steps('previous.1.b')) == ([1], [1, 2])
+    run(ann, *SMALL, '--name', 'b', '--epochs', 1)  # without --tensorboard, too
+    assert not Path('logs/ann/b').exists() and steps('previous.2.b') == [1]
 
 
 @pytest.mark.parametrize('surrogate, width', [(['Linear'], 1.0), (['Rectangle', '--width', 3], 3.0)])

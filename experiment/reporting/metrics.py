@@ -1,4 +1,5 @@
 """The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
+import functools
 import json
 import os
 import platform
@@ -70,18 +71,22 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def open_board(kind, name, wanted):
-    """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
+def open_board(folder, wanted):
+    """A function that gives the SummaryWriter in a folder, if --tensorboard is given, else None. Raises UserError.
+
+    It opens its file on the first call, as the folder may first have to be set aside with an earlier run's files.
+    """
     if not wanted or not distributed.is_main():
         return None
     with importing('tensorboard', '--tensorboard'):
         from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(Path('logs', kind, name))
+    return functools.cache(functools.partial(SummaryWriter, folder))
 
 
 def to_board(board, entry):
-    """Add an epoch's numbers."""
+    """Add an epoch's numbers. board: of open_board()."""
+    writer = board()
     for key, value in entry.items():
         if key != 'epoch' and isinstance(value, (int, float)):
-            board.add_scalar(key, value, entry['epoch'])
-    board.flush()
+            writer.add_scalar(key, value, entry['epoch'])
+    writer.flush()

@@ -1,7 +1,6 @@
 """What was counted of a spiking network as the numbers of its report, with notes on how each was counted."""
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -154,26 +153,23 @@ def operation_numbers(connections, images):
             'snn_estimate': energy('macs_with_padding', 'estimate', 'bias_additions')}}
 
 
-def training_rows(checkpoint):
-    """(what the run that wrote a checkpoint noted of each epoch, or None; a line to say).
+def training_rows(checkpoint, history, later=None):
+    """(what was noted of each epoch of a network's training, as JSON knows it, or None; a line to say).
 
-    It stands in logs/snn/<the checkpoint's stem>.jsonl, a line of JSON an epoch.
+    checkpoint: the file that the network is from, or None. history: what that says of its epochs. later: what another
+    file does, which is taken if it goes on from there.
     """
     if checkpoint is None:
         return None, 'training curves: none, as this network was not trained here'
-    path = Path('logs', 'snn', Path(checkpoint).stem.removesuffix('.last') + '.jsonl')
-    rows = []
+    if not history:
+        return None, f'training curves: left out, as {checkpoint} says nothing of its training'
     try:
-        for line in path.read_text(encoding='utf-8').splitlines():
-            row = json.loads(line)
-            if 'epoch' in row:
-                if not all(type(value) in (int, float) and math.isfinite(value) for key, value in row.items()
-                           if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
-                    raise ValueError('what should be numbers are none')
-                # an epoch done again, after a resume or by a later run, replaces what was there
-                rows = [*(before for before in rows if before['epoch'] < row['epoch']), row]
-    except FileNotFoundError:
-        return None, f'training curves: left out, as there is no {path}'
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        return None, f'training curves: left out, as {path} cannot be read ({error})'
-    return rows or None, f'training curves: {len(rows)} epochs of {path}'
+        rows, more = (json.loads(json.dumps(each, allow_nan=False)) for each in (history, later or history))
+        rows = more if more[:len(rows)] == rows else rows
+        for row in rows:
+            if 'epoch' not in row or not all(type(value) in (int, float) and math.isfinite(value) for key, value
+                                             in row.items() if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
+                raise ValueError('what should be numbers are none')
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return None, f'training curves: left out, as those of {checkpoint} cannot be read ({error})'
+    return rows, f'training curves: {len(rows)} epochs'

@@ -3,6 +3,7 @@ import math
 import re
 
 from experiment.reporting import figures
+from self_models.surrogate import FLAGS
 
 SNN, SNN_LIGHT, ANN, GREY = '#1f5fa8', '#8fb8de', '#c8553d', '#e6e6e6'
 
@@ -59,7 +60,8 @@ def draw_surrogate(report):
     figure = figures.new_figure(8, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     formula = numbers['formula'].removesuffix(', z = u/theta - 1').replace('delta_t', 'Δt')
-    formula = re.sub(r'\b(alpha|beta|gamma|width)\b', lambda flag: f'{numbers[flag.group()]:g}', formula)
+    for flag in FLAGS.keys() & numbers.keys():
+        formula = re.sub(rf'\b{flag}\b', f'{numbers[flag]:g}', formula)
     top.set(title=f'{numbers["activation"]}: {formula}')
     if 'delta_t' in numbers:
         # a neuron is looked at in T - L steps: of one there is no delta_t, and a single one makes no line

@@ -17,13 +17,15 @@ class Known(NamedTuple):
 
     at, accuracy: time steps and the test accuracies (fractions) after them. ann_accuracy: the ANN's, or None.
     conversion: what the conversion measured, {} where nothing was converted. checkpoint: the file that the network is
-    from, or None for one that was just converted or not trained.
+    from, or None for one that was just converted or not trained. history, later: as of numbers.training_rows().
     """
     at: list[int]
     accuracy: list[float]
     ann_accuracy: float | None
     conversion: dict
     checkpoint: Path | str | None
+    history: list | None = None
+    later: list | None = None
 
 
 def check(folder, model):
@@ -40,9 +42,9 @@ def write(model, data, run, known):
     run: run.Run. known: Known. Raises UserError.
     """
     folder, args, say = run.args.report, run.args, run.say
-    at, accuracy, ann_accuracy, conversion, checkpoint = known
+    at, accuracy, ann_accuracy, conversion, checkpoint, *histories = known
     layers, connections = count.measure(model, data, run.device, args)
-    training, line = numbers.training_rows(checkpoint)
+    training, line = numbers.training_rows(checkpoint, *histories)
     report = {
         'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
@@ -55,6 +57,8 @@ def write(model, data, run, known):
     drawn = {'accuracy': plots.draw_accuracy(report), 'activity': plots.draw_activity(report),
              'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report),
              **({'training': plots.draw_training(training)} if training else {})}
+    if not training:
+        Path(folder, 'training.png').unlink(missing_ok=True)  # a former report's
     report['figures'] = [f'{name}.png' for name in drawn]
     for name, figure in drawn.items():
         save = partial(figure.savefig, format='png', dpi=150)

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from experiment import UserError
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import OneLineParser, fail, file, output_fails, positive_int, prepare_streams, said
+from experiment.options import (
+    OneLineParser,
+    fail,
+    file,
+    is_own_network,
+    output_fails,
+    positive_int,
+    prepare_streams,
+    said,
+)
 from experiment.reporting import figures, summary
 
 
@@ -145,6 +154,16 @@ def checkpoints_of(kind, flags):
         named = {*named, 'pretrained_ann', 'resume'}
     return [dest for dest in sorted(named)
             if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
+
+
+def seen_from(root, word):
+    """A network of one's own, FILE.py:NAME, as a script that runs in `root` finds it; any other word as it is.
+
+    A FILE that is not here is taken to be seen from there already, as paths of other flags are.
+    """
+    path, _, name = word.rpartition(':')
+    here = is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
+    return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else word
 
 
 def expand(kind, target, flags):
@@ -281,6 +300,10 @@ def _main(module, kind, target, parser, published, argv):
         for flag in ('figure', 'over_timesteps'):
             if getattr(args, flag):
                 figures.check(f'--{flag}')
+        aside = list(filter(summary.is_set_aside, args.summarize))
+        if 0 < len(aside) < len(args.summarize):
+            print(f'{parser.prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
+                  'them alone to see them', file=sys.stderr)
         try:
             print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
                   summary.summarize(args.summarize, args.markdown), flush=True)
@@ -297,12 +320,13 @@ def _main(module, kind, target, parser, published, argv):
     add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
-    commands = expand(kind, target, flags)
+    root = os.path.dirname(module.__file__)
+    commands = [[seen_from(root, word) for word in command] for command in expand(kind, target, flags)]
 
     if args.slurm:
         home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
     else:
-        home = way_home(args.script, os.path.dirname(module.__file__))
+        home = way_home(args.script, root)
         text = script(kind, commands, limit, argv, home)
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
