@@ -4,7 +4,6 @@ The spikes of its neurons go along the graph in place of values, so that what co
 """
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,12 +17,21 @@ from self_models.encoding import ENCODINGS
 from self_models.layers import Scale
 from self_models.plain import LIF, HeldDropout, PlainNetwork, Repeat
 from self_models.spike_train import DirectInput, SpikeTrain
-from self_models.traced import FUNCTION_SYNAPSES, MAX_POOLS, POOLS, PRODUCTS, SUMS, SYNAPSES, is_max_pool, known_pool
+from self_models.traced import (
+    FUNCTION_SYNAPSES,
+    MATRIX_PRODUCTS,
+    MAX_POOLS,
+    POOLS,
+    PRODUCTS,
+    SUMS,
+    SYNAPSES,
+    is_average_pool,
+    is_max_pool,
+)
 
 NORMS = nn.modules.batchnorm._BatchNorm
 PASSED = (Repeat, HeldDropout, Scale, NORMS)  # modules that change values, not how many spikes there are
 CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
-MATRICES = {operator.matmul, torch.matmul, torch.mm, 'matmul', 'mm'}
 TRANSPOSED = {nn.ConvTranspose1d: F.conv_transpose1d, nn.ConvTranspose2d: F.conv_transpose2d,
               nn.ConvTranspose3d: F.conv_transpose3d}
 
@@ -77,7 +85,7 @@ class Walk(fx.Interpreter):
                       for what in ('sources', 'through')), any(each.biased for each in flows))
         if isinstance(module, LIF) or node.op == 'output':
             return self.end(node.target, flow)
-        if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRICES:
+        if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS:
             return self.synapse(node, module, args, kwargs, flow)
 
         def call(x=None):
@@ -97,7 +105,8 @@ class Walk(fx.Interpreter):
                                     start=flow.spikes)
         elif isinstance(module, MAX_POOLS) or is_max_pool(node.target):
             flow.spikes = add_up(call, flow.spikes) if flow.real else call()
-        elif isinstance(module, (*POOLS, nn.Upsample)) or known_pool(node.target) or node.target is F.interpolate:
+        elif isinstance(module, (*POOLS, nn.Upsample)) or node.target is F.interpolate or is_average_pool(
+                getattr(node.target, '__name__', '')):
             flow.spikes = add_up(call, flow.spikes)
         else:
             result = call()
@@ -140,7 +149,7 @@ class Walk(fx.Interpreter):
         while name in self.synapses:
             name = f'{first} ({int(name.removeprefix(first).strip(" ()") or 1) + 1})'
         out = connect(flow.spikes[:1])
-        turned = 'ranspose' in str(node.target if module is None else type(module)) or node.target in MATRICES
+        turned = 'ranspose' in str(node.target if module is None else type(module)) or node.target in MATRIX_PRODUCTS
         kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
         self.synapses[name] = Synapse(kind, flow, connect, math.prod(weight.shape[1:]) * (
             flow.spikes[0] if turned else out).numel())
