@@ -601,12 +601,18 @@ def same_gradients(lean, plain):
 TORCHVISION = ['resnet18', 'vgg11_bn', 'densenet121', 'googlenet', 'shufflenet_v2_x0_5']
 
 
-def quantized(ann, levels, channels=False):
-    """With bounds as training leaves them."""
+@torch.no_grad()
+def quantized(ann, levels, x, channels=False):
+    """With bounds drawn at random, below the largest that each activation is given."""
     net = quantize(ann, levels, channels=channels)
-    with torch.no_grad():
-        for i, module in enumerate(module for module in net.modules() if isinstance(module, QCFS)):
-            module.bound.uniform_(0.3, 1.0).mul_(max(0.6 ** i, 0.01))  # deep layers fire, too
+
+    def draw(module, given):
+        module.bound.uniform_(0.25, 0.75).mul_(given[0].max().clamp(min=0.05))
+
+    hooks = [module.register_forward_pre_hook(draw) for module in net.modules() if isinstance(module, QCFS)]
+    net(x.clone())
+    for hook in hooks:
+        hook.remove()
     return net
 
 
@@ -628,7 +634,7 @@ def test_one_level_at_one_step_is_the_ann(name, channels):
     before = {key: value.clone() for key, value in ann.state_dict().items()}
     with Largest() as calls:
         ann(x.clone())
-    net = quantized(ann, 1, channels)
+    net = quantized(ann, 1, x, channels)
     snn = quiet(net, 1)
     bounds = [module.bound for module in net.modules() if isinstance(module, QCFS)]
     assert len(bounds) == len(snn.layer_names) == len(calls.largest)
@@ -645,7 +651,8 @@ def test_one_level_at_one_step_is_the_ann(name, channels):
 @pytest.mark.parametrize('channels', [False, True])
 @pytest.mark.parametrize('name', OWN)
 def test_quantized_networks_step_by_step(name, channels):
-    net, x = quantized(own(name), 4, channels), torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    x = torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    net = quantized(own(name), 4, x, channels)
     agrees(quiet(net, 4, activation='Linear', gamma=0.8, learn_leak=True).double(), net, x, silent=True)
 
 
@@ -654,13 +661,13 @@ def test_quantized_networks_step_by_step(name, channels):
 @pytest.mark.parametrize('architecture', ['VGG5', 'VGG9', 'RESNET6', 'RESNET12'])
 def test_published_layouts_run_the_lean_way(architecture, batch_norm, channels, narrow):
     ann, x = published(architecture, batch_norm=batch_norm), torch.rand(3, 2, 16, 16, dtype=torch.float64)
-    net = quantized(ann, 1, channels)
+    net = quantized(ann, 1, x, channels)
     assert type(net) is type(ann)
     snn = convert(net, 1)
     assert type(snn).__name__ in ('VGG_SNN_STDB', 'RESNET_SNN_STDB')
     want = net(x)
     assert want.std() > 0 and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
-    net = quantized(ann, 4, channels)
+    net = quantized(ann, 4, x, channels)
     for timesteps in (1, 4):
         # of the plain way, which the ANN's own code holds
         assert torch.allclose(convert(net, timesteps)(x), spiking(net, timesteps)(x), rtol=1e-9, atol=1e-9)
@@ -692,6 +699,6 @@ def test_an_activation_in_place_whose_output_is_not_taken():
     ann = Net(lambda n, x: (n.relu(y := n.conv(x)), n.fc(y.flatten(1)))[1], conv=nn.Conv2d(2, 4, 3, padding=1),
               relu=nn.ReLU(inplace=True), fc=nn.Linear(256, 5)).double().eval()
     x = torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
-    net = quantized(ann, 10 ** 6)
+    net = quantized(ann, 10 ** 6, x)
     assert torch.allclose(quantize(ann, 10 ** 6, bound=10)(x), ann(x), atol=1e-3)
     agrees(quiet(net, 3).double(), net, x, silent=True)
