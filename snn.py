@@ -104,6 +104,8 @@ def main(args):
     start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
+    if args.export_nir:
+        nir_export.to_graph(model, data.input_shape)  # a network of one's own may have what NIR does not know
     # the output adds up over T steps; docs/findings.md says why its mean is what trains
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
