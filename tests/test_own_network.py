@@ -12,7 +12,7 @@ from torch import nn
 import self_models.layers as layers
 import step_by_step
 from conftest import network, ternary
-from self_models import QCFS, VGG, ResNet, copy_weights, find_thresholds, quantize, spiking
+from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
