@@ -6,13 +6,14 @@ import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from experiment import UserError, unpickling
-from experiment.files import set_aside, write_atomically
+from experiment.files import replacing, set_aside, write_atomically
 from self_models.surrogate import SURROGATES
 
 
@@ -80,14 +81,15 @@ def bring_in_line(paths, kind):
         return []
     if [best.get('accuracy'), best.get('epoch')] == last['best']:
         return []
-    said = []
-    if last['best'][1] != last['epoch']:
+    said, anew = [], last['best'][1] != last['epoch']
+    if anew:
         said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
                     f'anew from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
-        set_aside([paths.best], said.append)
-    copy(paths.last, paths.best)
+    with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
+        if anew:
+            set_aside([paths.best], said.append)
     return said
 
 

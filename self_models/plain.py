@@ -446,7 +446,7 @@ def _repeat(tree, graph, modules, used):
         taken = [(image, user) for user in list(image.users)]
     if not taken:
         return
-    path = put(tree, Call(next(iter(graph.nodes)), 'repeat', 'repeat'), Repeat(), used)
+    path = put(tree, Call(next(iter(graph.nodes)), 'repeat', 'repeat'), Repeat().train(tree.training), used)
     modules[path] = tree.get_submodule(path)
     repeated = {}
     for source, user in taken:

@@ -493,11 +493,17 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     for name in ('out_channels', 'out_features', 'num_features'):
         if isinstance(getattr(module, name, None), int):
             return getattr(module, name)
-    found = [channels_of(each, modules) for each in node.all_input_nodes]
-    if node.target in (torch.cat, torch.concat):
-        return None if None in found else sum(found)
-    keeps = node.target in SUMS or module is not None and not isinstance(module, (nn.Flatten, nn.Unflatten))
-    return found[0] if keeps and found else None
+    if node.target in (torch.cat, torch.concat, torch.concatenate):
+        found = [channels_of(each, modules) for each in source_of(node)]
+        return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
+    if module is None:
+        name = getattr(node.target, '__name__', '')
+        keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | {'contiguous', 'clone', F.pad, F.interpolate} or (
+            is_average_pool(name) or is_max_pool(node.target))
+    else:
+        keeps = not isinstance(module, (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle))
+    found = [channels_of(each, modules) for each in node.all_input_nodes] if keeps else []
+    return max((each for each in found if each is not None), default=None)
 
 
 def compiled(graph: fx.Graph) -> Callable:
@@ -574,8 +580,8 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
         tree = copy.deepcopy(unwrapped(ann))
     modules, used = dict(tree.named_modules()), set()
     first = next(tree.parameters())
-    for call in calls:
-        if isinstance(modules.get(call.target), QCFS):
+    for call, module in [(call, modules.get(call.target)) for call in calls]:
+        if isinstance(module, QCFS):
             used.add(call.target)
             continue
         count = None
@@ -584,4 +590,5 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
         new = QCFS(levels, bound, count).to(first.device, first.dtype).train(tree.training)
         path = put(tree, call, new, used)
         replace(graph, call.node, path)
+        modules[path] = new
     return tree if plain else Traced(tree, graph)

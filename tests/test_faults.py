@@ -3,6 +3,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,19 @@ def test_a_new_run_that_cannot_save_leaves_an_earlier_one_its_name(call, number,
               '--epochs', 1)
     assert all_but_locks(tmp_path) == before
     run(ann, *SMALL, '--epochs', 2, '--resume')
+
+
+def test_a_best_checkpoint_of_no_epoch_that_is_left_stays_while_there_is_no_room_for_another(monkeypatch, tmp_path):
+    run(ann, *SMALL, '--epochs', 1, '--name', 'k')
+    best, last = (tmp_path / 'trained_models/ann' / name for name in ('k.pth', 'k.last.pth'))
+    torch.save({**load(last), 'epoch': 2, 'history': 2 * load(last)['history']}, last)
+    torch.save({**load(best), 'accuracy': 0.99}, best)
+    before = best.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'copyfileobj', lambda source, file: Full(file, 9).write(source.read()))
+        fails(ann, '^trained_models/ann/k.pth: cannot be written .No space left', *SMALL, '--epochs', 3, '--name', 'k',
+              '--resume')
+    assert best.read_bytes() == before and not list(best.parent.glob('previous.*'))
 
 
 def test_an_output_that_fails_as_an_earlier_run_is_set_aside_costs_neither(monkeypatch, tmp_path):

@@ -249,6 +249,8 @@ def agrees(snn, ann, x, at_once=False, silent=False, rtol=1e-9):
     assert got.shape == want.shape and want.std() > 0
     assert torch.allclose(got, want, rtol=rtol, atol=rtol * want.abs().max().item())
     for name, value in ann.named_parameters():
+        if name.endswith('.bound'):  # which is a threshold
+            continue
         close(snn_grads[name], value.grad, rtol, name, silent)
     for number, (a, value) in enumerate(zip(own_grads, lif)):
         close(a, value.grad, rtol, number, silent)
@@ -480,7 +482,7 @@ def test_a_network_that_mixes_samples_after_all_is_found_when_it_runs():
         spiking(net, 3, **DIRECT)(torch.rand(2, *SHAPE))
 
 
-# -- the layer-by-layer way ---------------------------------------------------------------------------------------------
+# -- the layer-by-layer way -------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def narrow(monkeypatch):
@@ -489,9 +491,10 @@ def narrow(monkeypatch):
         name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
     monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
     monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
-    original = layers.conv
-    monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: original(
+    conv, norm = layers.conv, layers.BatchNorm2d
+    monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: conv(
         *(3 if size == 64 else size for size in (inputs, outputs)), *more))
+    monkeypatch.setattr(layers, 'BatchNorm2d', lambda size: norm(3 if size == 64 else size))
 
 
 def published(architecture, **options):
@@ -591,3 +594,111 @@ def same_gradients(lean, plain):
     assert torch.allclose(ours[wanted], got[wanted], rtol=1e-6, atol=1e-9) and ours.abs().max() > 0
     leaks = torch.stack([lif.leak.grad for lif in plain.lifs])
     assert torch.allclose(lean.leaks.grad, leaks, rtol=1e-6, atol=1e-9)
+
+
+# -- QCFS -------------------------------------------------------------------------------------------------------------
+
+TORCHVISION = ['resnet18', 'vgg11_bn', 'densenet121', 'googlenet', 'shufflenet_v2_x0_5']
+
+
+@torch.no_grad()
+def quantized(ann, levels, x, channels=False):
+    """With bounds drawn at random, below the largest that each activation is given."""
+    net = quantize(ann, levels, channels=channels)
+
+    def draw(module, given):
+        module.bound.uniform_(0.25, 0.75).mul_(given[0].max().clamp(min=0.05))
+
+    hooks = [module.register_forward_pre_hook(draw) for module in net.modules() if isinstance(module, QCFS)]
+    net(x.clone())
+    for hook in hooks:
+        hook.remove()
+    return net
+
+
+def quiet(ann, timesteps, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return convert(ann, timesteps, **options)
+
+
+def images_for(name):
+    shape = (1, 3, 32, 32) if name in TORCHVISION else (3, *SHAPE)
+    return torch.rand(*shape, dtype=torch.float64) * 2 - 1
+
+
+@pytest.mark.parametrize('name, channels', [*((name, channels) for name in OWN for channels in (False, True)),
+                                            *((name, name == 'resnet18') for name in TORCHVISION)])
+def test_one_level_at_one_step_is_the_ann(name, channels):
+    ann, x = own(name), images_for(name)
+    before = {key: value.clone() for key, value in ann.state_dict().items()}
+    with Largest() as calls:
+        ann(x.clone())
+    net = quantized(ann, 1, x, channels)
+    snn = quiet(net, 1)
+    bounds = [module.bound for module in net.modules() if isinstance(module, QCFS)]
+    assert len(bounds) == len(snn.layer_names) == len(calls.largest)
+    assert {bound.dim() for bound in bounds} == {int(channels)}
+    assert not net.training and not any(module.training for module in [*net.modules(), *snn.modules()])
+    want = net(x)
+    assert want.std() > 0 and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-9)
+    for each in (net, snn):  # weights keep their names, and the ANN its own
+        assert all(torch.equal(each.state_dict()[key], value) for key, value in before.items())
+    assert all(torch.equal(value, before[key]) for key, value in ann.state_dict().items())
+    assert not any(isinstance(module, QCFS) for module in ann.modules())
+
+
+@pytest.mark.parametrize('channels', [False, True])
+@pytest.mark.parametrize('name', OWN)
+def test_quantized_networks_step_by_step(name, channels):
+    x = torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    net = quantized(own(name), 4, x, channels)
+    agrees(quiet(net, 4, activation='Linear', gamma=0.8, learn_leak=True).double(), net, x, silent=True)
+
+
+@pytest.mark.parametrize('channels', [False, True])
+@pytest.mark.parametrize('batch_norm', [False, True])
+@pytest.mark.parametrize('architecture', ['VGG5', 'VGG9', 'RESNET6', 'RESNET12'])
+def test_published_layouts_run_the_lean_way(architecture, batch_norm, channels, narrow):
+    ann, x = published(architecture, batch_norm=batch_norm), torch.rand(3, 2, 16, 16, dtype=torch.float64)
+    net = quantized(ann, 1, x, channels)
+    assert type(net) is type(ann)
+    snn = convert(net, 1)
+    assert type(snn).__name__ in ('VGG_SNN_STDB', 'RESNET_SNN_STDB')
+    want = net(x)
+    assert want.std() > 0 and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
+    net = quantized(ann, 4, x, channels)
+    for timesteps in (1, 4):
+        # of the plain way, which the ANN's own code holds
+        assert torch.allclose(convert(net, timesteps)(x), spiking(net, timesteps)(x), rtol=1e-9, atol=1e-9)
+
+
+def test_what_quantize_leaves_and_makes():
+    net = quantize(VGG('VGG5', dataset='DIGITS'), 3)
+    assert type(net) is VGG and [module.levels for module in net.modules() if isinstance(module, QCFS)] == [3] * 5
+    assert quantize(net, 8).features[1].levels == 3  # those that are there stay
+    block = torchvision_net('resnet18')
+    net = quantize(block, 2, bound=1.5)
+    names = [name for name, module in net.named_modules() if isinstance(module, QCFS)]
+    assert len(names) == 17 and names[:3] == ['relu', 'layer1.0.relu', 'layer1.0.relu_1']
+    assert all(module.bound.item() == 1.5 for module in net.modules() if isinstance(module, QCFS))
+    assert net.training and set(net.state_dict()) == set(block.state_dict()) | {f'{name}.bound' for name in names}
+
+
+def test_a_quantized_network_drops_as_the_ann_does():
+    ann, x = own('dropped').train(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    net = quantize(ann, 10 ** 6, bound=1e3)
+    assert net.training
+    torch.manual_seed(1)
+    want = ann(x)
+    torch.manual_seed(1)
+    assert torch.allclose(net(x), want, atol=1e-2) and not torch.allclose(net.eval()(x), want, atol=1e-2)
+
+
+def test_an_activation_in_place_whose_output_is_not_taken():
+    ann = Net(lambda n, x: (n.relu(y := n.conv(x)), n.fc(y.flatten(1)))[1], conv=nn.Conv2d(2, 4, 3, padding=1),
+              relu=nn.ReLU(inplace=True), fc=nn.Linear(256, 5)).double().eval()
+    x = torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    net = quantized(ann, 10 ** 6, x)
+    assert torch.allclose(quantize(ann, 10 ** 6, bound=10)(x), ann(x), atol=1e-3)
+    agrees(quiet(net, 3).double(), net, x, silent=True)
