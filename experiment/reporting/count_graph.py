@@ -167,7 +167,7 @@ class Walk(fx.Interpreter):
 
 def connections(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The outputs of a convolution or linear layer of weights 1 without a bias."""
-    weight = torch.ones_like(module.weight, dtype=x.dtype)
+    weight = x.new_ones(()).expand(module.weight.shape)
     if isinstance(module, nn.Linear):
         return F.linear(x, weight)
     transposed = next((call for kind, call in TRANSPOSED.items() if isinstance(module, kind)), None)
@@ -195,10 +195,13 @@ def connections_of(model, sources):
     walk, found = Walk(model, {name: torch.ones_like(rows[:1]) for name, rows in sources.items()}), {}
     for name, synapse in walk.synapses.items():
         given, plain = synapse.given, synapse.kind == 'identity'
-        reached = int(synapse.connect(((given.spikes > 0) | bool(given.through and not plain)).double()).sum())
+        with torch.enable_grad():
+            ones = torch.ones_like(given.spikes, requires_grad=True)
+            fan_out, = torch.autograd.grad(synapse.connect(ones).sum(), ones)
+        reached = int((fan_out * ((given.spikes > 0) | bool(given.through and not plain))).sum())
         constant, steps = given.constant, model.timesteps
         found[name] = Connection(
-            name, synapse.kind, sum(sources[each][0].numel() for each in given.sources), 0, steps, None,
+            name, synapse.kind, sum(sources[each][0].numel() for each in given.sources), 0, steps, fan_out,
             macs=0 if plain else reached, macs_with_padding=synapse.padded_macs, additions=reached if plain else 0,
             biases=walk.biases.get(name, 0), bias_steps=steps, constant=constant,
             mac_steps=0 if plain or not given.real else 1 if constant else steps)
@@ -239,5 +242,5 @@ def count_batch(model, images, layers, connections):
             each = connections[name]
             if not each.mac_steps:
                 each.spikes += sum(sources[source].count_nonzero().item() for source in synapse.given.sources)
-                each.operations += synapse.connect(synapse.given.spikes).sum().item()
-                each.nonzero_operations += synapse.connect(synapse.events).sum().item()
+                each.operations += (synapse.given.spikes * each.fan_out).sum().item()
+                each.nonzero_operations += (synapse.events * each.fan_out).sum().item()
