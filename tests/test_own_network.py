@@ -499,7 +499,7 @@ def narrow(monkeypatch):
 
 def published(architecture, **options):
     """An ANN of the published layout in float64 and eval mode, no weight and no statistic at its initial value."""
-    torch.manual_seed(5)
+    torch.manual_seed(7)
     kind = VGG if architecture.startswith('VGG') else ResNet
     ann = kind(architecture, input_shape=(2, 16, 16), **options).double().eval()
     with torch.no_grad():
