@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import self_models.layers as layers
+import self_models.threshold_balancing as balancing
 import step_by_step
 from conftest import network, ternary
 from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
+from self_models.threshold_balancing import DeadLayerError
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -702,3 +704,73 @@ def test_an_activation_in_place_whose_output_is_not_taken():
     net = quantized(ann, 10 ** 6, x)
     assert torch.allclose(quantize(ann, 10 ** 6, bound=10)(x), ann(x), atol=1e-3)
     agrees(quiet(net, 3).double(), net, x, silent=True)
+
+
+# -- balancing --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('encoding, delay', [('direct', 0), ('direct', 1), ('poisson', 0), ('poisson', 1)])
+@pytest.mark.parametrize('name', ['residual', 'in place', 'dense', 'stem', 'views', 'arithmetic', 'same twice',
+                                  'pooled'])
+def test_thresholds_of_own_networks(name, encoding, delay, monkeypatch):
+    ann, x = own(name), ternary((20, *SHAPE), 1)
+    snn = spiking(ann, 3, encoding=encoding, delay=delay, initial_potential=0.5, leak=0.9)
+    want, given = step_by_step.find_own_thresholds(ann, snn, x, 6), x.clone()
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9) and torch.equal(x, given)
+    assert snn.thresholds.tolist() == pytest.approx(want, rel=1e-9)
+    assert (snn.timesteps, snn.leak) == (3, 0.9) and not snn.training
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 40_000})  # a few steps at a time
+    monkeypatch.setattr(balancing, 'SPOOL_BYTES', 1000)
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+def test_a_percentile_of_the_currents_of_an_own_network(encoding):
+    ann, x = own('residual'), ternary((20, *SHAPE), 1)
+    snn = spiking(ann, 3, encoding=encoding, delay=1)
+    want = step_by_step.find_own_thresholds(ann, snn, x, 6, 97)
+    assert find_thresholds(snn, x, 6, percentile=97) == pytest.approx(want, rel=5e-3)
+
+
+def test_balancing_with_bounds_of_channels():
+    # thresholds are then in units of the bounds
+    x = ternary((20, *SHAPE), 1)
+    net = quantized(own('residual'), 4, x, channels=True)
+    snn = spiking(net, 3)
+    want = step_by_step.find_own_thresholds(net, snn, x, 6)
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9)
+
+
+def test_balancing_leaves_the_rest_as_it_was():
+    snn = spiking(own('dropped').train(), 3, **DIRECT)
+    snn.conv0.eval()
+    modes = {name: module.training for name, module in snn.named_modules()}
+    weights = {name: value.clone() for name, value in snn.state_dict().items() if 'threshold' not in name}
+    found = find_thresholds(snn, torch.rand(4, *SHAPE, dtype=torch.float64), 5)
+    assert all(value > 0 for value in found)
+    assert modes == {name: module.training for name, module in snn.named_modules()} and not modes['conv0']
+    assert all(torch.equal(value, snn.state_dict()[name]) for name, value in weights.items())
+
+
+def test_memory_does_not_grow_with_steps(monkeypatch):
+    ann, x, lengths = own('residual'), torch.rand(10, *SHAPE, dtype=torch.float64), []
+    snn = spiking(ann, 3, **DIRECT)
+    for module in (snn.conv1, snn.conv2):
+        module.register_forward_hook(lambda _, given, output: lengths.append(len(output)))
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 20_000})  # two values a neuron: 4 kB an image and step
+    find_thresholds(snn, x, 50)
+    assert max(lengths) <= 5
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda net: net.conv1.weight.data.zero_(), 'relu_1 has an input of 0'),
+    (lambda net: net.norm0.bias.data.fill_(-9), 'relu has an input of 0'),
+    (lambda net: net.conv1.weight.data.fill_(float('nan')), 'relu_1 has an input of inf')])
+def test_a_layer_without_a_threshold_is_named(spoil, words):
+    net = own('residual')
+    spoil(net)
+    net.norm1 = nn.Identity()
+    snn = spiking(net, 3, **DIRECT)
+    before = snn.thresholds.tolist()
+    with pytest.raises(DeadLayerError, match=words):
+        find_thresholds(snn, torch.rand(4, *SHAPE, dtype=torch.float64), 5)
+    assert snn.thresholds.tolist() == before and snn.timesteps == 3
