@@ -13,6 +13,7 @@ from self_models.resnet import ResNet
 from self_models.resnet_spiking import RESNET_SNN_STDB
 from self_models.spiking_network import SpikingNetwork, Stage
 from self_models.threshold_balancing import DeadLayerError, find_thresholds
+from self_models.traced import unwrapped
 from self_models.vgg import VGG
 from self_models.vgg_spiking import VGG_SNN_STDB
 
@@ -33,15 +34,6 @@ def has_biases(ann: nn.Module) -> bool:
     """Whether the spiking network of an ANN needs biases: for its own, or those that its batch norms fold into."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, 'bias', None) is not None
                for module in ann.modules())
-
-
-def unwrapped(ann: nn.Module) -> nn.Module:
-    """The network itself, of one that torch.compile or a parallel wrapper holds."""
-    while True:
-        inner = getattr(ann, '_orig_mod', getattr(ann, 'module', None))
-        if not isinstance(inner, nn.Module):
-            return ann
-        ann = inner
 
 
 def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:

@@ -1,6 +1,7 @@
 """Any network as a spiking one: held to the ANN's own code run one step after another and to the layer-by-layer way;
 and what has to be refused."""
 import copy
+import pickle
 import re
 import warnings
 
@@ -774,3 +775,233 @@ def test_a_layer_without_a_threshold_is_named(spoil, words):
     with pytest.raises(DeadLayerError, match=words):
         find_thresholds(snn, torch.rand(4, *SHAPE, dtype=torch.float64), 5)
     assert snn.thresholds.tolist() == before and snn.timesteps == 3
+
+
+# -- a module like any other ------------------------------------------------------------------------------------------
+
+NAMES = ('layers', 'stages', 'activation', 'encoding', 'thresholds', 'timesteps', 'record', 'depth', 'leak', 'notes',
+         'input_layer', 'delay', 'initial_leak', 'lifs', 'run')
+
+
+def named_badly():
+    """Whose children are named as what a spiking network has itself."""
+    modules = {name: nn.Linear(6, 6) if i % 2 else nn.ReLU() for i, name in enumerate(NAMES)}
+
+    def forward(n, x):
+        x = n.first(x.flatten(1))
+        for name in NAMES:
+            x = getattr(n, name)(x)
+        return n.fc(F.relu(n.last(x)))
+    return Net(forward, first=nn.Linear(128, 6), last=nn.Linear(6, 6), fc=nn.Linear(6, 5), **modules).double().eval()
+
+
+def some(name='residual', timesteps=4, **options):
+    """(a network, its spiking network, images)"""
+    ann, x = named_badly() if name == 'named badly' else own(name), torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    return ann, made(ann, x, timesteps, **{**DIRECT, 'activation': 'Linear', 'gamma': 0.8, **options}), x
+
+
+def test_children_named_as_the_attributes_of_a_spiking_network():
+    ann, snn, x = some('named badly', **LEARNED)
+    agrees(snn, ann, x, silent=True)
+    assert isinstance(snn.timesteps, int) and snn.depth == 9 and snn.encoding == 'direct'
+    snn.network_update(7, 1.0)
+    snn.encoding, snn.notes = 'direct', []
+    assert snn.timesteps == 7 and all(lif.timesteps == 7 for lif in snn.lifs)
+    find_thresholds(snn, x, 5)
+    assert snn.timesteps == 7 and copy.deepcopy(snn).timesteps == 7 and snn.curve(x, [1, 7]).shape == (2, 3, 5)
+    again = pickle.loads(pickle.dumps(snn))
+    assert torch.equal(again(x), snn(x)) and len(list(again.record(x))) == 9
+    assert set(snn.state_dict()) - set(ann.state_dict()) == {
+        f'{name}.{value}' for name in snn.layer_names for value in ('threshold', 'leak')}
+    assert 'layers' in dict(snn.named_children()) and 'timesteps' in str(snn)
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'arithmetic', 'dropped', 'shuffled', 'one dimension'])
+def test_copies_and_pickles(name):
+    ann, snn, x = some(name, **LEARNED)
+    want = snn(x)
+    for each in (copy.deepcopy(snn), pickle.loads(pickle.dumps(snn)), copy.deepcopy(copy.deepcopy(snn))):
+        assert torch.equal(each(x), want) and each.layer_names == snn.layer_names
+        assert list(each.state_dict()) == list(snn.state_dict())
+        with torch.no_grad():
+            for value in each.parameters():
+                value.zero_()
+        each.timesteps = 9
+        assert each(x).std() == 0  # its own weights, by which it runs
+    assert torch.equal(snn(x), want) and snn.timesteps == 4
+    fresh = spiking(ann, 4, activation='Linear', gamma=0.8, **DIRECT, **LEARNED).double()
+    assert not torch.equal(fresh(x), want)
+    assert fresh.load_state_dict(snn.state_dict()).missing_keys == [] and torch.equal(fresh(x), want)
+    net = quantized(ann, 4, x)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    if type(net) is not Net:  # which holds a function
+        assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+    assert 'LIF(T=4, threshold=' in repr(snn)
+
+
+def test_hooks_types_and_optimizers():
+    ann, snn, x = some(**LEARNED)
+    seen = []
+    hook = snn.conv1.register_forward_hook(lambda module, given, output: seen.append(output.shape))
+    snn(x)
+    hook.remove()
+    assert seen == [(4 * 3, 4, 8, 8)]
+    want = snn(x)
+    single = copy.deepcopy(snn).to(torch.float32)
+    assert single(x.float()).dtype == torch.float32 and torch.allclose(single(x.float()).double(), want, atol=1e-3)
+    optimizer = torch.optim.SGD(snn.parameters(), lr=0.1)
+    names = dict(snn.named_parameters())
+    assert set(names) - set(dict(ann.named_parameters())) == {
+        f'relu{i}.{what}' for i in ('', '_1', '_2') for what in ('threshold', 'leak')}
+    want.square().sum().backward()
+    assert all(value.grad is not None for value in names.values())
+    before = {name: value.clone() for name, value in names.items()}
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in names.items())
+    assert not torch.equal(snn(x), want)
+    snn.train()
+    assert all(module.training for module in snn.modules())
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem'])
+def test_learned_thresholds_given_through_functional_call(name):
+    ann, snn, x = some(name, **LEARNED)
+    snn(x).sum().backward()
+    want = {key: value.grad for key, value in snn.named_parameters()}
+    given = {key: value.detach().clone().requires_grad_() for key, value in snn.named_parameters()}
+    torch.func.functional_call(snn, given, (x,)).sum().backward()
+    for key, value in given.items():
+        close(value.grad, want[key], 1e-12, key, True)
+    # thresholds that are no parameters, too
+    ann, snn, x = some(name)
+    threshold = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    torch.func.functional_call(snn, {f'{snn.layer_names[0]}.threshold': threshold}, (x,)).sum().backward()
+    assert threshold.grad.abs() > 0
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'mobile'])
+@pytest.mark.parametrize('options', [{}, LEARNED, {'activation': 'STDB'}])
+def test_narrow_types(name, options):
+    ann, snn, x = some(name, **options)
+    want, single = snn(x), copy.deepcopy(snn).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        got = single(x.float())
+    got.float().square().sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in single.parameters())
+    for each in (got, copy.deepcopy(snn).half()(x.half())):
+        assert 0 < (each.double() - want).norm() < 0.5 * want.norm()
+    assert copy.deepcopy(snn).half()(x.half()).dtype == torch.float16
+    assert all(lif.threshold.dtype in (torch.float64, torch.float32) for lif in single.lifs)
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'views', 'dense', 'shuffled'])
+@pytest.mark.parametrize('timesteps', [1, 3])
+def test_batches_of_none_and_one_and_other_layouts(name, timesteps):
+    ann, snn, x = some(name, timesteps, **LEARNED)
+    want = snn(x)
+    want.square().sum().backward()
+    grads = [value.grad.clone() for value in snn.parameters()]
+    for i in range(3):
+        assert torch.allclose(snn(x[i:i + 1]), want[i:i + 1], rtol=1e-9, atol=1e-9)
+    if name not in ('views', 'shuffled'):  # whose view(b, -1) no empty batch has
+        empty = snn(x[:0])
+        assert empty.shape == (0, 5) and snn.curve(x[:0], [1, timesteps]).shape == (2, 0, 5)
+        empty.sum().backward()
+    snn.zero_grad()
+    snn.to(memory_format=torch.channels_last)
+    got = snn(x.contiguous(memory_format=torch.channels_last))
+    got.square().sum().backward()
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+    for a, value in zip(grads, snn.parameters(), strict=True):
+        close(value.grad, a, 1e-9, 'channels last', True)
+
+
+def test_parts_of_the_channels_go_into_neurons_as_they_are():
+    # one image at one step: a part of a tensor, whose first stride is the whole's
+    ann = Net(lambda n, x: n.fc((F.relu(x[:, :1]) - F.relu(x[:, 1:])).flatten(1)), fc=nn.Linear(64, 5)).double().eval()
+    for timesteps in (1, 3):
+        for batch in (1, 2):
+            x = torch.rand(batch, *SHAPE, dtype=torch.float64)
+            snn = made(ann, x, timesteps, **DIRECT)
+            agrees(snn, ann, x, silent=True)
+
+
+def test_wrapped_networks():
+    ann, x = own('residual'), torch.rand(3, *SHAPE, dtype=torch.float64)
+    want = spiking(ann, 3, **DIRECT)(x)
+    net = quantize(ann, 2)
+    for wrapped in (torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel):
+        assert torch.equal(spiking(wrapped(copy.deepcopy(ann)), 3, **DIRECT)(x), want)
+        assert list(quantize(wrapped(copy.deepcopy(ann)), 2).state_dict()) == list(net.state_dict())
+        assert torch.equal(convert(wrapped(copy.deepcopy(net)), 2)(x), convert(net, 2)(x))
+
+
+def test_a_child_that_is_named_module_is_no_wrapper():
+    ann = Net(lambda n, x: n.head(n.module(x)), module=chain(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten()),
+              head=nn.Linear(108, 5)).double().eval()
+    x = torch.rand(3, *SHAPE, dtype=torch.float64)
+    net = quantized(ann, 1, x)
+    assert torch.allclose(convert(net, 1)(x), net(x)) and net(x).shape == (3, 5)
+
+
+@pytest.mark.slow
+def test_a_compiled_spiking_network():
+    for name in ('residual', 'stem'):
+        ann, snn, x = some(name, **LEARNED)
+        want = snn(x)
+        want.square().sum().backward()
+        grads = [value.grad.clone() for value in snn.parameters()]
+        snn.zero_grad()
+        got = torch.compile(snn)(x)
+        got.square().sum().backward()
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+        for a, value in zip(grads, snn.parameters(), strict=True):
+            close(value.grad, a, 1e-9, 'compiled', True)
+
+
+def test_learned_values_stay_in_their_ranges():
+    for options, thresholds, leaks in ((LEARNED, [1e-4, 1e-4, 3.0], [1e-4, 1.0, 0.5]),
+                                       ({}, [-1, 0, 3], [-1, 1.5, 0.5])):
+        _, snn, _ = some(**options)
+        with torch.no_grad():
+            for lif, threshold, leak in zip(snn.lifs, (-1.0, 0.0, 3.0), (-1.0, 1.5, 0.5), strict=True):
+                lif.threshold.fill_(threshold)
+                lif.leak.fill_(leak)
+        snn.constrain()
+        assert snn.thresholds.tolist() == pytest.approx(thresholds) and snn.leaks.tolist() == pytest.approx(leaks)
+    for update, wrong in ((snn.leak_update, [0.5, 1.1, 1.0]), (snn.leak_update, [1.0]),
+                          (lambda values: snn.threshold_update(1.0, values), [1.0, 0.0, 1.0]),
+                          (lambda values: snn.threshold_update(1.0, values), [1.0])):
+        with pytest.raises(ValueError, match='leak|threshold'):
+            update(wrong)
+
+
+@pytest.mark.parametrize('encoding, delay', [('direct', 0), ('direct', 1), ('poisson', 1)])
+def test_the_curve_and_the_record(encoding, delay):
+    ann, x = own('stem'), ternary((3, *SHAPE), 1)
+    snn = made(ann, x, 6, encoding=encoding, delay=delay, initial_potential=0.5, leak=0.9)
+    curve = snn.curve(x, [1, 4, 6])
+    records, seen = list(snn.record(x)), step_by_step.run_own(ann, snn, x)[1]
+    outputs = dict(zip(snn.layer_names, (each for each in seen)))
+    assert [record.name for record in records] == snn.layer_names
+    for record, lif in zip(records, snn.lifs):
+        assert torch.allclose(record.current, torch.stack(outputs[record.name]), rtol=1e-9, atol=1e-12)
+        assert record.fault == 0 and record.parameters.threshold == lif.threshold
+        u = torch.full_like(record.current[0], 0.5 * lif.threshold.item())
+        for current, potential, spikes in zip(record.current, record.potentials, record.spikes):
+            h = u if delay else 0.9 * u + current
+            assert torch.allclose(potential, h) and torch.equal(spikes.bool(), h > lif.threshold)
+            u = h - lif.threshold * spikes if not delay else 0.9 * u + current - lif.threshold * spikes
+    for steps, output in zip([1, 4, 6], curve, strict=True):
+        snn.timesteps = steps
+        assert torch.allclose(snn(x), output, rtol=1e-9, atol=1e-9)
+    for wrong in ([], [0], [2, 1], [7]):
+        with pytest.raises(ValueError, match='ascend'):
+            snn.curve(x, wrong)
+
+
+def test_a_potential_that_is_not_finite_is_not_taken_for_silence():
+    _, snn, x = some()
+    snn.conv1.weight.data[0, 0] = float('nan')
+    assert snn(x).isnan().all() and [bool(record.fault.isnan()) for record in snn.record(x)] == [False, True, True]
