@@ -16,6 +16,8 @@ import step_by_step
 from conftest import network, ternary
 from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
+from self_models.conversion import LayoutError
+from self_models.layers import Scale
 from self_models.threshold_balancing import DeadLayerError
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
@@ -493,11 +495,13 @@ def narrow(monkeypatch):
     monkeypatch.setattr(layers, 'VGG_LAYOUTS', {
         name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
     monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
-    monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
+    monkeypatch.setattr(layers, 'RESNET_STAGES', [
+        (3 + i if i else 64, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])  # one identity stays plain
     conv, norm = layers.conv, layers.BatchNorm2d
     monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: conv(
         *(3 if size == 64 else size for size in (inputs, outputs)), *more))
     monkeypatch.setattr(layers, 'BatchNorm2d', lambda size: norm(3 if size == 64 else size))
+    monkeypatch.setattr(layers, 'Scale', lambda channels=None: Scale(3 if channels == 64 else channels))
 
 
 def published(architecture, **options):
@@ -584,7 +588,7 @@ def same_gradients(lean, plain):
     behind = [*(each for stage in lean.stages() for each in stage.inputs), (last, lean.classifier[-1])]
     names = {module: name for name, module in lean.named_modules()}
     for source, synapse in behind:
-        if isinstance(synapse, layers.Scale):
+        if isinstance(synapse, Scale):
             scaled.add(source)
             continue
         worth = thresholds[source] if source >= 0 else 1.0
@@ -1005,3 +1009,167 @@ def test_a_potential_that_is_not_finite_is_not_taken_for_silence():
     _, snn, x = some()
     snn.conv1.weight.data[0, 0] = float('nan')
     assert snn(x).isnan().all() and [bool(record.fault.isnan()) for record in snn.record(x)] == [False, True, True]
+
+
+# -- conversion of the published layouts ------------------------------------------------------------------------------
+
+def lean_of(ann, architecture, **options):
+    """The layer-by-layer network that an ANN with biases or batch norm is copied into."""
+    snn = network(architecture, input_shape=(2, 16, 16), bias=True, **{'encoding': 'direct', 'delay': 0, **options})
+    copy_weights(ann, snn.double().eval())
+    return snn
+
+
+@pytest.mark.parametrize('kind', ['batch norm', 'biases'])
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_relu_converges_to_the_ann(architecture, kind, narrow):
+    # a spike is worth its threshold: biases and branches of a sum stay in the ANN's units
+    ann = published(architecture, batch_norm=kind == 'batch norm')
+    ann = with_biases(ann) if kind == 'biases' else ann
+    x = torch.rand(4, 2, 16, 16, dtype=torch.float64)
+    want = ann(x)
+    for snn in (lean_of(ann, architecture, timesteps=600, initial_potential=0.5),
+                spiking(ann, 600, initial_potential=0.5, **DIRECT)):
+        find_thresholds(snn, x, 50)
+        with torch.no_grad():
+            assert (snn(x) / 600 - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_thresholds_that_are_scaled_anew(architecture, narrow):
+    ann, x = with_biases(published(architecture)), IMAGES['direct']
+    anew, direct = (lean_of(ann, architecture, timesteps=5) for _ in range(2))
+    found = find_thresholds(anew, x, 10)
+    anew.threshold_update(0.7, found)
+    anew.threshold_update(0.4, found)
+    find_thresholds(direct, x, 10)
+    direct.threshold_update(0.4, found)
+    for name, value in direct.state_dict().items():
+        assert torch.allclose(anew.state_dict()[name], value, rtol=1e-12), name
+    assert torch.allclose(anew(x), direct(x), rtol=1e-9) and direct(x).std() > 0
+    assert find_thresholds(direct, x, 10) == pytest.approx(found, rel=1e-9)
+
+
+def heads():
+    for labels, bias in ((10, True), (3, True), (1, False), (10, False), (20, True)):
+        yield lambda ann, labels=labels, bias=bias: ann.classifier.__setitem__(
+            -1, nn.Linear(ann.classifier[-1].in_features, labels, bias))
+
+
+@pytest.mark.parametrize('exchange', [
+    *heads(), lambda ann: ann.features.__setitem__(1, nn.BatchNorm2d(3, affine=False)),
+    lambda ann: ann.classifier[0].register_parameter('bias', nn.Parameter(torch.rand(12)))])
+def test_layouts_with_other_heads_biases_and_norms(exchange, narrow):
+    ann, x = published('VGG5', batch_norm=True), IMAGES['direct']
+    exchange(ann)
+    net = quantized(ann.double().eval(), 1, x)
+    want = net(x)
+    for wrapped in (net, torch.compile(net), nn.DataParallel(net)):
+        snn = convert(wrapped, 1)
+        assert type(snn).__name__ == 'VGG_SNN_STDB'
+        assert snn(x).shape == want.shape and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
+    snn = network('VGG5', input_shape=(2, 16, 16), labels=want.shape[1], bias=True, timesteps=1, **DIRECT).double()
+    copy_weights(torch.compile(net), snn)
+    assert all(torch.equal(value, convert(net, 1).state_dict()[name]) for name, value in snn.state_dict().items())
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class Half(QCFS):
+    def forward(self, x):
+        return super().forward(x / 2)
+
+
+EXCHANGED = {  # features: conv, norm, activation, pool, ...
+    'max pool': ('VGG5', lambda ann: ann.features.__setitem__(3, nn.MaxPool2d(2))),
+    'divisor': ('VGG5', lambda ann: ann.features.__setitem__(3, nn.AvgPool2d(2, divisor_override=3))),
+    'own convolution': ('VGG5', lambda ann: ann.features.__setitem__(0, Doubled(2, 3, 3, padding=1, bias=False))),
+    'own container': ('VGG5', lambda ann: setattr(ann, 'features', Halved(*ann.features))),
+    'weight norm': ('VGG5', lambda ann: ann.features.__setitem__(
+        0, nn.utils.parametrizations.weight_norm(ann.features[0]))),
+    'identity': ('VGG5', lambda ann: ann.features.__setitem__(6, nn.Identity())),
+    'head': ('VGG5', lambda ann: setattr(ann, 'classifier', nn.Linear(48, 4))),
+    'another norm': ('VGG5', lambda ann: ann.features.__setitem__(2, nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))),
+    'pool behind': ('RESNET6', lambda ann: (setattr(ann, 'final_pool', nn.AdaptiveAvgPool2d(1)),
+                                            setattr(ann, 'classifier', nn.Sequential(nn.Linear(4, 10))))),
+    'no block': ('RESNET6', lambda ann: (setattr(ann, 'layer2', nn.Identity()),
+                                         setattr(ann, 'classifier', nn.Linear(192, 10)))),
+    'own block': ('RESNET6', lambda ann: setattr(ann.layer1[0], 'identity', Halved(nn.Identity())))}
+
+
+@pytest.mark.parametrize('name', EXCHANGED)
+def test_layouts_whose_modules_were_exchanged_go_the_plain_way(name, narrow):
+    architecture, exchange = EXCHANGED[name]
+    ann, x = published(architecture, batch_norm=True), IMAGES['direct']
+    exchange(ann)
+    net = quantized(ann.double().eval(), 1, x)
+    want = net(x)
+    snn = quiet(net, 1)
+    assert want.std() > 0 and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
+    assert type(snn).__name__ == 'PlainNetwork'
+
+
+def test_activations_of_both_kinds_or_of_ones_own(narrow):
+    ann = published('RESNET6', activation='QCFS')
+    for block in (ann.layer1[0], ann.layer2[0]):
+        block.residual[1] = block.activation = nn.ReLU()
+    with pytest.raises(ValueError, match='some of its activations are QCFS, others ReLU'):
+        convert(ann, 1)
+    ann = published('VGG5', activation='QCFS')
+    ann.features[1] = Half()
+    with pytest.raises(ValueError, match='cannot be traced|Half'):
+        convert(ann, 1)
+    with pytest.raises(ValueError, match='no bounds'):
+        convert(published('VGG5'), 1)
+
+
+def test_dropouts_of_an_ann_stay_as_they_are(narrow):
+    ann = published('VGG5', activation='QCFS', dropout=0.3)
+    ann.features[5] = nn.Dropout(0.9)
+    snn = convert(ann, 2)
+    assert [module.p for module in snn.modules() if isinstance(module, nn.Dropout)] == [0.9, 0.5, 0.5]
+
+
+def test_channels_that_a_network_has_no_factors_for(narrow):
+    ann = published('RESNET6', activation='QCFS')
+    ann.layer1[0].activation = QCFS(4, channels=3).double()
+    snn = network('RESNET6', input_shape=(2, 16, 16), bias=True, **DIRECT).double()
+    before = {name: value.clone() for name, value in snn.state_dict().items()}
+    with pytest.raises(LayoutError, match="scale='channel'"):
+        copy_weights(ann, snn)
+    assert all(torch.equal(value, before[name]) for name, value in snn.state_dict().items())
+    x = IMAGES['direct']
+    assert torch.allclose(convert(ann, 3)(x), spiking(ann, 3)(x), rtol=1e-9)  # bounds of both kinds
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_a_state_dict_carries_thresholds_and_leaks(architecture, narrow):
+    x = IMAGES['direct']
+    for options in ({}, LEARNED):
+        snn = lean_of(with_biases(published(architecture)), architecture, timesteps=5, **options)
+        snn.threshold_update(0.5, find_thresholds(snn, x, 10))
+        snn.leak_update([0.9 - 0.01 * i for i in range(len(snn.leaks))])
+        fresh = lean_of(with_biases(published(architecture)), architecture, timesteps=5, **options)
+        assert fresh.load_state_dict(snn.state_dict()).missing_keys == []
+        assert torch.equal(fresh(x), snn(x)) and fresh.leaks.tolist() == snn.leaks.tolist() and snn(x).std() > 0
+        assert torch.equal(fresh.thresholds, snn.thresholds)
+
+
+def test_a_threshold_given_through_functional_call_gets_its_gradient(narrow):
+    for options in ({}, LEARNED):
+        snn = lean_of(with_biases(published('VGG5')), 'VGG5', timesteps=5, activation='Linear', **options)
+        snn.threshold_update(0.3, find_thresholds(snn, IMAGES['direct'], 10))
+        given = snn.thresholds.detach().clone().requires_grad_()
+        torch.func.functional_call(snn, {'thresholds': given}, (IMAGES['direct'],)).square().sum().backward()
+        assert (given.grad != 0).all() and getattr(snn.thresholds, 'grad', None) is None
+        if options:
+            snn(IMAGES['direct']).square().sum().backward()
+            assert torch.allclose(snn.thresholds.grad, given.grad, rtol=1e-9)
