@@ -106,8 +106,12 @@ def dense(x: torch.Tensor) -> torch.Tensor:
 
 def empty_over(x: torch.Tensor, count: int, dtype: torch.dtype) -> torch.Tensor:
     """An empty tensor (count, ...) in the layout of a dense x (n, ...)."""
-    flat = torch.empty(count * (x.numel() // max(1, len(x))), dtype=dtype, device=x.device)
-    return flat.as_strided((count, *x.shape[1:]), x.stride())
+    return torch.empty_strided((count, *x.shape[1:]), strides_of(x), dtype=dtype, device=x.device)
+
+
+def strides_of(x: torch.Tensor) -> tuple:
+    """The strides of a dense tensor; torch may give any to a first dimension of 1."""
+    return (x.numel() // max(1, len(x)), *x.stride()[1:])
 
 
 class _LIF(torch.autograd.Function):
@@ -148,7 +152,7 @@ class _LIF(torch.autograd.Function):
             return torch.zeros_like(current), None, None, None, None, None
         kept, spikes = kept
         numbers, delay, count = parameters.detached(), parameters.delay, steps - parameters.delay
-        if grad.stride() != current.stride():
+        if grad.stride() != strides_of(current):
             grad = empty_over(current, len(grad), grad.dtype).copy_(grad)
         given = rows(grad, steps)[delay:]
         found = empty_over(current, steps * batch, dtype)
