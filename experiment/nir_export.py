@@ -163,15 +163,14 @@ class Nodes:
         sizes = [(size + 2 * p - k) // s + 1 for size, k, s, p in zip(sizes, kernel, stride, padding, strict=True)]
         return self.add(name, self.nir.AvgPool2d(*map(np.array, (kernel, stride, padding))), (c, *sizes), *sources)
 
-    def neurons(self, layer, *sources, bounds=1.0):
-        """Add the neurons of a layer. bounds: () or (C,), that their thresholds are multiplied by."""
+    def neurons(self, layer, *sources):
         shape, index = self.shapes[sources[0]], self.model.layer_names.index(layer)
-        threshold, leak = self.model.thresholds[index].item() * bounds, self.model.leaks[index].item()
+        threshold, leak = self.model.thresholds[index].item(), self.model.leaks[index].item()
 
-        def all_of(value):  # float32 would change the leak
-            return np.broadcast_to(np.reshape(value, (-1, *[1] * (len(shape) - 1))), shape).astype(np.float64)
+        def all_of(value):
+            return np.full(shape, value, np.float64)  # float32 would change the leak
 
-        known = {'threshold': np.asarray(threshold).tolist(), 'leak': leak, 'reset': semantics(self.model)['reset']}
+        known = {'threshold': threshold, 'leak': leak, 'reset': semantics(self.model)['reset']}
         common = {'v_threshold': all_of(threshold), 'v_reset': all_of(0), 'metadata': known}
         if self.dt == 1:
             node = self.nir.IF(r=all_of(1), **common)

@@ -12,13 +12,13 @@ from self_models.conversion import folded_layer
 from self_models.encoding import ENCODINGS
 from self_models.layers import Scale
 from self_models.plain import LIF, HeldDropout, Repeat
-from self_models.traced import MAX_POOLS, PRODUCTS, SUMS, is_max_pool, owner_of
+from self_models.traced import MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of
 
 NORMS = nn.modules.batchnorm._BatchNorm
 SHAPED = {'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous', 'clone',
           torch.clone, 'to', 'float', 'double', 'type', 'type_as'}  # keep the order of values
 POOLS = {'avg_pool2d': nn.AvgPool2d, 'adaptive_avg_pool2d': nn.AdaptiveAvgPool2d}
-MINUS, NEGATIVE = {operator.sub, operator.isub, torch.sub, 'sub', 'sub_'}, {operator.neg, torch.neg, 'neg', 'neg_'}
+MINUS, NEGATIVE = {operator.sub, torch.sub, torch.subtract, 'sub'}, {operator.neg, torch.neg, 'neg'}
 ONE = np.ones(())
 
 
@@ -27,13 +27,14 @@ def add_all(model, nodes):
 
     Raises UserError, which names the module, for what NIR does not know.
     """
-    rows, training = 1 if ENCODINGS[model.encoding].constant else model.timesteps, model.training
-    weight = next(model.parameters())
+    rows, weight = 1 if ENCODINGS[model.encoding].constant else model.timesteps, next(model.parameters())
+    training = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
             return Ways(model.eval(), nodes).run(weight.new_zeros(rows, *nodes.shapes['input']))
     finally:
-        model.train(training)
+        for module, before in training:
+            module.training = before
 
 
 class Ways(fx.Interpreter):
@@ -53,7 +54,7 @@ class Ways(fx.Interpreter):
         if node.op == 'placeholder':
             self.ways[node] = {'input': ONE}
         elif node.op == 'output':
-            return self.ready(sources[0])
+            return self.ready(self.ways[sources[0]])
         elif sources and isinstance(result, torch.Tensor):
             self.ways[node] = self.way(node, sources[0], tuple(result.shape[1:]))
         elif sources and isinstance(result, (tuple, list)) and isinstance(result[0], torch.Tensor):
@@ -65,17 +66,19 @@ class Ways(fx.Interpreter):
         module, before = self.module_of(node), tuple(self.env[source].shape[1:])
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         others = [each for each in [*args, *kwargs.values()] if not isinstance(each, torch.Tensor)]
-        given = [each for each in node.all_input_nodes if each in self.ways]
+        given = [each for each in node.args if isinstance(each, fx.Node) and each in self.ways]
+        alike = len(given) == len(node.args) and not kwargs and all(self.env[each].shape[1:] == shape for each in given)
         name = node.target if module is not None else node.name
         if isinstance(module, LIF):
-            factor = ONE if module.bounds is None else values(module.bounds).astype(np.float64)
-            neurons = self.nodes.neurons(name, *self.ready(source), bounds=factor)
-            return {neurons: module.threshold.item() * factor}
+            # importers take one threshold for all neurons of a layer, so bounds of channels go before and behind
+            bounds = ONE if module.bounds is None else values(module.bounds).astype(np.float64)
+            neurons = self.nodes.neurons(name, *self.ready(self.times(source, 1 / bounds)))
+            return {neurons: module.threshold.item() * bounds}
         if isinstance(module, (HeldDropout, Repeat, nn.Identity, nn.Flatten)) or node.target in SHAPED:
             return self.reshaped(node, name, source, before, shape)
         if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
             return self.synapse(node, name, module, source, before)
-        if isinstance(module, NORMS) and module.running_var is not None:
+        if isinstance(module, NORMS):
             if self.norm_of(source) is module:
                 return self.ways[source]
             names, factor = self.together(source)
@@ -86,12 +89,11 @@ class Ways(fx.Interpreter):
             factor = values(module.factor)
             return self.times(source, factor.reshape(-1) if factor.ndim else factor)
         if node.target in PRODUCTS and len(given) == 1 == len(others) and isinstance(others[0], (int, float)):
-            return self.times(source, 1 / others[0] if 'div' in str(node.target) else others[0])
-        if node.target in SUMS and not others and all(self.env[each].shape[1:] == shape for each in node.args):
-            return self.added(node, given)
+            return self.times(source, 1 / others[0] if node.target in QUOTIENTS else others[0])
+        if node.target in SUMS and alike:
+            return self.added(node)
         if node.target in (torch.cat, torch.concat, torch.concatenate):
-            dim = kwargs.get('dim', args[1] if len(args) > 1 else 0)
-            if dim in (1, -len(shape)) and all(each in self.ways for each in node.args[0]):
+            if argument(node, 1, 'dim', 0) in (1, -len(shape)) and all(each in self.ways for each in node.args[0]):
                 return self.side_by_side(name, node.args[0], shape[0])
         return self.pooled(node, name, module, source, before, shape)
 
@@ -102,25 +104,25 @@ class Ways(fx.Interpreter):
         """The batch norm that is all that a synapse's outputs go to, or None."""
         norm = self.module_of(next(iter(node.users))) if len(node.users) == 1 else None
         synapse = isinstance(self.module_of(node), (nn.Conv1d, nn.Conv2d, nn.Linear))
-        return norm if synapse and isinstance(norm, NORMS) and norm.running_var is not None else None
+        return norm if synapse and isinstance(norm, NORMS) else None
 
-    def ready(self, node):
-        """The names of nodes that give what a call gives: with factors, each has a further node behind it."""
+    def ready(self, way):
+        """The names of nodes that give what a way does: where there is a factor, of a further node."""
         def scaled(name, factor):
             factor = np.broadcast_to(factor, self.nodes.shapes[name][:1]).astype(self.dtype)
             return self.nodes.mix(f'{name}.scale', np.diag(factor), name)
-        return [name if np.all(factor == 1) else scaled(name, factor) for name, factor in self.ways[node].items()]
+        return [name if np.all(factor == 1) else scaled(name, factor) for name, factor in way.items()]
 
     def together(self, node):
         """(names of nodes, the one factor of what they give)."""
         way = self.ways[node]
         factor, *others = way.values()
-        return (list(way), factor) if all(np.array_equal(each, factor) for each in others) else (self.ready(node), ONE)
+        return (list(way), factor) if all(np.array_equal(each, factor) for each in others) else (self.ready(way), ONE)
 
     def times(self, source, number):
         return {name: factor * number for name, factor in self.ways[source].items()}
 
-    def added(self, node, given):
+    def added(self, node):
         total = {}
         for i, each in enumerate(node.args):
             sign = -1 if node.target in NEGATIVE or i and node.target in MINUS else 1
@@ -165,9 +167,10 @@ class Ways(fx.Interpreter):
     def pooled(self, node, name, module, source, before, shape):
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         if module is None and getattr(node.target, '__name__', '') in POOLS:
-            module = POOLS[node.target.__name__](*args[1:], **kwargs)
+            more = {key: each for key, each in kwargs.items() if key != 'input'}
+            module = POOLS[node.target.__name__](*args[1:], **more)
         if node.target in ('mean', torch.mean) and len(before) == 3:
-            dims = kwargs.get('dim', args[1] if len(args) > 1 else ())
+            dims = argument(node, 1, 'dim')
             if {d % 4 for d in (dims if isinstance(dims, (tuple, list)) else (dims,))} == {2, 3}:
                 module = nn.AdaptiveAvgPool2d(1)
         if isinstance(module, nn.AdaptiveAvgPool2d):

@@ -13,6 +13,7 @@ from self_models.resnet import ResNet
 from self_models.resnet_spiking import RESNET_SNN_STDB
 from self_models.spiking_network import SpikingNetwork, Stage
 from self_models.threshold_balancing import DeadLayerError, find_thresholds
+from self_models.traced import unwrapped
 from self_models.vgg import VGG
 from self_models.vgg_spiking import VGG_SNN_STDB
 
@@ -35,15 +36,6 @@ def has_biases(ann: nn.Module) -> bool:
                for module in ann.modules())
 
 
-def unwrapped(ann: nn.Module) -> nn.Module:
-    """The network itself, of one that torch.compile or a parallel wrapper holds."""
-    while True:
-        inner = getattr(ann, '_orig_mod', getattr(ann, 'module', None))
-        if not isinstance(inner, nn.Module):
-            return ann
-        ann = inner
-
-
 def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
     """The spiking network of an ANN whose activations are QCFS, ready to run: nothing is left to be balanced.
 
@@ -61,13 +53,16 @@ def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
                          'trained; or balance the thresholds of spiking(ann, timesteps) with find_thresholds')
     kind = next((kind for kind in (VGG, ResNet) if isinstance(ann, kind) and type(ann).forward is kind.forward), None)
     if kind:
-        weight, head = next(ann.parameters()), ann.classifier[-1]
+        weight, head = next(ann.parameters()), [*ann.classifier.modules()][-1]
         layout = {**ann.layout, 'labels': getattr(head, 'out_features', ann.layout['labels'])}
         build = VGG_SNN_STDB if kind is VGG else partial(RESNET_SNN_STDB, scale=scales_of(ann))
         snn = build(**layout, timesteps=timesteps, bias=has_biases(ann), **{**QUANTIZED, **options})
         snn.to(weight.device, weight.dtype).train(ann.training)
         try:
             copy_weights(ann, snn)
+            dropouts = ([each for each in network.modules() if isinstance(each, nn.Dropout)] for network in (ann, snn))
+            for own, new in zip(*dropouts):
+                new.p = own.p
             return snn
         except LayoutError:
             pass
@@ -94,15 +89,21 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
         snn.copy_from(ann)
         return
     pairs = list(matching_layers(ann, snn))
+    quantized, relus = ([each for each in ann.modules() if isinstance(each, kind)] for kind in (QCFS, nn.ReLU))
+    if quantized and relus:
+        raise LayoutError('some of the activations of the ANN are QCFS, others ReLU')
+    bounds = [checked_bound(module) for module in quantized]
+    factors = [module.factor for module in snn.modules() if isinstance(module, Scale)]
+    if any(bound.dim() for bound in bounds) and not all(factor.dim() for factor in factors):
+        raise LayoutError("the ANN has bounds of channels, and the spiking network no factors for them: build it with "
+                          "scale='channel'")
     folded = [(target, *folded_layer(source, norm, target)) for source, norm, target in pairs if source is not None]
-    bounds = [checked_bound(module) for module in ann.modules() if isinstance(module, QCFS)]
     for target, weight, bias in folded:
         target.weight.copy_(weight)
         if target.bias is not None:
             target.bias.copy_(0 if bias is None else bias)
-    for module in snn.modules():
-        if isinstance(module, Scale):
-            module.factor.fill_(1)
+    for factor in factors:
+        factor.fill_(1)
     snn.carried = None
     if any(bound.dim() for bound in bounds):
         fold_channels(snn, bounds)
@@ -137,11 +138,16 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
     Raises ValueError if the two do not have the same modules in the same order, but for batch norm, which the SNN does
     without, and a plain identity's Scale.
     """
+    def is_own(module):
+        return not type(module).forward.__module__.startswith(('torch.', 'self_models.'))
+
     def leaves(network):
-        return [(name, module) for name, module in network.named_modules()
-                if not list(module.children()) and not isinstance(module, (nn.Sequential, Scale, nn.Identity))]
+        return [(name, module) for name, module in network.named_modules() if is_own(module) or not list(
+            module.children()) and not isinstance(module, (nn.Sequential, Scale, nn.Identity))]
 
     def layout(module):
+        if is_own(module):
+            return type(module).forward,
         if isinstance(module, nn.Linear):
             return 'linear', module.weight.shape
         if isinstance(module, nn.Conv2d):
@@ -151,7 +157,7 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
             return ('activation',)
         if isinstance(module, nn.AvgPool2d):
             return ('average pool', *(size if isinstance(size, tuple) else (size, size) for size in (
-                module.kernel_size, module.stride, module.padding)), module.ceil_mode)
+                module.kernel_size, module.stride, module.padding)), module.ceil_mode, module.divisor_override)
         if isinstance(module, nn.AdaptiveAvgPool2d):
             return 'adaptive average pool', module.output_size
         return 'dropout' if isinstance(module, nn.Dropout) else type(module).__name__,

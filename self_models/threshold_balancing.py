@@ -210,6 +210,7 @@ def _balance_plain(model, images, timesteps, percentile, progress):
     """The thresholds of a PlainNetwork, one LIF after another: what each is given comes from the spikes of those before
     it, by the part of the network between them."""
     ways, lifs, weight = segments(model), model.lifs, next(model.parameters())
+    model.timesteps = 1
     shapes = {record.name: tuple(record.current.shape[2:])
               for record in model.record(images[:1].to(weight.device, weight.dtype))}
     shapes['input'] = tuple(images.shape[1:])

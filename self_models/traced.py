@@ -537,6 +537,13 @@ class Graphed:
     def _compile(self):
         self.__dict__['_run'] = compiled(self._graph)
 
+    def __setattr__(self, name, value):
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if own and not isinstance(value, (torch.Tensor, nn.Module)):  # also if a module of the tree has the name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def run(self, x: torch.Tensor) -> torch.Tensor:
         return self._run(self._space, x)
 

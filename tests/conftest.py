@@ -75,7 +75,7 @@ def fill(model, seed):
         for i, (_, p) in enumerate(sorted(model.named_parameters())):
             r = np.random.RandomState(1000 * seed + i)
             w = (r.standard_normal(tuple(p.shape)) + 0.15) * math.sqrt(2.0 / np.prod(p.shape[1:]))
-            p.copy_(torch.from_numpy(w))
+            p.copy_(torch.as_tensor(w))
     return model
 
 

@@ -169,11 +169,12 @@ class Neurons(TorchFunctionMode):
         """Currents at one step, or at several one after the other -> what the spikes are worth. bound: of a QCFS, (),
         or (C,) for channels, which is what a spike of theirs is worth at a threshold of 1."""
         layer, self.calls = self.layers[self.calls], self.calls + 1
-        self.seen[self.calls - 1].append(current.detach().clone())
         worth = 1.0
         if bound is not None and bound.dim():
             worth = bound.view(-1, *[1] * (current.dim() - 2))
-        steps = (current / worth).unflatten(0, (self.at_once, len(current) // self.at_once))
+        current = current / worth
+        self.seen[self.calls - 1].append(current.detach())
+        steps = current.unflatten(0, (self.at_once, len(current) // self.at_once))
         spikes = [layer.step(each, self.t + i) for i, each in enumerate(steps)]
         return torch.cat(spikes) * layer.threshold * worth
 

@@ -1,6 +1,7 @@
 """Any network as a spiking one: held to the ANN's own code run one step after another and to the layer-by-layer way;
 and what has to be refused."""
 import copy
+import pickle
 import re
 import warnings
 
@@ -10,10 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import self_models.layers as layers
+import self_models.threshold_balancing as balancing
 import step_by_step
 from conftest import network, ternary
 from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
+from self_models.conversion import LayoutError
+from self_models.layers import Scale
+from self_models.threshold_balancing import DeadLayerError
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -490,16 +495,18 @@ def narrow(monkeypatch):
     monkeypatch.setattr(layers, 'VGG_LAYOUTS', {
         name: [item if item == 'A' else 3 for item in layout] for name, layout in layers.VGG_LAYOUTS.items()})
     monkeypatch.setattr(layers, 'VGG_HIDDEN', 12)
-    monkeypatch.setattr(layers, 'RESNET_STAGES', [(3 + i, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])
+    monkeypatch.setattr(layers, 'RESNET_STAGES', [
+        (3 + i if i else 64, stride) for i, (_, stride) in enumerate(RESNET_STAGES)])  # one identity stays plain
     conv, norm = layers.conv, layers.BatchNorm2d
     monkeypatch.setattr(layers, 'conv', lambda inputs, outputs, *more: conv(
         *(3 if size == 64 else size for size in (inputs, outputs)), *more))
     monkeypatch.setattr(layers, 'BatchNorm2d', lambda size: norm(3 if size == 64 else size))
+    monkeypatch.setattr(layers, 'Scale', lambda channels=None: Scale(3 if channels == 64 else channels))
 
 
 def published(architecture, **options):
     """An ANN of the published layout in float64 and eval mode, no weight and no statistic at its initial value."""
-    torch.manual_seed(5)
+    torch.manual_seed(7)
     kind = VGG if architecture.startswith('VGG') else ResNet
     ann = kind(architecture, input_shape=(2, 16, 16), **options).double().eval()
     with torch.no_grad():
@@ -581,7 +588,7 @@ def same_gradients(lean, plain):
     behind = [*(each for stage in lean.stages() for each in stage.inputs), (last, lean.classifier[-1])]
     names = {module: name for name, module in lean.named_modules()}
     for source, synapse in behind:
-        if isinstance(synapse, layers.Scale):
+        if isinstance(synapse, Scale):
             scaled.add(source)
             continue
         worth = thresholds[source] if source >= 0 else 1.0
@@ -702,3 +709,467 @@ def test_an_activation_in_place_whose_output_is_not_taken():
     net = quantized(ann, 10 ** 6, x)
     assert torch.allclose(quantize(ann, 10 ** 6, bound=10)(x), ann(x), atol=1e-3)
     agrees(quiet(net, 3).double(), net, x, silent=True)
+
+
+# -- balancing --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('encoding, delay', [('direct', 0), ('direct', 1), ('poisson', 0), ('poisson', 1)])
+@pytest.mark.parametrize('name', ['residual', 'in place', 'dense', 'stem', 'views', 'arithmetic', 'same twice',
+                                  'pooled'])
+def test_thresholds_of_own_networks(name, encoding, delay, monkeypatch):
+    ann, x = own(name), ternary((20, *SHAPE), 1)
+    snn = spiking(ann, 3, encoding=encoding, delay=delay, initial_potential=0.5, leak=0.9)
+    want, given = step_by_step.find_own_thresholds(ann, snn, x, 6), x.clone()
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9) and torch.equal(x, given)
+    assert snn.thresholds.tolist() == pytest.approx(want, rel=1e-9)
+    assert (snn.timesteps, snn.leak) == (3, 0.9) and not snn.training
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 40_000})  # a few steps at a time
+    monkeypatch.setattr(balancing, 'SPOOL_BYTES', 1000)
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+def test_a_percentile_of_the_currents_of_an_own_network(encoding):
+    ann, x = own('residual'), ternary((20, *SHAPE), 1)
+    snn = spiking(ann, 3, encoding=encoding, delay=1)
+    want = step_by_step.find_own_thresholds(ann, snn, x, 6, 97)
+    assert find_thresholds(snn, x, 6, percentile=97) == pytest.approx(want, rel=5e-3)
+
+
+def test_balancing_with_bounds_of_channels():
+    # thresholds are then in units of the bounds
+    x = ternary((20, *SHAPE), 1)
+    net = quantized(own('residual'), 4, x, channels=True)
+    snn = spiking(net, 3)
+    want = step_by_step.find_own_thresholds(net, snn, x, 6)
+    assert find_thresholds(snn, x, 6) == pytest.approx(want, rel=1e-9)
+
+
+def test_balancing_leaves_the_rest_as_it_was():
+    snn = spiking(own('dropped').train(), 3, **DIRECT)
+    snn.conv0.eval()
+    modes = {name: module.training for name, module in snn.named_modules()}
+    weights = {name: value.clone() for name, value in snn.state_dict().items() if 'threshold' not in name}
+    found = find_thresholds(snn, torch.rand(4, *SHAPE, dtype=torch.float64), 5)
+    assert all(value > 0 for value in found)
+    assert modes == {name: module.training for name, module in snn.named_modules()} and not modes['conv0']
+    assert all(torch.equal(value, snn.state_dict()[name]) for name, value in weights.items())
+
+
+def test_memory_does_not_grow_with_steps(monkeypatch):
+    ann, x, lengths = own('residual'), torch.rand(10, *SHAPE, dtype=torch.float64), []
+    snn = spiking(ann, 3, **DIRECT)
+    for module in (snn.conv1, snn.conv2):
+        module.register_forward_hook(lambda _, given, output: lengths.append(len(output)))
+    monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 20_000})  # two values a neuron: 4 kB an image and step
+    find_thresholds(snn, x, 50)
+    assert max(lengths) <= 5
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda net: net.conv1.weight.data.zero_(), 'relu_1 has an input of 0'),
+    (lambda net: net.norm0.bias.data.fill_(-9), 'relu has an input of 0'),
+    (lambda net: net.conv1.weight.data.fill_(float('nan')), 'relu_1 has an input of inf')])
+def test_a_layer_without_a_threshold_is_named(spoil, words):
+    net = own('residual')
+    spoil(net)
+    net.norm1 = nn.Identity()
+    snn = spiking(net, 3, **DIRECT)
+    before = snn.thresholds.tolist()
+    with pytest.raises(DeadLayerError, match=words):
+        find_thresholds(snn, torch.rand(4, *SHAPE, dtype=torch.float64), 5)
+    assert snn.thresholds.tolist() == before and snn.timesteps == 3
+
+
+# -- a module like any other ------------------------------------------------------------------------------------------
+
+NAMES = ('layers', 'stages', 'activation', 'encoding', 'thresholds', 'timesteps', 'record', 'depth', 'leak', 'notes',
+         'input_layer', 'delay', 'initial_leak', 'lifs', 'run')
+
+
+def named_badly():
+    """Whose children are named as what a spiking network has itself."""
+    modules = {name: nn.Linear(6, 6) if i % 2 else nn.ReLU() for i, name in enumerate(NAMES)}
+
+    def forward(n, x):
+        x = n.first(x.flatten(1))
+        for name in NAMES:
+            x = getattr(n, name)(x)
+        return n.fc(F.relu(n.last(x)))
+    return Net(forward, first=nn.Linear(128, 6), last=nn.Linear(6, 6), fc=nn.Linear(6, 5), **modules).double().eval()
+
+
+def some(name='residual', timesteps=4, **options):
+    """(a network, its spiking network, images)"""
+    ann, x = named_badly() if name == 'named badly' else own(name), torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    return ann, made(ann, x, timesteps, **{**DIRECT, 'activation': 'Linear', 'gamma': 0.8, **options}), x
+
+
+def test_children_named_as_the_attributes_of_a_spiking_network():
+    ann, snn, x = some('named badly', **LEARNED)
+    agrees(snn, ann, x, silent=True)
+    assert isinstance(snn.timesteps, int) and snn.depth == 9 and snn.encoding == 'direct'
+    snn.network_update(7, 1.0)
+    snn.encoding, snn.notes = 'direct', []
+    assert snn.timesteps == 7 and all(lif.timesteps == 7 for lif in snn.lifs)
+    find_thresholds(snn, x, 5)
+    assert snn.timesteps == 7 and copy.deepcopy(snn).timesteps == 7 and snn.curve(x, [1, 7]).shape == (2, 3, 5)
+    again = pickle.loads(pickle.dumps(snn))
+    assert torch.equal(again(x), snn(x)) and len(list(again.record(x))) == 9
+    assert set(snn.state_dict()) - set(ann.state_dict()) == {
+        f'{name}.{value}' for name in snn.layer_names for value in ('threshold', 'leak')}
+    assert 'layers' in dict(snn.named_children()) and 'timesteps' in str(snn)
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'arithmetic', 'dropped', 'shuffled', 'one dimension'])
+def test_copies_and_pickles(name):
+    ann, snn, x = some(name, **LEARNED)
+    want = snn(x)
+    for each in (copy.deepcopy(snn), pickle.loads(pickle.dumps(snn)), copy.deepcopy(copy.deepcopy(snn))):
+        assert torch.equal(each(x), want) and each.layer_names == snn.layer_names
+        assert list(each.state_dict()) == list(snn.state_dict())
+        with torch.no_grad():
+            for value in each.parameters():
+                value.zero_()
+        each.timesteps = 9
+        assert each(x).std() == 0  # its own weights, by which it runs
+    assert torch.equal(snn(x), want) and snn.timesteps == 4
+    fresh = spiking(ann, 4, activation='Linear', gamma=0.8, **DIRECT, **LEARNED).double()
+    assert not torch.equal(fresh(x), want)
+    assert fresh.load_state_dict(snn.state_dict()).missing_keys == [] and torch.equal(fresh(x), want)
+    net = quantized(ann, 4, x)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
+    if type(net) is not Net:  # which holds a function
+        assert torch.equal(pickle.loads(pickle.dumps(net))(x), net(x))
+    assert 'LIF(T=4, threshold=' in repr(snn)
+
+
+def test_hooks_types_and_optimizers():
+    ann, snn, x = some(**LEARNED)
+    seen = []
+    hook = snn.conv1.register_forward_hook(lambda module, given, output: seen.append(output.shape))
+    snn(x)
+    hook.remove()
+    assert seen == [(4 * 3, 4, 8, 8)]
+    want = snn(x)
+    single = copy.deepcopy(snn).to(torch.float32)
+    assert single(x.float()).dtype == torch.float32 and torch.allclose(single(x.float()).double(), want, atol=1e-3)
+    optimizer = torch.optim.SGD(snn.parameters(), lr=0.1)
+    names = dict(snn.named_parameters())
+    assert set(names) - set(dict(ann.named_parameters())) == {
+        f'relu{i}.{what}' for i in ('', '_1', '_2') for what in ('threshold', 'leak')}
+    want.square().sum().backward()
+    assert all(value.grad is not None for value in names.values())
+    before = {name: value.clone() for name, value in names.items()}
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in names.items())
+    assert not torch.equal(snn(x), want)
+    snn.train()
+    assert all(module.training for module in snn.modules())
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem'])
+def test_learned_thresholds_given_through_functional_call(name):
+    ann, snn, x = some(name, **LEARNED)
+    snn(x).sum().backward()
+    want = {key: value.grad for key, value in snn.named_parameters()}
+    given = {key: value.detach().clone().requires_grad_() for key, value in snn.named_parameters()}
+    torch.func.functional_call(snn, given, (x,)).sum().backward()
+    for key, value in given.items():
+        close(value.grad, want[key], 1e-12, key, True)
+    # thresholds that are no parameters, too
+    ann, snn, x = some(name)
+    threshold = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    torch.func.functional_call(snn, {f'{snn.layer_names[0]}.threshold': threshold}, (x,)).sum().backward()
+    assert threshold.grad.abs() > 0
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'mobile'])
+@pytest.mark.parametrize('options', [{}, LEARNED, {'activation': 'STDB'}])
+def test_narrow_types(name, options):
+    ann, snn, x = some(name, **options)
+    want, single = snn(x), copy.deepcopy(snn).float()
+    with torch.autocast('cpu', torch.bfloat16):
+        got = single(x.float())
+    got.float().square().sum().backward()
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in single.parameters())
+    for each in (got, copy.deepcopy(snn).half()(x.half())):
+        assert 0 < (each.double() - want).norm() < 0.5 * want.norm()
+    assert copy.deepcopy(snn).half()(x.half()).dtype == torch.float16
+    assert all(lif.threshold.dtype in (torch.float64, torch.float32) for lif in single.lifs)
+
+
+@pytest.mark.parametrize('name', ['residual', 'stem', 'views', 'dense', 'shuffled'])
+@pytest.mark.parametrize('timesteps', [1, 3])
+def test_batches_of_none_and_one_and_other_layouts(name, timesteps):
+    ann, snn, x = some(name, timesteps, **LEARNED)
+    want = snn(x)
+    want.square().sum().backward()
+    grads = [value.grad.clone() for value in snn.parameters()]
+    for i in range(3):
+        assert torch.allclose(snn(x[i:i + 1]), want[i:i + 1], rtol=1e-9, atol=1e-9)
+    if name not in ('views', 'shuffled'):  # whose view(b, -1) no empty batch has
+        empty = snn(x[:0])
+        assert empty.shape == (0, 5) and snn.curve(x[:0], [1, timesteps]).shape == (2, 0, 5)
+        empty.sum().backward()
+    snn.zero_grad()
+    snn.to(memory_format=torch.channels_last)
+    got = snn(x.contiguous(memory_format=torch.channels_last))
+    got.square().sum().backward()
+    assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+    for a, value in zip(grads, snn.parameters(), strict=True):
+        close(value.grad, a, 1e-9, 'channels last', True)
+
+
+def test_parts_of_the_channels_go_into_neurons_as_they_are():
+    # one image at one step: a part of a tensor, whose first stride is the whole's
+    ann = Net(lambda n, x: n.fc((F.relu(x[:, :1]) - F.relu(x[:, 1:])).flatten(1)), fc=nn.Linear(64, 5)).double().eval()
+    for timesteps in (1, 3):
+        for batch in (1, 2):
+            x = torch.rand(batch, *SHAPE, dtype=torch.float64)
+            snn = made(ann, x, timesteps, **DIRECT)
+            agrees(snn, ann, x, silent=True)
+
+
+def test_wrapped_networks():
+    ann, x = own('residual'), torch.rand(3, *SHAPE, dtype=torch.float64)
+    want = spiking(ann, 3, **DIRECT)(x)
+    net = quantize(ann, 2)
+    for wrapped in (torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel):
+        assert torch.equal(spiking(wrapped(copy.deepcopy(ann)), 3, **DIRECT)(x), want)
+        assert list(quantize(wrapped(copy.deepcopy(ann)), 2).state_dict()) == list(net.state_dict())
+        assert torch.equal(convert(wrapped(copy.deepcopy(net)), 2)(x), convert(net, 2)(x))
+
+
+def test_a_child_that_is_named_module_is_no_wrapper():
+    ann = Net(lambda n, x: n.head(n.module(x)), module=chain(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten()),
+              head=nn.Linear(108, 5)).double().eval()
+    x = torch.rand(3, *SHAPE, dtype=torch.float64)
+    net = quantized(ann, 1, x)
+    assert torch.allclose(convert(net, 1)(x), net(x)) and net(x).shape == (3, 5)
+
+
+@pytest.mark.slow
+def test_a_compiled_spiking_network():
+    for name in ('residual', 'stem'):
+        ann, snn, x = some(name, **LEARNED)
+        want = snn(x)
+        want.square().sum().backward()
+        grads = [value.grad.clone() for value in snn.parameters()]
+        snn.zero_grad()
+        got = torch.compile(snn)(x)
+        got.square().sum().backward()
+        assert torch.allclose(got, want, rtol=1e-9, atol=1e-9)
+        for a, value in zip(grads, snn.parameters(), strict=True):
+            close(value.grad, a, 1e-9, 'compiled', True)
+
+
+def test_learned_values_stay_in_their_ranges():
+    for options, thresholds, leaks in ((LEARNED, [1e-4, 1e-4, 3.0], [1e-4, 1.0, 0.5]),
+                                       ({}, [-1, 0, 3], [-1, 1.5, 0.5])):
+        _, snn, _ = some(**options)
+        with torch.no_grad():
+            for lif, threshold, leak in zip(snn.lifs, (-1.0, 0.0, 3.0), (-1.0, 1.5, 0.5), strict=True):
+                lif.threshold.fill_(threshold)
+                lif.leak.fill_(leak)
+        snn.constrain()
+        assert snn.thresholds.tolist() == pytest.approx(thresholds) and snn.leaks.tolist() == pytest.approx(leaks)
+    for update, wrong in ((snn.leak_update, [0.5, 1.1, 1.0]), (snn.leak_update, [1.0]),
+                          (lambda values: snn.threshold_update(1.0, values), [1.0, 0.0, 1.0]),
+                          (lambda values: snn.threshold_update(1.0, values), [1.0])):
+        with pytest.raises(ValueError, match='leak|threshold'):
+            update(wrong)
+
+
+@pytest.mark.parametrize('encoding, delay', [('direct', 0), ('direct', 1), ('poisson', 1)])
+def test_the_curve_and_the_record(encoding, delay):
+    ann, x = own('stem'), ternary((3, *SHAPE), 1)
+    snn = made(ann, x, 6, encoding=encoding, delay=delay, initial_potential=0.5, leak=0.9)
+    curve = snn.curve(x, [1, 4, 6])
+    records, seen = list(snn.record(x)), step_by_step.run_own(ann, snn, x)[1]
+    outputs = dict(zip(snn.layer_names, (each for each in seen)))
+    assert [record.name for record in records] == snn.layer_names
+    for record, lif in zip(records, snn.lifs):
+        assert torch.allclose(record.current, torch.stack(outputs[record.name]), rtol=1e-9, atol=1e-12)
+        assert record.fault == 0 and record.parameters.threshold == lif.threshold
+        u = torch.full_like(record.current[0], 0.5 * lif.threshold.item())
+        for current, potential, spikes in zip(record.current, record.potentials, record.spikes):
+            h = u if delay else 0.9 * u + current
+            assert torch.allclose(potential, h) and torch.equal(spikes.bool(), h > lif.threshold)
+            u = h - lif.threshold * spikes if not delay else 0.9 * u + current - lif.threshold * spikes
+    for steps, output in zip([1, 4, 6], curve, strict=True):
+        snn.timesteps = steps
+        assert torch.allclose(snn(x), output, rtol=1e-9, atol=1e-9)
+    for wrong in ([], [0], [2, 1], [7]):
+        with pytest.raises(ValueError, match='ascend'):
+            snn.curve(x, wrong)
+
+
+def test_a_potential_that_is_not_finite_is_not_taken_for_silence():
+    _, snn, x = some()
+    snn.conv1.weight.data[0, 0] = float('nan')
+    assert snn(x).isnan().all() and [bool(record.fault.isnan()) for record in snn.record(x)] == [False, True, True]
+
+
+# -- conversion of the published layouts ------------------------------------------------------------------------------
+
+def lean_of(ann, architecture, **options):
+    """The layer-by-layer network that an ANN with biases or batch norm is copied into."""
+    snn = network(architecture, input_shape=(2, 16, 16), bias=True, **{'encoding': 'direct', 'delay': 0, **options})
+    copy_weights(ann, snn.double().eval())
+    return snn
+
+
+@pytest.mark.parametrize('kind', ['batch norm', 'biases'])
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_relu_converges_to_the_ann(architecture, kind, narrow):
+    # a spike is worth its threshold: biases and branches of a sum stay in the ANN's units
+    ann = published(architecture, batch_norm=kind == 'batch norm')
+    ann = with_biases(ann) if kind == 'biases' else ann
+    x = torch.rand(4, 2, 16, 16, dtype=torch.float64)
+    want = ann(x)
+    for snn in (lean_of(ann, architecture, timesteps=600, initial_potential=0.5),
+                spiking(ann, 600, initial_potential=0.5, **DIRECT)):
+        find_thresholds(snn, x, 50)
+        with torch.no_grad():
+            assert (snn(x) / 600 - want).norm() < 0.05 * want.norm()
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_thresholds_that_are_scaled_anew(architecture, narrow):
+    ann, x = with_biases(published(architecture)), IMAGES['direct']
+    anew, direct = (lean_of(ann, architecture, timesteps=5) for _ in range(2))
+    found = find_thresholds(anew, x, 10)
+    anew.threshold_update(0.7, found)
+    anew.threshold_update(0.4, found)
+    find_thresholds(direct, x, 10)
+    direct.threshold_update(0.4, found)
+    for name, value in direct.state_dict().items():
+        assert torch.allclose(anew.state_dict()[name], value, rtol=1e-12), name
+    assert torch.allclose(anew(x), direct(x), rtol=1e-9) and direct(x).std() > 0
+    assert find_thresholds(direct, x, 10) == pytest.approx(found, rel=1e-9)
+
+
+def heads():
+    for labels, bias in ((10, True), (3, True), (1, False), (10, False), (20, True)):
+        yield lambda ann, labels=labels, bias=bias: ann.classifier.__setitem__(
+            -1, nn.Linear(ann.classifier[-1].in_features, labels, bias))
+
+
+@pytest.mark.parametrize('exchange', [
+    *heads(), lambda ann: ann.features.__setitem__(1, nn.BatchNorm2d(3, affine=False)),
+    lambda ann: ann.classifier[0].register_parameter('bias', nn.Parameter(torch.rand(12)))])
+def test_layouts_with_other_heads_biases_and_norms(exchange, narrow):
+    ann, x = published('VGG5', batch_norm=True), IMAGES['direct']
+    exchange(ann)
+    net = quantized(ann.double().eval(), 1, x)
+    want = net(x)
+    for wrapped in (net, torch.compile(net), nn.DataParallel(net)):
+        snn = convert(wrapped, 1)
+        assert type(snn).__name__ == 'VGG_SNN_STDB'
+        assert snn(x).shape == want.shape and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
+    snn = network('VGG5', input_shape=(2, 16, 16), labels=want.shape[1], bias=True, timesteps=1, **DIRECT).double()
+    copy_weights(torch.compile(net), snn)
+    assert all(torch.equal(value, convert(net, 1).state_dict()[name]) for name, value in snn.state_dict().items())
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class Half(QCFS):
+    def forward(self, x):
+        return super().forward(x / 2)
+
+
+EXCHANGED = {  # features: conv, norm, activation, pool, ...
+    'max pool': ('VGG5', lambda ann: ann.features.__setitem__(3, nn.MaxPool2d(2))),
+    'divisor': ('VGG5', lambda ann: ann.features.__setitem__(3, nn.AvgPool2d(2, divisor_override=3))),
+    'own convolution': ('VGG5', lambda ann: ann.features.__setitem__(0, Doubled(2, 3, 3, padding=1, bias=False))),
+    'own container': ('VGG5', lambda ann: setattr(ann, 'features', Halved(*ann.features))),
+    'weight norm': ('VGG5', lambda ann: ann.features.__setitem__(
+        0, nn.utils.parametrizations.weight_norm(ann.features[0]))),
+    'identity': ('VGG5', lambda ann: ann.features.__setitem__(6, nn.Identity())),
+    'head': ('VGG5', lambda ann: setattr(ann, 'classifier', nn.Linear(48, 4))),
+    'another norm': ('VGG5', lambda ann: ann.features.__setitem__(2, nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))),
+    'pool behind': ('RESNET6', lambda ann: (setattr(ann, 'final_pool', nn.AdaptiveAvgPool2d(1)),
+                                            setattr(ann, 'classifier', nn.Sequential(nn.Linear(4, 10))))),
+    'no block': ('RESNET6', lambda ann: (setattr(ann, 'layer2', nn.Identity()),
+                                         setattr(ann, 'classifier', nn.Linear(192, 10)))),
+    'own block': ('RESNET6', lambda ann: setattr(ann.layer1[0], 'identity', Halved(nn.Identity())))}
+
+
+@pytest.mark.parametrize('name', EXCHANGED)
+def test_layouts_whose_modules_were_exchanged_go_the_plain_way(name, narrow):
+    architecture, exchange = EXCHANGED[name]
+    ann, x = published(architecture, batch_norm=True), IMAGES['direct']
+    exchange(ann)
+    net = quantized(ann.double().eval(), 1, x)
+    want = net(x)
+    snn = quiet(net, 1)
+    assert want.std() > 0 and torch.allclose(snn(x), want, rtol=1e-9, atol=1e-12)
+    assert type(snn).__name__ == 'PlainNetwork'
+
+
+def test_activations_of_both_kinds_or_of_ones_own(narrow):
+    ann = published('RESNET6', activation='QCFS')
+    for block in (ann.layer1[0], ann.layer2[0]):
+        block.residual[1] = block.activation = nn.ReLU()
+    with pytest.raises(ValueError, match='some of its activations are QCFS, others ReLU'):
+        convert(ann, 1)
+    ann = published('VGG5', activation='QCFS')
+    ann.features[1] = Half()
+    with pytest.raises(ValueError, match='cannot be traced|Half'):
+        convert(ann, 1)
+    with pytest.raises(ValueError, match='no bounds'):
+        convert(published('VGG5'), 1)
+
+
+def test_dropouts_of_an_ann_stay_as_they_are(narrow):
+    ann = published('VGG5', activation='QCFS', dropout=0.3)
+    ann.features[5] = nn.Dropout(0.9)
+    snn = convert(ann, 2)
+    assert [module.p for module in snn.modules() if isinstance(module, nn.Dropout)] == [0.9, 0.5, 0.5]
+
+
+def test_channels_that_a_network_has_no_factors_for(narrow):
+    ann = published('RESNET6', activation='QCFS')
+    ann.layer1[0].activation = QCFS(4, channels=3).double()
+    snn = network('RESNET6', input_shape=(2, 16, 16), bias=True, **DIRECT).double()
+    before = {name: value.clone() for name, value in snn.state_dict().items()}
+    with pytest.raises(LayoutError, match="scale='channel'"):
+        copy_weights(ann, snn)
+    assert all(torch.equal(value, before[name]) for name, value in snn.state_dict().items())
+    x = IMAGES['direct']
+    assert torch.allclose(convert(ann, 3)(x), spiking(ann, 3)(x), rtol=1e-9)  # bounds of both kinds
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_a_state_dict_carries_thresholds_and_leaks(architecture, narrow):
+    x = IMAGES['direct']
+    for options in ({}, LEARNED):
+        snn = lean_of(with_biases(published(architecture)), architecture, timesteps=5, **options)
+        snn.threshold_update(0.5, find_thresholds(snn, x, 10))
+        snn.leak_update([0.9 - 0.01 * i for i in range(len(snn.leaks))])
+        fresh = lean_of(with_biases(published(architecture)), architecture, timesteps=5, **options)
+        assert fresh.load_state_dict(snn.state_dict()).missing_keys == []
+        assert torch.equal(fresh(x), snn(x)) and fresh.leaks.tolist() == snn.leaks.tolist() and snn(x).std() > 0
+        assert torch.equal(fresh.thresholds, snn.thresholds)
+
+
+def test_a_threshold_given_through_functional_call_gets_its_gradient(narrow):
+    for options in ({}, LEARNED):
+        snn = lean_of(with_biases(published('VGG5')), 'VGG5', timesteps=5, activation='Linear', **options)
+        snn.threshold_update(0.3, find_thresholds(snn, IMAGES['direct'], 10))
+        given = snn.thresholds.detach().clone().requires_grad_()
+        torch.func.functional_call(snn, {'thresholds': given}, (IMAGES['direct'],)).square().sum().backward()
+        assert (given.grad != 0).all() and getattr(snn.thresholds, 'grad', None) is None
+        if options:
+            snn(IMAGES['direct']).square().sum().backward()
+            assert torch.allclose(snn.thresholds.grad, given.grad, rtol=1e-9)

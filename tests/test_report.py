@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import self_models
 import snn
 import step_by_step
 from conftest import digits, fails, fill, network, run, ternary
 from experiment import engine, setup
 from experiment.data import Data
-from experiment.reporting import count, numbers, plots, report
-from self_models import LayerRecord, LIFParameters, ResNet
+from experiment.reporting import count, count_graph, numbers, plots, report
+from self_models import QCFS, VGG, LayerRecord, LIFParameters, ResNet, convert
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
 from self_models.spike_train import SpikeTrain
@@ -420,6 +421,137 @@ def test_notes_say_only_what_holds():
     notes = numbers.notes_of(low_latency('RESNET6', 1)[0])
     assert 'once an image' in notes['direct'] and 'constant current' in notes['biases']
     assert 'factor' in notes['identity']
+
+
+# -- networks of one's own --------------------------------------------------------------------------------------------
+
+def both(architecture, timesteps, **options):
+    """(the network layer by layer, the same as any network), of an ANN with batch norm, its last layer with a bias."""
+    ann = fill({'VGG5': VGG, 'RESNET6': ResNet}[architecture](
+        architecture, dataset='DIGITS', activation='QCFS', batch_norm=True), 4).double().eval()
+    for number, bound in enumerate(module.bound for module in ann.modules() if isinstance(module, QCFS)):
+        bound.data.fill_(0.5 + 0.25 * number)
+    ann.classifier[-1] = nn.Linear(ann.classifier[-1].in_features, 10).double()
+    return convert(ann, timesteps, **options), self_models.spiking(ann, timesteps, **options)
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+@pytest.mark.parametrize('options', [{}, {'encoding': 'poisson', 'activation': 'Linear', 'leak': 0.9}])
+def test_any_network_is_counted_as_the_published_ones_are(architecture, options):
+    found = []
+    for model in both(architecture, 4, **options):
+        layers, connections = counted(model, ternary((3, 1, 8, 8), 5))
+        found.append(numbers.summary(model, layers, list(connections.values()), 3))
+    for a, b in zip(*(each['layers'] for each in found), strict=True):
+        assert {**a, 'name': ''} == {**b, 'name': ''} and a['firing_rate'] != 0
+    assert found[0]['surrogate']['count'] == found[1]['surrogate']['count']
+    # of the two branches of a block, either comes first
+    for a, b in zip(*(sorted(each['operations']['connections'], key=lambda row: (row['ann_macs'], row['kind']))
+                      for each in found), strict=True):
+        assert a['kind'] == b['kind'] and a.keys() == b.keys()
+        for key in a.keys() - {'name', 'kind'}:
+            assert a[key] == (b[key] if b[key] is None else pytest.approx(b[key], rel=1e-12)), key
+    for key in ('total', 'energy_uj'):
+        assert found[0]['operations'][key] == pytest.approx(found[1]['operations'][key], rel=1e-12)
+
+
+def test_any_network_with_a_delay_is_counted_at_all_steps():
+    ours, plain = both('RESNET6', 9, delay=1, encoding='poisson', initial_potential=0.0)
+    layers, others = (counted(model, ternary((3, 1, 8, 8), 5, 1.25))[0] for model in (ours, plain))
+    for a, b in zip(layers, others, strict=True):
+        steps = len(a.spikes)
+        assert a.spikes.sum() > 0 and torch.equal(b.spikes[a.first_step:a.first_step + steps], a.spikes)
+        assert (b.first_step, len(b.spikes)) == (0, 9) and steps < 9
+    assert 'all T steps' in numbers.notes_of(plain)['steps'] and 'too late' in numbers.notes_of(plain)['steps']
+
+
+class Own(nn.Module):
+    """For images (2, 4, 4); all weights are 1, so that any input above 0.5 makes a neuron fire."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2, bias=False)
+        self.mixed, self.inner = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 3, 1, bias=False)
+        self.norm, self.head, self.last = nn.BatchNorm2d(3), nn.Linear(12, 7, bias=False), nn.Linear(7, 5)
+        for p in self.parameters():
+            nn.init.constant_(p, float(p.dim() > 1 or p is self.norm.weight))
+
+    def forward(self, x):
+        a = F.relu(self.grouped(x))
+        b = F.relu(self.mixed(torch.cat([F.avg_pool2d(x, 2), a], 1)))
+        c = F.relu(self.norm(self.inner(b)) + b)
+        return self.last(self.head(torch.flatten(c, 1)))
+
+
+def test_a_network_of_ones_own_by_hand():
+    model = self_models.spiking(Own(), 2, default_threshold=0.5, delay=0).eval()
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 0, 0, 0] = x[0, 0, 1, 1] = 1  # which spike at each of the two steps, as nothing else does
+    layers, connections = counted(model, x)
+    # of the first channel's, (1, 1) reaches all 2x2 positions of the two maps of its group; the other group is silent
+    assert [layer.spikes.tolist() for layer in layers] == [[2, 2], [8, 8], [12, 12], [12, 12]]
+    rows = {row['name']: row for row in numbers.operation_numbers(connections.values(), 1)['connections']}
+    assert list(rows) == ['grouped', 'mixed', 'inner', 'relu_2.identity', 'head', 'last']
+
+    def column(key):
+        return [row[key] for row in rows.values()]
+
+    assert column('kind') == ['conv3x3', 'conv1x1', 'conv1x1', 'identity', 'linear', 'linear']
+    # (0, 0) reaches one position, (1, 1) all four; then all reach three maps, each its own neuron, or seven neurons
+    assert column('synaptic_operations') == [2 * 2 * (1 + 4), 2 * 3 * (2 + 8), 2 * 3 * 12, 2 * 12, 2 * 7 * 12, 0]
+    assert column('nonzero_inputs') == [2 * 2 * (1 + 4), 2 * 3 * (1 + 8), 2 * 3 * 12, 2 * 12, 2 * 7 * 12, 0]  # one pool
+    # along a line of 4, kernels at 0 and 2 have 5 products of 6; what follows another synapse costs MACs at each step
+    assert column('ann_macs') == [5 * 5 * 2 * 2, 6 * 4 * 3, 3 * 4 * 3, 0, 12 * 7, 7 * 5]
+    assert column('ann_macs_with_padding') == [9 * 4 * 4, 6 * 4 * 3, 3 * 4 * 3, 0, 12 * 7, 7 * 5]
+    assert column('macs') == [0, 0, 0, 0, 0, 2 * 7 * 5]
+    assert column('input_neurons') == [32, 32 + 16, 12, 12, 12, 0]
+    assert column('estimate') == pytest.approx([2 * 2 / 32 * 144, 2 * 10 / 48 * 72, 2 * 36, 2 * 12, 2 * 84, 0])
+    # a bias of mixed, batch norm's of inner and the last one's, a neuron and step
+    assert column('bias_additions') == [0, 2 * 12, 2 * 12, 0, 0, 2 * 5]
+    assert column('ann_additions') == [0, 12, 12, 12, 0, 5]
+
+
+@pytest.mark.parametrize('pool, shape, want', [
+    (nn.AvgPool2d(2), (3, 4), [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]),
+    (nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), (3, 3), [[1, 2, 1], [2, 4, 2], [1, 2, 1]]),
+    (nn.AvgPool2d(2, ceil_mode=True), (3, 2), [[1, 1], [1, 1], [1, 1]]),
+    (nn.AdaptiveAvgPool2d((2, 1)), (3, 2), [[1, 1], [2, 2], [1, 1]]), (nn.AvgPool1d(3, 1), (5,), [1, 2, 3, 2, 1]),
+    (nn.Upsample(scale_factor=2), (1, 2), [[4, 4]]), (nn.AvgPool3d((2, 1, 1)), (2, 1, 1), [[[1]], [[1]]])])
+def test_how_many_outputs_of_a_pool_a_pixel_comes_to(pool, shape, want):
+    one_each = torch.eye(math.prod(shape)).view(-1, 1, *shape)
+    assert count_graph.add_up(pool, one_each).flatten(1).sum(1).view(shape).tolist() == want
+
+
+@pytest.mark.parametrize('synapse', [
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    nn.Conv2d(4, 2, 3, padding='same', padding_mode='circular'), nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1),
+    nn.Linear(6, 3)])
+def test_connections_of_a_synapse_by_brute_force(synapse):
+    shape, weight = (4, 5, 6), synapse.weight
+    one_each = torch.eye(math.prod(shape)).view(-1, *shape)
+    with torch.no_grad():
+        weight.fill_(1)
+        reached = synapse(one_each) != synapse(torch.zeros(1, *shape))
+    assert torch.equal(count_graph.connections(synapse, one_each).flatten(1).sum(1), reached.flatten(1).sum(1).float())
+
+
+@own_warnings_are_errors
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+def test_reports_of_a_network_of_ones_own(encoding, in_an_empty_folder):
+    Path('own.py').write_text("""
+from torch import nn
+def net(labels):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, labels))
+""")
+    run(snn, '-a', 'own.py:net', '--dataset', 'DIGITS', '--train_samples', 40, '--test_samples', 30, '--no-gpu',
+        '--timesteps', 4, '--default_threshold', 0.2, '--encoding', encoding, '--epochs', 1, '--report', 'r')
+    got = read('r')
+    assert len(got['figures']) == 5 and all(Path('r', name).exists() for name in got['figures'])
+    assert [layer['name'] for layer in got['layers']] == ['input', '2', '6'] and got['latency'] == 2
+    assert [row['name'] for row in got['operations']['connections']] == ['0', '5', '7']
+    assert (got['operations']['total']['macs'] > 0) == (encoding == 'direct')
+    assert 'max pool' in got['notes']['values'] and 'biases' in got['notes']
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

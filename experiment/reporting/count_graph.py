@@ -4,7 +4,6 @@ The spikes of its neurons go along the graph in place of values, so that what co
 """
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,12 +17,21 @@ from self_models.encoding import ENCODINGS
 from self_models.layers import Scale
 from self_models.plain import LIF, HeldDropout, PlainNetwork, Repeat
 from self_models.spike_train import DirectInput, SpikeTrain
-from self_models.traced import FUNCTION_SYNAPSES, MAX_POOLS, POOLS, PRODUCTS, SUMS, SYNAPSES, is_max_pool, known_pool
+from self_models.traced import (
+    FUNCTION_SYNAPSES,
+    MATRIX_PRODUCTS,
+    MAX_POOLS,
+    POOLS,
+    PRODUCTS,
+    SUMS,
+    SYNAPSES,
+    is_average_pool,
+    is_max_pool,
+)
 
 NORMS = nn.modules.batchnorm._BatchNorm
 PASSED = (Repeat, HeldDropout, Scale, NORMS)  # modules that change values, not how many spikes there are
 CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
-MATRICES = {operator.matmul, torch.matmul, torch.mm, 'matmul', 'mm'}
 TRANSPOSED = {nn.ConvTranspose1d: F.conv_transpose1d, nn.ConvTranspose2d: F.conv_transpose2d,
               nn.ConvTranspose3d: F.conv_transpose3d}
 
@@ -45,11 +53,16 @@ class Flow:
 
 
 class Synapse(NamedTuple):
-    """A call of a synapse, or the way of spikes to neurons without one. connect: its outputs at weights of 1."""
+    """A call of a synapse, or the way of spikes to neurons without one.
+
+    given: its Flow, spikes (1, ...) summed; events: (1, ...) at how many of the n it was not 0. connect: of what is
+    given, its outputs at weights of 1.
+    """
     kind: str
     given: Flow
+    events: torch.Tensor
     connect: Callable
-    padded_macs: int
+    padded_macs: int = 0
 
 
 class Walk(fx.Interpreter):
@@ -77,7 +90,7 @@ class Walk(fx.Interpreter):
                       for what in ('sources', 'through')), any(each.biased for each in flows))
         if isinstance(module, LIF) or node.op == 'output':
             return self.end(node.target, flow)
-        if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRICES:
+        if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS:
             return self.synapse(node, module, args, kwargs, flow)
 
         def call(x=None):
@@ -97,7 +110,8 @@ class Walk(fx.Interpreter):
                                     start=flow.spikes)
         elif isinstance(module, MAX_POOLS) or is_max_pool(node.target):
             flow.spikes = add_up(call, flow.spikes) if flow.real else call()
-        elif isinstance(module, (*POOLS, nn.Upsample)) or known_pool(node.target) or node.target is F.interpolate:
+        elif isinstance(module, (*POOLS, nn.Upsample)) or node.target is F.interpolate or is_average_pool(
+                getattr(node.target, '__name__', '')):
             flow.spikes = add_up(call, flow.spikes)
         else:
             result = call()
@@ -112,13 +126,17 @@ class Walk(fx.Interpreter):
         """What comes to neurons, or to the output: spikes without a synapse, and a bias."""
         plain = f'{name}.identity'
         if flow.sources:
-            self.synapses[plain] = Synapse('identity', flow, lambda x: x, 0)
+            self.meet(plain, 'identity', flow, lambda x: x)
         if flow.biased:
             through = flow.through or (plain,)
             own = [each for each in through if self.synapses[each].given.constant == flow.constant]
             name_of = (own or through)[0]
             self.biases[name_of] = self.biases.get(name_of, 0) + flow.spikes[0].numel()
         return Flow(self.sources[name].float(), False, False, (name,)) if name in self.sources else None
+
+    def meet(self, name, kind, flow, *more):
+        total = dataclasses.replace(flow, spikes=flow.spikes.sum(0, keepdim=True, dtype=torch.float64))
+        self.synapses[name] = Synapse(kind, total, (flow.spikes != 0).sum(0, keepdim=True).double(), *more)
 
     def synapse(self, node, module, args, kwargs, flow):
         """The Flow behind a synapse, which takes all spikes and gives none."""
@@ -133,24 +151,23 @@ class Walk(fx.Interpreter):
                     return x if isinstance(each, Flow) else torch.ones_like(each, dtype=x.dtype) if isinstance(
                         each, torch.Tensor) else each
                 given = [None if i == 2 else one(each) for i, each in enumerate(args)]
-                named = {key: one(each) for key, each in kwargs.items() if key != 'bias'}
-                return getattr(fx.Interpreter, node.op)(self, node.target, given, named)
+                return getattr(self, node.op)(node.target, given, {
+                    key: one(each) for key, each in kwargs.items() if key != 'bias'})
 
-        name = first = node.target if module is not None else node.name
-        while name in self.synapses:
-            name = f'{first} ({int(name.removeprefix(first).strip(" ()") or 1) + 1})'
+        name = node.target if module is not None else node.name
+        calls = sum(each.split(' (')[0] == name for each in self.synapses)
+        name = f'{name} ({calls + 1})' if calls else name
         out = connect(flow.spikes[:1])
-        turned = 'ranspose' in str(node.target if module is None else type(module)) or node.target in MATRICES
+        turned = 'ranspose' in str(node.target if module is None else type(module)) or node.target in MATRIX_PRODUCTS
         kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
-        self.synapses[name] = Synapse(kind, flow, connect, math.prod(weight.shape[1:]) * (
-            flow.spikes[0] if turned else out).numel())
+        self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * (flow.spikes[0] if turned else out).numel())
         nothing = out.new_zeros([1] * out.dim()).expand(len(flow.spikes), *out.shape[1:])
         return Flow(nothing, True, flow.constant, (), (name,), flow.biased or bias is not None)
 
 
 def connections(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The outputs of a convolution or linear layer of weights 1 without a bias."""
-    weight = torch.ones_like(module.weight, dtype=x.dtype)
+    weight = x.new_ones(()).expand(module.weight.shape)
     if isinstance(module, nn.Linear):
         return F.linear(x, weight)
     transposed = next((call for kind, call in TRANSPOSED.items() if isinstance(module, kind)), None)
@@ -175,14 +192,16 @@ def add_up(pool: Callable, x: torch.Tensor) -> torch.Tensor:
 
 def connections_of(model, sources):
     """{name: Connection} of a network, of which nothing is counted yet. sources: as of Walk, of any number of rows."""
-    walk, found = Walk(model, {name: torch.ones_like(rows[:1])
-                               for name, rows in sources.items()}), {}
+    walk, found = Walk(model, {name: torch.ones_like(rows[:1]) for name, rows in sources.items()}), {}
     for name, synapse in walk.synapses.items():
         given, plain = synapse.given, synapse.kind == 'identity'
-        reached = int(synapse.connect(((given.spikes > 0) | bool(given.through and not plain)).double()).sum())
+        with torch.enable_grad():
+            ones = torch.ones_like(given.spikes, requires_grad=True)
+            fan_out, = torch.autograd.grad(synapse.connect(ones).sum(), ones)
+        reached = int((fan_out * ((given.spikes > 0) | bool(given.through and not plain))).sum())
         constant, steps = given.constant, model.timesteps
         found[name] = Connection(
-            name, synapse.kind, sum(sources[each][0].numel() for each in given.sources), 0, steps, None,
+            name, synapse.kind, sum(sources[each][0].numel() for each in given.sources), 0, steps, fan_out,
             macs=0 if plain else reached, macs_with_padding=synapse.padded_macs, additions=reached if plain else 0,
             biases=walk.biases.get(name, 0), bias_steps=steps, constant=constant,
             mac_steps=0 if plain or not given.real else 1 if constant else steps)
@@ -216,12 +235,12 @@ def count_batch(model, images, layers, connections):
     finally:
         for hook in hooks:
             hook.remove()
-    if not connections:
-        connections |= connections_of(model, sources)
     with torch.autocast(images.device.type, enabled=False):
-        for name, (_, flow, connect, _) in Walk(model, sources).synapses.items():
+        if not connections:
+            connections |= connections_of(model, sources)
+        for name, synapse in Walk(model, sources).synapses.items():
             each = connections[name]
             if not each.mac_steps:
-                each.spikes += sum(sources[source].count_nonzero().item() for source in flow.sources)
-                each.operations += connect(flow.spikes.sum(0, keepdim=True, dtype=torch.float64)).sum().item()
-                each.nonzero_operations += connect((flow.spikes != 0).sum(0, keepdim=True).double()).sum().item()
+                each.spikes += sum(sources[source].count_nonzero().item() for source in synapse.given.sources)
+                each.operations += (synapse.given.spikes * each.fan_out).sum().item()
+                each.nonzero_operations += (synapse.events * each.fan_out).sum().item()
