@@ -36,6 +36,7 @@ from self_models.traced import (
     put,
     replace,
     trace,
+    weight_of,
 )
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
@@ -370,7 +371,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
                'beta': FLAGS['beta'], 'gamma': FLAGS['gamma'], 'backend': 'torch', 'timesteps': timesteps,
                **(QUANTIZED if quantized[0] else {}), **options}
     options['timesteps'] = check_timesteps(timesteps)
-    names, notes, weight = [], [], next(tree.parameters())
+    names, weight = [], weight_of(tree)
     for call, module in found.items():
         lif = _lif_of(module, options).to(weight.device).train(tree.training)
         names.append(put(tree, call, lif, used))
@@ -459,7 +460,7 @@ def _depth(graph, modules):
     """How many LIFs are on the shortest way from the input to the output."""
     depths = {}
     for node in graph.nodes:
-        before = [depths[each] for each in node.all_input_nodes if each in depths]
+        before = [depths[each] for each in node.all_input_nodes if each in depths and not _is_size(each)]
         if node.op == 'placeholder' or before:
             is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)
             depths[node] = min(before, default=0) + is_lif

@@ -126,9 +126,9 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     name = type(ann).__name__
     if ann._forward_hooks or ann._forward_pre_hooks:
         raise Refused(f'{name} has hooks of its own, which a copy of its calls does not run: remove them')
-    parameters = inspect.signature(ann.forward).parameters
-    defaults = {key: value.default for key, value in parameters.items() if value.default is not inspect.Parameter.empty}
     try:
+        parameters = inspect.signature(ann.forward).parameters
+        defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         tree = copy.deepcopy(ann)
         traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
         graph = _Tracer().trace(traced, concrete_args=defaults or None)
@@ -137,8 +137,8 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     except Exception as error:  # tracing runs the network's own code
         reason = ' '.join(str(error).split())
         if isinstance(error, fx.proxy.TraceError):
-            reason = f'its way depends on values ({reason})'
-        raise Refused(f'{name} cannot be traced: {reason}; write its forward without conditions on values') from error
+            reason = f'its way depends on values ({reason}); write its forward without conditions on them'
+        raise Refused(f'{name} cannot be copied or traced: {reason}') from error
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
             setattr(tree, key, value)
@@ -155,6 +155,14 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             owner, dropout = owner_of(node, modules), FUNCTION_DROPOUTS[node.target](argument(node, 1, 'p', 0.5))
             replace(graph, node, put(tree, Call(node, owner, None), dropout.train(modules[owner].training), used))
     return tree, graph
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A tensor that tells the device and the type of a module's layers."""
+    found = [each for each in module.modules() if not hasattr(each, 'threshold')]  # neurons have their own type
+    tensors = (value for kind in (nn.Module.parameters, nn.Module.buffers) for each in found
+               for value in kind(each, recurse=False) if value.is_floating_point())
+    return next(tensors, torch.empty(0))
 
 
 def unwrapped(ann: nn.Module) -> nn.Module:
@@ -586,7 +594,7 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
     modules, used = dict(tree.named_modules()), set()
-    first = next(tree.parameters())
+    first = weight_of(tree)
     for call, module in [(call, modules.get(call.target)) for call in calls]:
         if isinstance(module, QCFS):
             used.add(call.target)
