@@ -256,15 +256,18 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
         values = [each for each in node.all_input_nodes if kinds[each] == VALUE]
         behind[node] = any(behind[each] for each in values)
         kinds[node], ranks[node] = VALUE, None
-        if node.op == 'output':
+        if node.op == 'placeholder':
+            takers = (rank_that(said(user, modules)[1].removesuffix('()')) for user in node.users)
+            ranks[node] = next(filter(None, takers), None)
+        elif node.op == 'output':
             if not isinstance(node.args[0], fx.Node):
                 raise Refused(f'{name} gives more than one output: have it return the logits alone')
             if behind[node.args[0]]:
                 raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
                               'the logits')
-        elif node.op != 'placeholder' and (not values or is_size(node)):
+        elif not values or is_size(node):
             kinds[node] = kind_of(node, kinds, ranks, refuse)
-        elif node.op != 'placeholder':
+        else:
             ranks[node] = rank_of(node, what, values, ranks)
             if is_activation(node, module):
                 if module is not None and (module._forward_hooks or module._forward_pre_hooks):
@@ -352,12 +355,17 @@ def first(dim: int, rank: int | None) -> bool:
     return dim == 0 or isinstance(dim, int) and (dim == -rank if rank else dim < -1)
 
 
+def rank_that(name: str) -> int | None:
+    """How many dimensions a layer of that name takes and gives; None if its name does not tell."""
+    kind = re.search('(Conv|conv|BatchNorm).*([123])d$', name)
+    return int(kind[2]) + 2 if kind and name != 'BatchNorm1d' else None
+
+
 def rank_of(node: fx.Node, what: str, values: list[fx.Node], ranks: dict) -> int | None:
     """How many dimensions a node gives, as far as its name and what it is given tell."""
     given, name = ranks[values[0]], what.removesuffix('()')
-    kind = re.search('(Conv|conv|BatchNorm).*([123])d$', name)
-    if kind and name != 'BatchNorm1d':
-        return int(kind[2]) + 2
+    if known := rank_that(name):
+        return known
     if node.target in RESHAPES and len(node.args) > 1:
         sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
