@@ -15,6 +15,8 @@ def get_args_parser():
     add('--activation', default='ReLU', choices=['ReLU', 'QCFS'],
         help="QCFS: quantized as a spiking neuron's rate is, for conversion to few time steps; default %(default)s")
     add('--levels', type=options.positive_int, default=8, metavar='L', help='of QCFS; default %(default)s')
+    add('--bounds', default='layer', choices=['layer', 'channel'],
+        help='of QCFS: one bound a layer, or one a channel; default %(default)s')
     add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
     parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
                         help='start from the weights of this checkpoint, which says network and data set if no flag '
@@ -33,16 +35,16 @@ def main(args):
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
-    model = setup.build_ann(args, data, args.activation, args.levels, args.batch_norm).to(device)
+    model = setup.build_ann(args, data, args.activation, args.levels, args.batch_norm, args.bounds).to(device)
+    setup.check_levels(model, args)
     optimizer = engine.make_optimizer(model, args)
     if start.resumed:
         checkpoint.load_weights(model, start.state, start.path)
         engine.resume_optimizer(optimizer, start.state, start.path, args)
     elif start.state:
-        last = list(model.state_dict())[-1]
-        new = checkpoint.load_weights(model, start.state, start.path, may_differ=[last])
+        new = checkpoint.load_weights(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
         start.said.append(f'weights from {start.path}' + (
-            f'; its {last} is for other classes, so that one starts anew' if new else ''))
+            f'; its {" and ".join(new)} is for other classes, so that one starts anew' if new else ''))
     run = open_run('ann', args, start, data, model, device, engine.cross_entropy)
 
     if args.test_only:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole method on 1,797 handwritten digits: no download, no GPU, a few minutes on two cores.
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")"  # also through a link
 
 # 1. Train an ANN: no biases, average pooling.
 python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_rate 1e-3 --epochs 20 --lr_interval 0.8

@@ -10,7 +10,7 @@ trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 from functools import partial
 
 from experiment import options
-from self_models import surrogate
+from self_models import encoding, surrogate
 
 
 def get_args_parser():
@@ -28,7 +28,7 @@ def get_args_parser():
         help='of layers that are not balanced; default %(default)s')
     add('--activation', default='STDB', choices=list(surrogate.SURROGATES),
         help='surrogate gradient; default %(default)s')
-    add('--encoding', default='poisson', choices=['poisson', 'direct'],
+    add('--encoding', default='poisson', choices=list(encoding.ENCODINGS),
         help='what the first layer is given: Poisson spikes, or the image itself at every step; default %(default)s, '
              'of an ANN of QCFS direct')
     add('--delay', type=int, default=1, choices=[1, 0],
@@ -46,9 +46,14 @@ def get_args_parser():
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
+    add('--keep_batch_norm', action=options.Switch,
+        help='fine-tune with batch norm in place; the best network is folded when training ends, into NAME.folded.pth')
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
         help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes, of those that do about as '
              'well as the best, the one nearest to 0.7; default %(default)s')
+    add('--balance_blocks', action=options.Switch,
+        help='of a ResNet without batch norm: balance the thresholds of its blocks, too, which as published stay at '
+             '--default_threshold')
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
@@ -76,15 +81,17 @@ def main(args):
     from experiment.reporting import report
     from experiment.run import open_run
     from experiment.start import find_snn
-    from self_models.conversion import is_quantized
 
-    if args.export_nir:
+    if args.export_nir and not args.predict:
         nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     if args.predict:
         print('\n'.join(predict.lines(args, device)))
         return
     start = find_snn(args, device)  # the run's name is taken for as long as this is held
+    balances = convert.balances(args, start)
+    if balances:
+        convert.check_temporary_folder()
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -97,6 +104,8 @@ def main(args):
     start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
+    if args.export_nir:
+        nir_export.to_graph(model, data.input_shape)  # a network of one's own may have what NIR does not know
     # the output adds up over T steps; docs/findings.md says why its mean is what trains
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
@@ -106,11 +115,11 @@ def main(args):
         # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
         ann = convert.copy_ann(model, start.state, data, run)
         found = convert.measure_ann(ann, start.state, data, run)
-        if not is_quantized(ann):
+        if balances:
             thresholds = convert.balanced_thresholds(model, data, run)
             found |= convert.scale_thresholds(model, thresholds, data, run)
             found |= convert.fit_output(model, ann, data, run)
-    elif start.kind == 'scratch' and 'default_threshold' not in args.given:
+    elif balances:
         convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
         run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
@@ -121,6 +130,8 @@ def main(args):
     if not args.test_only:
         engine.fit(model, optimizer, data, run, progress, chance_epochs=5)
     results.say_table()
+    if args.keep_batch_norm and not args.test_only:
+        model = convert.fold_batch_norm(model, data, run)
 
     if args.report:
         results.report(model)

@@ -3,11 +3,12 @@
     python benchmarks/compare.py                                        # on two cores, an hour
     python benchmarks/compare.py --rows VGG16:100:64 VGG16:4:128 --device cuda --amp --json gpu.json
 
-A row is network:T:batch. T of 8 or fewer means low latency: all take the image itself at each step, fire in the step of
-their input and begin at half a threshold. On the same weights, thresholds and images of CIFAR's shape it compares,
-where they are installed:
+A row is NET:T:batch; the NET `network` is examples/network.py with its batch norm. T of 8 or fewer means low latency:
+all take the image itself at each step, fire in the step of their input and begin at half a threshold. On the same
+weights, thresholds and images of CIFAR's shape it compares, where they are installed:
 
     ours                 self_models, STDB; ours_linear: with --activation Linear
+    plain                spiking() of the ANN, Linear; of the row `network` compared with ann, spikingjelly and limit
     ann                  the ANN of the same layers; ann_qcfs: with QCFS and batch norm
     step_by_step         tests/step_by_step.py, the equations one time step after another, as the published code does
     spikingjelly         SpikingJelly, multi-step mode; on CUDA its Triton or CuPy backend where that is installed
@@ -41,6 +42,7 @@ from self_models.architectures import ARCHITECTURES  # noqa: E402
 IMPLEMENTATIONS = ('ours', 'ours_linear', 'ann', 'step_by_step', 'spikingjelly', 'spikingjelly_memopt', 'snntorch',
                    'limit')
 PEERS = ('spikingjelly', 'spikingjelly_memopt', 'snntorch')
+OF_EXAMPLE = ('plain', 'ann', 'spikingjelly', 'limit')  # of the row `network`
 TRAINING_ONLY = ('ours_linear', 'spikingjelly_memopt')
 BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: one evaluation pass of ours on the same images and steps
 BALANCE_SAMPLES, BALANCE_STEPS = 32, 200  # thresholds are found over many steps: by default 512 images and 1000
@@ -67,7 +69,7 @@ def parse_row(text):
         steps, batch = map(int, numbers)
     except ValueError:
         steps = batch = 0
-    if architecture not in ARCHITECTURES or steps < 1 or batch < 1:
+    if architecture not in (*ARCHITECTURES, 'network') or steps < 1 or batch < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a network, its time steps and batch size, as VGG5:75:16')
     return Row(architecture, steps, batch, steps <= FEW_STEPS)
 
@@ -79,8 +81,8 @@ def get_args():
     parser.add_argument('--tasks', nargs='+', default=TASKS[:-1], choices=TASKS,
                         help='kernels: the scans over time alone, on CUDA in Triton beside plain torch; default all '
                              'others')
-    parser.add_argument('--implementations', nargs='+', default=IMPLEMENTATIONS,
-                        choices=(*IMPLEMENTATIONS, 'ann_qcfs'))
+    parser.add_argument('--implementations', nargs='+', choices=(*IMPLEMENTATIONS, 'ann_qcfs', 'plain'),
+                        help='default all but ann_qcfs and plain, of the row `network` plain, ann, spikingjelly, limit')
     parser.add_argument('--repeats', type=int, default=9, help='runs of each; default %(default)s')
     parser.add_argument('--device', default='cpu', choices=['cpu', 'cuda'])
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast, for all')
@@ -278,7 +280,7 @@ def show_growth(row, args):
     held, before, found = row.batch * networks.layer_sizes(row.architecture)[1], None, {}
     print(f'{"T":>6}{"peak":>11}{"growth for each step":>24}{"one byte a neuron":>20}')
     for n in (row.steps, 2 * row.steps, 4 * row.steps):
-        worker = Worker('ours', 'growth', row._replace(steps=n), args)
+        worker = Worker('plain' if row.architecture == 'network' else 'ours', 'growth', row._replace(steps=n), args)
         found[n] = worker.bytes
         worker.close()
         growth = '' if before is None else (
@@ -292,10 +294,17 @@ def installed(name):
     return name not in PEERS or importlib.util.find_spec(name.removesuffix('_memopt'))
 
 
+def names_of(row, args):
+    """The implementations that a row compares, the first one with the others."""
+    known = OF_EXAMPLE if row.architecture == 'network' else (*IMPLEMENTATIONS, 'ann_qcfs', 'plain')
+    default = OF_EXAMPLE if row.architecture == 'network' else IMPLEMENTATIONS
+    return [name for name in args.implementations or default if name in known and installed(name)]
+
+
 def run_task(task, row, args):
     """Measure, print, and return what was found."""
     import networks
-    names = [name for name in args.implementations if installed(name)]
+    names = names_of(row, args)
     if task in ('train', 'test'):
         found = measure(row, task, [name for name in names if task == 'train' or name not in TRAINING_ONLY], args)
         table(found)
@@ -304,9 +313,11 @@ def run_task(task, row, args):
         found = measure(row, task, BALANCE_IMPLEMENTATIONS, args)
         table(found)
     elif task == 'shares':
+        example = row.architecture == 'network'
+        ours = {'plain': row.batch} if example else {'ours': row.batch, 'ours_linear': row.batch}
+        anns = {'ann': ANN_BATCH} if example else {'ann': ANN_BATCH, 'ann_qcfs': ANN_BATCH}
         of = {f'{name}, B={batch}': measure(row._replace(batch=batch), task, [name], args)[name]
-              for name, batch in (('ours', row.batch), ('ours_linear', row.batch), ('ann', ANN_BATCH),
-                                  ('ann_qcfs', ANN_BATCH))}
+              for name, batch in (ours | anns).items()}
         found = show_shares(of)
     elif task == 'growth':
         found = show_growth(row, args)
@@ -327,7 +338,7 @@ def main():
     machine = torch.cuda.get_device_name() if args.device == 'cuda' else f'{torch.get_num_threads()} threads'
     precision = 'bfloat16 autocast' if args.amp else 'float32'
     print(f'{args.device} ({machine}), torch {torch.__version__}, {precision}')
-    for name in args.implementations:
+    for name in args.implementations or IMPLEMENTATIONS:
         if not installed(name):
             print(f'{name}: not installed')
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
@@ -337,7 +348,7 @@ def main():
         for task in args.tasks:
             at = row
             if task == 'balance':
-                if row.direct:  # nothing is balanced at low latency
+                if row.direct or row.architecture == 'network':  # nothing is balanced at low latency
                     continue
                 at = row._replace(steps=BALANCE_STEPS, batch=BALANCE_SAMPLES)
             print(f'\n{at}: {task}', flush=True)

@@ -8,7 +8,7 @@
 # A piece that fails or takes too long leaves PIECE.part, is done again the next time, and keeps none of the others from
 # running; the status is 1 then.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 device=cuda
 if [ "${1:-}" = --device ]; then device=$2; shift 2; fi
 wanted=" $* "

@@ -17,12 +17,15 @@ from torch import nn
 
 import step_by_step
 from conftest import fill
+from examples.network import network
 from experiment import engine
-from self_models import RESNET_SNN_STDB, VGG, VGG_SNN_STDB, LIFParameters, ResNet, find_thresholds
+from self_models import RESNET_SNN_STDB, VGG, VGG_SNN_STDB, LIFParameters, ResNet, find_thresholds, spiking
 from self_models.lif import lif_backward, lif_forward
 from self_models.lif_layer import CHUNK_BYTES
+from self_models.plain import LIF
 from self_models.surrogate import SURROGATES
 
+EXAMPLE = 'network'  # the row of examples/network.py
 LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}
 MATRIX = {'cpu': 2048, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate, on all cores
 
@@ -41,7 +44,22 @@ def build_ours(row, device, activation='STDB'):
     backend = 'triton' if device.type == 'cuda' else 'torch'  # as snn.py chooses
     model = kind(row.architecture, activation, timesteps=row.steps, dropout=0.3, backend=backend,
                  **LOW_LATENCY if row.direct else {})
-    model = fill(model, 0).to(device)
+    return balance(fill(model, 0).to(device))
+
+
+def build_plain(row, device):
+    """spiking() of the ANN, Linear: of the example network, whose batch norm makes it spike at thresholds of 1, or of a
+    published one, balanced as build_ours() has it."""
+    ann = build_ann(row, device) if row.architecture == EXAMPLE else build_ann(row, device, dropout=0.3)
+    # gamma 1: the height of the other libraries' surrogates
+    model = spiking(ann, row.steps, activation='Linear', gamma=1.0, backend='triton' if device.type == 'cuda' else
+                    'torch', **LOW_LATENCY if row.direct else {})
+    return model if row.architecture == EXAMPLE else balance(model)
+
+
+def balance(model):
+    """A spiking network with thresholds that all its layers reach."""
+    device = next(model.parameters()).device
     find_thresholds(model, torch.rand(2, 3, 32, 32, device=device), 40)
     model.threshold_update(0.7, list(model.thresholds))
     return model
@@ -49,14 +67,18 @@ def build_ours(row, device, activation='STDB'):
 
 def build_ann(row, device, **options):
     """The ANN, as ann.py builds it."""
+    if row.architecture == EXAMPLE:
+        return network(10, (3, 32, 32)).to(device)
     model = (VGG if row.architecture.startswith('VGG') else ResNet)(row.architecture, **options)
-    if not options:  # bounds and batch norm begin as they do
+    if 'batch_norm' not in options:  # bounds and batch norm begin as they do
         fill(model, 0)
     return model.to(device, memory_format=torch.channels_last)
 
 
 def plain_layers(model):
     """The modules of a spiking VGG in order, flattening included."""
+    if isinstance(getattr(model, '0', None), nn.Conv2d):  # the example network is one nn.Sequential
+        return list(model.children())
     if not hasattr(model, 'features'):
         raise SystemExit('the other libraries\' networks are built for VGG only: --implementations ours ann')
     return [*model.features, nn.Flatten(), *model.classifier]
@@ -79,18 +101,24 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
         if isinstance(module, nn.Conv2d):
             new = layer.Conv2d(module.in_channels, module.out_channels, module.kernel_size, padding=module.padding,
                                bias=False)
-            new.weight.data = module.weight.data.clone()
         elif isinstance(module, nn.Linear):
-            new = layer.Linear(module.in_features, module.out_features, bias=False)
-            new.weight.data = module.weight.data.clone()
-        elif isinstance(module, nn.ReLU):
-            new = neuron.IFNode(next(thresholds), v_reset=None, surrogate_function=surrogate.ATan(), detach_reset=True)
+            new = layer.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+        elif isinstance(module, nn.BatchNorm2d):
+            new = layer.BatchNorm2d(module.num_features)
+        elif isinstance(module, (nn.ReLU, LIF)):
+            threshold = next(thresholds)
+            gradient = surrogate.ATan() if isinstance(module, nn.ReLU) else surrogate.PiecewiseQuadratic(1 / threshold)
+            new = neuron.IFNode(threshold, v_reset=None, surrogate_function=gradient, detach_reset=True)
         elif isinstance(module, nn.Dropout):
             new = layer.Dropout(module.p)
         elif isinstance(module, nn.AvgPool2d):
             new = layer.AvgPool2d(2)
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            new = layer.AdaptiveAvgPool2d(1)
         else:
             new = layer.Flatten()
+        if list(module.parameters()):
+            new.load_state_dict(module.state_dict())
         blocks[-1].append(new)
         if isinstance(new, neuron.IFNode):
             blocks.append([])
@@ -165,6 +193,9 @@ def build(name, row, device):
     if name.startswith('ann'):
         model = build_ann(row, device, **dict(activation='QCFS', batch_norm=True) if name == 'ann_qcfs' else {})
         return model, model
+    if name == 'plain' or row.architecture == EXAMPLE:
+        model = build_plain(row, device)
+        return build_spikingjelly(model, device) if name == 'spikingjelly' else (model, model)
     model = build_ours(row, device, 'Linear' if name == 'ours_linear' else 'STDB')
     if not name.startswith('ours'):
         for module in model.modules():
@@ -237,9 +268,11 @@ def layer_sizes(architecture):
     """([multiplications of each synapse, first to last], hidden neurons, LIF layers on the way to the output), of one
     image, at one step."""
     macs, neurons, hooks = [], [], []
-    model = (VGG if architecture.startswith('VGG') else ResNet)(architecture).eval()
+    model = network(10, (3, 32, 32)) if architecture == EXAMPLE else (
+        VGG if architecture.startswith('VGG') else ResNet)(architecture)
+    model.eval()
     for module in model.modules():
-        if hasattr(module, 'weight'):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
             hooks.append(module.register_forward_hook(
                 lambda module, _, output: macs.append(output[0].numel() * math.prod(module.weight.shape[1:])
                                                       if output.dim() == 4 else module.weight.numel())))
@@ -247,8 +280,10 @@ def layer_sizes(architecture):
             hooks.append(module.register_forward_hook(lambda _, __, output: neurons.append(output[0].numel())))
     with torch.no_grad():
         model(torch.zeros(1, 3, 32, 32))
-    spiking = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
-    return macs, sum(neurons), spiking(architecture).depth
+    if architecture == EXAMPLE:
+        return macs, sum(neurons), len(neurons)
+    kind = VGG_SNN_STDB if architecture.startswith('VGG') else RESNET_SNN_STDB
+    return macs, sum(neurons), kind(architecture).depth
 
 
 def arithmetic(row, task, ann=False):
@@ -270,7 +305,7 @@ def arithmetic(row, task, ann=False):
 CPU_PARTS = {  # by the names of operations
     'convolutions and matrix products': ('aten::convolution', 'aten::convolution_backward', 'aten::mm', 'aten::addmm',
                                          'aten::addmm_'),
-    'scan over time': ('scan over time',),
+    'scan over time': ('scan over time', '_LIF', '_LIFBackward'),
     'batch norm': ('aten::batch_norm', 'NativeBatchNormBackward0'),
     'activations': ('aten::relu', 'aten::threshold_backward', '_QCFS', '_QCFSBackward'),
     'pools and dropout': ('aten::avg_pool2d', 'aten::avg_pool2d_backward', 'aten::dropout', 'MulBackward0'),

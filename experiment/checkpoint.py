@@ -6,12 +6,14 @@ import os
 import pickle
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from experiment import UserError, unpickling
-from experiment.files import set_aside, write_atomically
+from experiment.files import replacing, set_aside, write_atomically
 from self_models.surrogate import SURROGATES
 
 
@@ -79,14 +81,15 @@ def bring_in_line(paths, kind):
         return []
     if [best.get('accuracy'), best.get('epoch')] == last['best']:
         return []
-    said = []
-    if last['best'][1] != last['epoch']:
+    said, anew = [], last['best'][1] != last['epoch']
+    if anew:
         said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
                     f'anew from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
-        set_aside([paths.best], said.append)
-    copy(paths.last, paths.best)
+    with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
+        if anew:
+            set_aside([paths.best], said.append)
     return said
 
 
@@ -130,7 +133,8 @@ def fitting(model, state, path, may_differ=()):
     may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen
     weight raises a UserError that lists them.
     """
-    weights = {plain_name(key): value for key, value in state['state_dict'].items()}
+    names = {plain_name(key): key for key in model.state_dict()}  # a network of one's own may have a child 'module'
+    weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
     # those of an SNN that learns them; they stand elsewhere in its file, learned or not
     wanted = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
@@ -158,6 +162,12 @@ def fitting(model, state, path, may_differ=()):
     return {key: value for key, value in weights.items() if key not in kept}, kept
 
 
+def last_layer(model):
+    """The names of the weight and, if it has one, the bias of a network's last layer."""
+    name = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+    return [key for key in model.state_dict() if key.rpartition('.')[0] == name[-1]] if name else []
+
+
 def is_dense(value, floats=True):
     """Whether a value is a plain tensor of floating-point numbers, or of integers."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point() == floats
@@ -179,13 +189,18 @@ def snn_state(model):
 
 
 def ann_layers(state):
-    """{activation, batch_norm, levels} of the network in an ANN's checkpoint.
+    """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint; of an SNN's but the last.
 
-    The names of its weights say the first two, its args how many levels QCFS has; None if they do not.
+    The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
+    network from scratch, which has ReLU.
     """
+    state = state or {'state_dict': {}}
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
     ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
-    return {'activation': 'QCFS' if 'bound' in ends else 'ReLU', 'batch_norm': 'running_var' in ends,
+    channel = any(getattr(value, 'ndim', 0) for key, value in state['state_dict'].items()
+                  if str(key).rsplit('.', 1)[-1] in ('bound', 'bounds'))
+    return {'activation': 'QCFS' if ends & {'bound', 'bounds'} else 'ReLU', 'batch_norm': 'running_var' in ends,
+            'bounds': 'channel' if channel else 'layer',
             'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else None}
 
 
@@ -241,7 +256,8 @@ def load_snn(model, state, path, leaks=True):
 
 def thresholds_key(model, settings):
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
-    weights = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
+    weights = {key: value for key, value in model.state_dict().items()
+               if key.rsplit('.', 1)[-1] not in (*NEURONS, 'threshold', 'leak')}
     return {'weights': digest(weights), **settings}
 
 

@@ -1,5 +1,7 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
+import argparse
 import math
+import os
 import tempfile
 
 import torch
@@ -9,6 +11,25 @@ from experiment.data import epoch_loader
 from self_models.conversion import copy_weights, find_thresholds, is_quantized
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
+
+
+def balances(args, start):
+    """Whether a run balances thresholds: neither such as an ANN of QCFS brings nor such as --default_threshold sets."""
+    if start.kind == 'ann':
+        return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
+    return start.kind == 'scratch' and 'default_threshold' not in args.given
+
+
+def check_temporary_folder():
+    """Raise UserError, before any work, where spikes would go to another temporary folder than the environment says."""
+    name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
+    if name:
+        try:
+            with tempfile.TemporaryFile(dir=os.environ[name]) as file:
+                file.write(b' ')  # which a full disk refuses
+        except OSError as error:
+            raise UserError(f'{name}={os.environ[name]}: spikes cannot be kept there ({error.strerror}); name a folder '
+                            'that can be written, or unset it') from error
 
 
 def balanced_thresholds(model, data, run):
@@ -92,6 +113,39 @@ def fitting_scale(model, ann, images, device, args):
         both += (wanted * got).sum().item()
         square += got.square().sum().item()
     return args.timesteps * both / square if both > 0 else 1.0
+
+
+def folded(model, args, data):
+    """The spiking network of a published layout with the batch norm of `model`, its plain form, folded into weights and
+    biases."""
+    args = argparse.Namespace(**{**vars(args), 'keep_batch_norm': False})
+    weights, like = model.state_dict(), next(model.parameters())
+    bounds = 'channel' if any(lif.bounds is not None for lif in model.lifs) else 'layer'
+    ann = setup.build_ann(args, data, 'QCFS', 1, True, bounds).to(like)
+    wanted = {key: weights.get(key) for key in ann.state_dict()}
+    for name, lif in zip(model.layer_names, model.lifs):
+        wanted[f'{name}.bound'] = lif.threshold if lif.bounds is None else lif.threshold * lif.bounds
+    ann.load_state_dict(wanted)
+    network = setup.build_snn(args, data, {'state_dict': wanted}).to(like)
+    copy_weights(ann, network)
+    network.leak_update(model.leaks.tolist())
+    return network
+
+
+def fold_batch_norm(model, data, run):
+    """folded(model), saved as NAME.folded.pth; says what each of the two gives on the set that epochs are compared on.
+    Of several processes the main one saves."""
+    network, images = folded(model, run.args, data), getattr(data, data.selection)
+    before, after = (run.test(each, images).accuracy for each in (model, network))
+    path = run.paths.best.with_suffix('.folded.pth')
+    run.say(f'{path}: the best network with its batch norm folded; {data.selection} accuracy {after:.2%}, with batch '
+            f'norm in place {before:.2%}')
+    if distributed.is_main():
+        state = checkpoint.read(run.paths.best)
+        del state['optimizer']
+        checkpoint.save({**state, 'state_dict': network.state_dict(), **checkpoint.snn_state(network),
+                         'args': {**state['args'], 'keep_batch_norm': False}}, path)
+    return network
 
 
 def at_chance(accuracy, labels, classes):

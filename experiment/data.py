@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import warnings
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from experiment import UserError
+from experiment import UserError, importing
 from experiment.distributed import ALONE
+from experiment.options import dead_worker
 from self_models.architectures import INPUT_SHAPES
 
 _IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
@@ -27,7 +28,10 @@ _TORCHVISION = {
     'CIFAR10': ('CIFAR10', 'cifar_data', 'cifar-10-batches-py', _CIFAR10),
     'CIFAR100': ('CIFAR100', 'cifar_data', 'cifar-100-python', ['train', 'test', 'meta']),
 }
-_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp', '.tif', '.tiff', '.webp')
+# of the sets that say it without their files
+CLASS_COUNTS = {'MNIST': 10, 'FASHIONMNIST': 10, 'CIFAR10': 10, 'CIFAR100': 100, 'DIGITS': 10}
+# what Pillow opens and is no picture: documents and drawings, videos, measurements
+_NO_PICTURES = {'EPS', 'WMF', 'MPEG', 'BUFR', 'FITS', 'GRIB', 'HDF5'}
 NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
 # EXIF's orientation: what brings such a picture upright, as Pillow names it
 _UPRIGHT = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
@@ -42,6 +46,7 @@ class Data(NamedTuple):
     input_shape: tuple[int, int, int]  # (C, H, W)
     validation: Dataset | None = None  # held out of the training set, to choose the best epoch on
     whole: int = 0  # images in the training set before any were left out
+    notes: tuple[str, ...] = ()  # lines to say of its files
 
     @property
     def selection(self) -> str:
@@ -137,14 +142,14 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
     """
     train_samples, test_samples, seed, validation_fraction, split_seed = sampling
     split_seed = seed if split_seed is None else split_seed
-    root = Path(os.path.expanduser(data_dir))
+    root, notes = Path(os.path.expanduser(data_dir)), []
     if name in _TORCHVISION:
         train, test, classes = _torchvision(name, root)
     elif name == 'DIGITS':
         train, test, classes = _digits()
     elif name in ('IMAGENET', 'FOLDER'):
         try:
-            train, test, classes = _folders(name, root)
+            train, test, classes = _folders(name, root, notes.append)
         except OSError as error:
             raise UserError(f'{error.filename}: cannot be read ({error.strerror}); mend or delete it, or say with '
                             '--data_dir where the pictures are') from error
@@ -164,8 +169,7 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
 
     augment, how, test_how, shape = True, {}, {}, None
     if name == 'IMAGENET':
-        from torchvision.transforms import v2
-        augment = False  # the transform does it
+        augment, v2 = False, _transforms()  # which do it
         how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
         test_how = {'prepare': _imagenet_test()}
         shape = (3, 224, 224)
@@ -183,7 +187,7 @@ def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
         raise UserError(f'--cutout {cutout}: may leave nothing of images of {shape[1]}x{shape[2]} pixels; take a '
                         'smaller square')
     return Data(Pictures(*train, augment=augment, cutout=cutout, **how), Pictures(*test, **test_how), classes, shape,
-                Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole)
+                Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole, tuple(notes))
 
 
 def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, process=ALONE):
@@ -219,11 +223,10 @@ class _Loader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if not str(error).startswith('DataLoader worker'):
-                raise
-            raise UserError('a process that loads data died, as happens where memory or shared memory runs out; '
-                            'lower --num_workers or --batch_size') from error
+        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+            if died := dead_worker(error):
+                raise died from error
+            raise
 
 
 def _batch(dataset, seeds, indices):
@@ -268,8 +271,9 @@ def _subset(images, labels, samples, seed, part, from_end=False):
 
 
 def _digits():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    with importing('scikit-learn', 'DIGITS'):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target)
     train, test = train_test_split(range(len(labels)), test_size=360, stratify=digits.target, random_state=0)
@@ -278,7 +282,8 @@ def _digits():
 
 def _torchvision(name, root):
     """((images, labels) to train on, the same to test on, classes); downloaded where files are missing."""
-    import torchvision
+    with _importing_torchvision(name):
+        import torchvision
     kind, folder, inner, files = _TORCHVISION[name]
     kind, root = getattr(torchvision.datasets, kind), root / folder
 
@@ -310,8 +315,11 @@ def _torchvision(name, root):
     return train[:2], test[:2], list(train[2])
 
 
-def _folders(name, root):
-    """((files, labels) to train on, the same to test on, classes) of train/ and test/ or val/, by sub-folder."""
+def _folders(name, root, note=lambda line: None):
+    """((files, labels) to train on, the same to test on, classes) of train/ and test/ or val/, by sub-folder.
+
+    note: is given a line about the files that are left out, if any.
+    """
     if name == 'IMAGENET':
         wanted, tests = f'{root} or {root / "imagenet"} has to hold train/ and val/', ('val',)
         root = root if (root / 'train').is_dir() else root / 'imagenet'
@@ -324,15 +332,22 @@ def _folders(name, root):
         if not there:
             raise UserError(f'{name}: there is no {what}; {wanted}')
 
-    train, test = _by_class(root / 'train'), _by_class(test_dir)
+    left = {root / 'train': Counter(), test_dir: Counter()}
+    train, test = (_by_class(folder, found) for folder, found in left.items())
+    but = '; '.join(f'{folder}: {_listed(found)}' for folder, found in left.items() if found)
+    if but:
+        but = f'files left out, being no pictures that Pillow reads or in no class: {but}'
+        note(but)
+        but = f' ({but})'
     for folder, pictures in ((root / 'train', train), (test_dir, test)):
         if not any(pictures.values()):
-            raise UserError(f'{name}: no pictures ({" ".join(_EXTENSIONS)}) in sub-folders of {folder}; {wanted}')
+            raise UserError(f'{name}: no pictures in sub-folders of {folder}; {wanted}{but}')
     if len(train) < 2:
         raise UserError(f'{root / "train"}: holds one class only, so there is nothing to learn; {wanted}')
     empty = [label for label, files in train.items() if not files]
     if empty:
-        raise UserError(f'{root / "train"}: no pictures of class {", ".join(empty)}; add some or delete the folder')
+        raise UserError(f'{root / "train"}: no pictures of class {", ".join(empty)}; add some or delete the folder'
+                        + but)
     unknown = [label for label in test if label not in train]
     if unknown:
         raise UserError(f'{test_dir}: class {", ".join(unknown)} is not in {root / "train"}; '
@@ -344,15 +359,27 @@ def _folders(name, root):
     return train_set, test_set, list(train)
 
 
-def _by_class(folder):
+def _endings():
+    """The ends of names of pictures that Pillow reads, in lower case; also those of plugins that are loaded."""
+    from PIL import Image
+    formats = Image.registered_extensions()  # which loads Pillow's own, too
+    readable = {*Image.OPEN, 'MPO'} - _NO_PICTURES  # an MPO is opened as a JPEG
+    return {ending for ending, kind in formats.items() if kind in readable}
+
+
+def _by_class(folder, left):
     """{class: its picture files}, both sorted; files and folders whose names start with a dot are passed over.
+
+    left: a Counter, to which the other files are added by the ends of their names.
 
     A folder is walked once, however many links lead to it, and where it lies rather than where a link leads to it. A
     link to a folder that holds the class folders leads back, and is passed over. A link to a file counts as a file.
     """
     set_places = (_real(folder), _real(folder.parent))
     around = {path for place in set_places for path in (place, *place.parents)}
-    places = {entry.name: _real(entry.path) for entry in _entries(folder) if entry.is_dir()}
+    entries, endings = _entries(folder), _endings()
+    left.update(f'{_ending(entry)} in no class' for entry in entries if not entry.is_dir())
+    places = {entry.name: _real(entry.path) for entry in entries if entry.is_dir()}
     places = {label: place for label, place in places.items() if place not in around}
     first = {}
     for label, place in places.items():
@@ -370,11 +397,25 @@ def _by_class(folder):
             if entry.is_dir():
                 put = to_walk.append if entry.is_symlink() else to_walk.appendleft  # links are followed last
                 put((label, entry.path))
-            elif entry.name.lower().endswith(_EXTENSIONS):
+            elif _ending(entry) not in endings:
+                left[_ending(entry)] += 1
+            else:
                 if not entry.is_file():
                     raise UserError(f'{entry.path}: is no file, or a link to none; mend or delete it')
                 files[label].append(entry.path)
     return {label: sorted(found) for label, found in files.items()}
+
+
+def _ending(entry):
+    ending = os.path.splitext(entry.name)[1].lower() or 'without an extension'
+    return ending if ending.isprintable() else ascii(ending)[1:-1]
+
+
+def _listed(left, most=30):
+    """A Counter of _by_class() in words, those that are met most often first."""
+    shown = left.most_common(most)
+    others = left.total() - sum(count for _, count in shown)
+    return ', '.join(f'{count} {what}' for what, count in [*shown, *([('of other names', others)] if others else [])])
 
 
 def _entries(folder):
@@ -407,14 +448,28 @@ def picture(file, name, input_shape):
 
 
 def _imagenet_test():
-    from torchvision.transforms import v2
+    v2 = _transforms()
     return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+
+
+def _transforms():
+    with _importing_torchvision('IMAGENET'):
+        from torchvision.transforms import v2
+    return v2
+
+
+def _importing_torchvision(name):
+    """importing() of the package whose version has to be that of torch."""
+    fitting = f'0.{int(torch.__version__.split(".")[1]) + 15}'  # torch 2.11 came with 0.26, and so on
+    return importing('torchvision', name, f'torch {torch.__version__} goes with torchvision {fitting}; install the two '
+                     'together, from one index')
 
 
 def _read(file, prepare):
     """A picture file as RGB, prepared: uint8 (3, H, W)."""
     import numpy as np
-    from PIL import Image
+    with importing('pillow', 'pictures'):
+        from PIL import Image
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken

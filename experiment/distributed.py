@@ -13,12 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from experiment import UserError
+from experiment import UserError, options
 
-
-def wanted():
-    """Whether torchrun started this process beside others."""
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+wanted = options.several_processes
 
 
 def local_rank():

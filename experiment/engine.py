@@ -2,6 +2,7 @@
 import math
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -49,7 +50,8 @@ def learning_rate_at(epoch, args, part=0.0):
         if done < WARM_UP:
             return args.learning_rate * (done + 1e-3) / (WARM_UP + 1e-3)
         return args.learning_rate * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
-    milestones = {int(float(part) * args.epochs) for part in args.lr_interval.split()}
+    # as decimals: the float 0.29 is a little less than 0.29, and times 100 less than 29
+    milestones = {int(Fraction(part) * args.epochs) for part in args.lr_interval.split()}
     rate = args.learning_rate
     for _ in range(sum(1 < milestone <= epoch for milestone in milestones)):
         rate /= args.lr_reduce
@@ -61,7 +63,8 @@ def make_optimizer(model, args):
 
     Thresholds, leaks and bounds of QCFS take no weight decay.
     """
-    free = [p for name, p in model.named_parameters() if name.split('.')[-1] in ('thresholds', 'leaks', 'bound')]
+    free = [p for name, p in model.named_parameters()
+            if name.split('.')[-1] in ('thresholds', 'leaks', 'threshold', 'leak', 'bound')]
     groups = [{'params': [p for p in model.parameters() if all(p is not other for other in free)]}]
     groups += [{'params': free, 'weight_decay': 0.0}] if free else []
     common = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
@@ -128,7 +131,7 @@ def layer_not_finite(model, images=None):
     if is_spiking(model):
         records = model.record(images) if model.timesteps > model.latency else ()
         return next((f'the membrane potentials of {record.name}' for record in records
-                     if not math.isfinite(record.spikes.fault)), '')
+                     if not math.isfinite(record.fault)), '')
     if distributed.process().world_size > 1:  # batch norm would wait for the other processes
         model.eval()
     found, hooks = [], []
@@ -327,7 +330,9 @@ def save(model, optimizer, run, progress, accuracy):
     """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
     then, where this epoch is the best, that of the best, and the metrics.
 
-    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one.
+    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one. The
+    files of an earlier run of this name are set aside once the first two checkpoints are whole: a full disk costs
+    neither run its name.
 
     The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
     the main one writes.
@@ -336,17 +341,23 @@ def save(model, optimizer, run, progress, accuracy):
     improved = progress.best is None or accuracy > progress.best[0]
     if improved:
         progress.best = accuracy, epoch
-    if progress.fresh and distributed.is_main():
-        files.set_aside(paths, run.say)
+    fresh, said = progress.fresh, []
     progress.done, progress.fresh = epoch, False
     if not distributed.is_main():
         return
     state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
              **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
              'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
-    checkpoint.save(state, paths.last)
-    if improved:
-        checkpoint.copy(paths.last, paths.best)
+    if fresh:
+        write = partial(torch.save, state)
+        with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
+            files.set_aside([*paths, paths.events], said.append)
+    else:
+        checkpoint.save(state, paths.last)
+        if improved:
+            checkpoint.copy(paths.last, paths.best)
+    for line in said:
+        run.say(line)
     metrics.write(paths.metrics, run.args, progress.history)
 
 

@@ -1,4 +1,5 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
+import contextlib
 import os
 import re
 import secrets
@@ -14,6 +15,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from experiment import UserError
+from experiment.options import is_own_network
 
 
 def identifier(kind, args):
@@ -21,7 +23,11 @@ def identifier(kind, args):
     if args.name:
         return args.name
     steps = f'_{args.timesteps}' if kind == 'snn' else ''
-    return f'{kind}_{args.architecture}_{args.dataset}'.lower() + steps
+    architecture = args.architecture
+    if is_own_network(architecture):  # nets/small.py:Net is small_net
+        file, _, name = architecture.rpartition(':')
+        architecture = Path(file).stem if Path(file).stem.lower() == name.lower() else f'{Path(file).stem}_{name}'
+    return f'{kind}_{architecture}_{args.dataset}'.lower() + steps
 
 
 class Paths(NamedTuple):
@@ -29,6 +35,11 @@ class Paths(NamedTuple):
     best: Path
     last: Path
     metrics: Path
+
+    @property
+    def events(self) -> Path:
+        """The folder of what --tensorboard writes."""
+        return self.metrics.with_suffix('')
 
 
 def paths(kind, name):
@@ -91,16 +102,23 @@ def set_aside(files, say):
     """Keep the files that an earlier run of the same name left, as previous.N.<name>.
 
     A run that is killed in between has the next one go on: what is still there gets the same number. The checkpoint to
-    resume from goes first, as without it that next run starts anew.
+    resume from goes first, as without it that next run starts anew. Where one cannot be renamed (an OSError), all keep
+    their names.
     """
     def kept(path):
         return path.with_name(f'previous.{number}.{path.name}')
 
-    there, number = [path for path in files if path.exists()], 1
+    there, number, moved = [path for path in files if path.exists()], 1, []
     while any(kept(path).exists() for path in there):
         number += 1
-    for path in sorted(there, key=lambda path: not path.name.endswith('.last.pth')):
-        os.replace(path, kept(path))
+    try:
+        for path in sorted(there, key=lambda path: not path.name.endswith('.last.pth')):
+            os.replace(path, kept(path))
+            moved.append(path)
+    except OSError:
+        for path in moved:
+            os.replace(kept(path), path)
+        raise
     for path in there:
         say(f'{path} is of an earlier run: kept as {kept(path).name}')
 
@@ -110,6 +128,13 @@ def write_atomically(path, write):
 
     Also deletes what killed processes had half written of `path`.
     """
+    with replacing(path, write):
+        pass
+
+
+@contextlib.contextmanager
+def replacing(path, write):
+    """write_atomically(), with a block that runs when the new file is whole and has not taken its place yet."""
     try:
         _delete_half_written(path)
         temporary, file = _open_temporary(path)
@@ -118,14 +143,18 @@ def write_atomically(path, write):
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+                yield
                 if fcntl:  # while it is locked
                     os.replace(temporary, path)
             if not fcntl:  # Windows moves no open file
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, 'strerror', None) or str(error).splitlines()[0]
+    except (OSError, RuntimeError) as error:
+        cause = error
+        while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
+            cause = cause.__context__
+        reason = getattr(cause, 'strerror', None) or str(error).splitlines()[0]
         raise UserError(f'{path}: cannot be written ({reason}); what stood there before is untouched') from error
 
 

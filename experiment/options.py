@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 from experiment import UserError
 from self_models import surrogate
@@ -86,10 +87,10 @@ def devices(text):
 
 def name(text):
     """A part of file names that no other run's files can be mistaken for."""
-    if (not text.isprintable() or '/' in text or text.startswith(('.', 'previous.')) or text.endswith('.last')
-            or not 0 < len(text.encode()) <= 200):
+    taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded'))
+    if not text.isprintable() or '/' in text or taken or not 0 < len(text.encode()) <= 200:
         raise argparse.ArgumentTypeError(f"{text!r} does not serve as a file name: 1 to 200 bytes, no '/', not "
-                                         "beginning with '.' or 'previous.', not ending in '.last'")
+                                         "beginning with '.' or 'previous.', not ending in '.last' or '.folded'")
     return text
 
 
@@ -100,6 +101,24 @@ def file(text):
 
 
 def upper(text):
+    return text.upper()
+
+
+def is_own_network(architecture):
+    """Whether an architecture is a network of one's own, FILE.py:NAME."""
+    return architecture.rpartition(':')[0].endswith('.py')
+
+
+def architecture(text):
+    """A name of architectures.py, in capitals, or FILE.py:NAME."""
+    if is_own_network(text) or text.endswith('.py'):
+        if not text.rpartition(':')[2].isidentifier():
+            raise argparse.ArgumentTypeError(f'{text!r} names no function or class in the file: FILE.py:NAME')
+        return text
+    if text.upper() not in ARCHITECTURES:
+        raise argparse.ArgumentTypeError(
+            f'invalid choice: {text!r} (choose from {", ".join(map(repr, ARCHITECTURES))}, or FILE.py:NAME, a network '
+            'of your own)')
     return text.upper()
 
 
@@ -170,8 +189,9 @@ class Parser(OneLineParser):
 def common_options(parser, learning_rate, optimizer, momentum, dropout):
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
-    add('-a', '--architecture', type=upper, default='VGG16', choices=list(ARCHITECTURES),
-        help='default %(default)s')
+    add('-a', '--architecture', type=architecture, default='VGG16', metavar='NAME|FILE.py:NAME',
+        help=f'{", ".join(ARCHITECTURES)}; or a function or class of your own that returns a network; default '
+             '%(default)s')
     add('--dropout', type=below_one, default=dropout, metavar='P',
         help='dropout after convolutions, but for those before a pool (0.5 in the classifier); '
              'default %(default)s')
@@ -223,15 +243,22 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
 
 # what flags that files of former versions do not know were then
 FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
-          'width': 1.0}
+          'keep_batch_norm': False}
 FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
+# what --predict heeds: the network, what runs it, and the draws of its input
+PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
+              'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
+              'backend'}
+
 
 def without_effect(settings):
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
-    vgg = str(settings.get('architecture')).startswith('VGG')
+    own = is_own_network(str(settings.get('architecture')))
+    vgg = not own and str(settings.get('architecture')).startswith('VGG')
+    predict = settings.get('predict')
     effective = {
         'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
         'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
@@ -241,13 +268,22 @@ def without_effect(settings):
            for flag, of in ((flag, surrogate.users(flag)) for flag in surrogate.FLAGS)},
         'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
         'kernel_size': (vgg, 'VGGs'),
-        # a conversion balances all thresholds of a VGG
-        'default_threshold': (not (vgg and settings.get('pretrained_ann')), 'ResNets, and of networks from scratch'),
+        'keep_batch_norm': (not own, 'the published networks, as one of your own keeps it'),
+        'dropout': (not own, 'the published networks'),
+        'batch_norm': (not own, 'the published networks'),
+        'balance_blocks': (not (own or vgg) and bool(settings.get('pretrained_ann')), 'conversions of ResNets'),
+        # a conversion balances all thresholds of a VGG or a network of one's own
+        'default_threshold': (not ((vgg or own) and (predict or settings.get('pretrained_ann'))),
+                              'ResNets, and of networks from scratch'),
         'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
+        'bounds': (settings.get('activation') == 'QCFS', '--activation QCFS'),
+        'seed': (not (predict and settings.get('encoding') == 'direct'), '--encoding poisson'),
         # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
                   or 'default_threshold' not in settings.get('given', ()),
                   'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
+    if predict:
+        effective |= dict.fromkeys(settings.keys() - PREDICTING, (False, 'runs that train or test'))
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}
 
 
@@ -280,8 +316,16 @@ def said(error):
 
 
 def several_processes():
-    """Whether torchrun started this process beside others; distributed.wanted() without torch."""
-    return int(os.environ.get('WORLD_SIZE', 1)) > 1
+    """Whether torchrun started this process beside others.
+
+    It says where they meet. A WORLD_SIZE without that, which many a shell or container keeps, is of no run.
+    """
+    try:
+        rank, size, *_ = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        int(os.environ.get('LOCAL_RANK', 0))
+    except (KeyError, ValueError):
+        return False
+    return 0 <= rank < size > 1 and bool(os.environ.get('MASTER_ADDR'))
 
 
 def fail(script, message, status=1, wait=None):
@@ -310,13 +354,47 @@ def _end_on_signals():
         signal.signal(number, signal.SIG_DFL)
 
 
+def _stop(process, *_):
+    """The handler of Ctrl-C and of SIGTERM, which a batch scheduler sends, often to all processes of a run.
+
+    process: the number of the one that it was set in, which those that load data have it from until torch sets theirs.
+    """
+    if os.getpid() != process:
+        os._exit(0)
+    sys.unraisablehook = _nothing  # a loader that was about to start has nothing to say
+    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler raises an error as processes that load data end
+        signal.signal(signal.SIGCHLD, _nothing)
+    raise KeyboardInterrupt
+
+
+def _nothing(*_):
+    pass
+
+
+def dead_worker(error):
+    """The UserError for an error that says that a process that loads data died, else None.
+
+    error: a RuntimeError, which torch raises wherever this process is, or an OSError or EOFError of a loader.
+    """
+    lost = isinstance(error, OSError | EOFError) and not str(error).startswith('Caught ')  # in it, torch's words
+    if not lost and not str(error).startswith('DataLoader worker'):
+        return None
+    if sys.unraisablehook == _nothing:  # a KeyboardInterrupt was lost, as happens while processes start
+        raise KeyboardInterrupt
+    time.sleep(2)  # what stops all processes may have come to that one first, and stops this one now
+    return UserError('a process that loads data died, as happens where memory or shared memory runs out; '
+                     'lower --num_workers or --batch_size')
+
+
 def run(main, args, script):
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
     prepare_streams()
     if several_processes() and os.environ.get('RANK') != '0':
         _end_on_signals()  # it writes no files, and a KeyboardInterrupt is lost in code that catches everything
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a batch scheduler sends ends like Ctrl-C
+        signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores it
+            signal.signal(signal.SIGINT, partial(_stop, os.getpid()))
     try:
         _report_errors(main, args, script)
     except KeyboardInterrupt:
@@ -337,6 +415,8 @@ def _report_errors(main, args, script):
     except UserError as error:
         fail(script, str(error))
     except (RuntimeError, MemoryError) as error:
+        if died := dead_worker(error):
+            fail(script, str(died))
         if isinstance(error, MemoryError) or any(words in str(error) for words in (
                 'out of memory', 'allocate memory', 'ALLOC_FAILED', 'calculation overflowed')):
             fail(script, 'out of memory; lower --batch_size, --timesteps, --image_size or --kernel_size')

@@ -3,7 +3,7 @@ import os
 
 import torch
 
-from experiment import UserError, checkpoint, data, engine, setup, start
+from experiment import UserError, checkpoint, data, engine, options, setup, start
 from self_models import INPUT_SHAPES
 
 
@@ -15,6 +15,7 @@ def lines(args, device):
     path = args.pretrained_snn
     if not path:
         raise UserError('--predict: name the network with --pretrained_snn')
+    given, args.given = args.given, args.given & options.PREDICTING
     start.choose_backend(args, device)
     for file in args.predict:
         if not os.path.isfile(file):
@@ -23,7 +24,8 @@ def lines(args, device):
     if not isinstance(state.get('classes'), list):
         raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
                         '--pretrained_snn, which adds them')
-    said = [start.adopt(args, state, path)]
+    said, args.given = [start.adopt(args, state, path)], given
+    said += start.drop_idle(args)
     if args.dataset not in INPUT_SHAPES:
         raise UserError(f'--predict: {path} is of a data set {args.dataset}, which is not known; name one whose images '
                         'are of the same shape with --dataset')
@@ -32,10 +34,12 @@ def lines(args, device):
     checkpoint.load_snn(model, state, path, leaks='leak' not in args.given)
     if silent := setup.too_few_steps(model):
         said.append(silent)
-    images = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict])
-    engine.seed_all(args.seed)
+    images, logits = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict]), []
     with torch.no_grad(), engine.autocast(device, args.amp):
-        logits = torch.cat([model(batch.to(device)).float() for batch in images.split(args.batch_size)])
+        for image in images.split(1):  # each by itself and from the same seed, so that its answer is its own
+            engine.seed_all(args.seed)
+            logits.append(model(image.to(device)).float())
+    logits = torch.cat(logits)
     confidences = (logits if args.output == 'sum' else logits / args.timesteps).softmax(1)
     for file, values, order in zip(args.predict, *confidences.topk(min(3, len(state['classes'])))):
         said.append(f'{file}: ' + ', '.join(

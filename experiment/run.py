@@ -1,7 +1,7 @@
 """What a run is given: its arguments, device and files, and where it says what it does."""
 import argparse
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,14 +11,14 @@ from experiment.reporting import metrics
 
 
 class Run(NamedTuple):
-    """args: settled, see start.py. say: prints a line to the log. board: a SummaryWriter for TensorBoard, or None.
+    """args: settled, see start.py. say: prints a line to the log. board: gives TensorBoard's writer, or None.
     loss_function: as for engine.train_epoch. extra: what goes into checkpoints beside weights and numbers.
     """
     args: argparse.Namespace
     device: torch.device
     paths: Paths
     say: Callable
-    board: Any
+    board: Callable | None
     loss_function: Callable
     extra: dict
 
@@ -40,10 +40,10 @@ def open_run(kind, args, start, data, model, device, loss_function) -> Run:
     # before a log is touched
     others = split.check_classes(
         data, start.state, start.path, start.resumed and not args.test_only) if start.state else []
-    board = None if args.test_only else metrics.open_board(kind, start.name, args.tensorboard)
+    board = None if args.test_only else metrics.open_board(start.paths.events, args.tensorboard)
     say = log.open_log(kind, start.name, args.log)
     say(log.header(args, model, device))
-    notes = setup.notes(args, device) + start.said + others
+    notes = [*setup.notes(args, device, model), *start.said, *getattr(model, 'notes', ()), *data.notes, *others]
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
         notes += split.notes(args, data, start.state, start.path)
     for note in notes:

@@ -3,12 +3,13 @@ import ctypes
 import platform
 import shlex
 import sys
+import warnings
 from functools import partial
 
 import torch
 
 import self_models
-from experiment import UserError, checkpoint, data, distributed
+from experiment import UserError, checkpoint, data, distributed, options, own
 from self_models.surrogate import FLAGS
 
 
@@ -65,10 +66,11 @@ def _device(args):
     return torch.device('cuda', numbers[0])
 
 
-def notes(args, device):
-    """What is to be said of the flags on this device, a list of lines."""
+def notes(args, device, model):
+    """What is to be said of the flags and the network on this device, a list of lines."""
     said = []
-    if distributed.wanted() and getattr(args, 'batch_norm', False) and not distributed.synchronises(device):
+    normed = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if distributed.wanted() and normed and not distributed.synchronises(device):
         said.append("batch norm is not synchronised on CPUs: each process takes the statistics of its own part of a "
                     "batch, and the main one's running statistics are kept")
     slow = torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -86,11 +88,18 @@ def load_data(args):
         return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
 
 
-def build_ann(args, data, activation, levels, batch_norm):
-    """The ANN that the flags ask for, for this data. Raises UserError where the two do not go together."""
+def build_ann(args, data, activation, levels, batch_norm, bounds='layer'):
+    """The ANN that the flags ask for, for this data. Raises UserError if the two do not go together, and for a network
+    of one's own that cannot become a spiking one."""
+    if options.is_own_network(args.architecture):
+        model = own.build(args.architecture, len(data.classes), data.input_shape)
+        try:
+            return self_models.quantize(model, levels, bounds == 'channel') if activation == 'QCFS' else model
+        except ValueError as error:
+            raise UserError(f'--architecture {args.architecture}: {error}') from error
     # in bfloat16 a training step takes 0.6 of the time in this layout; in float32 it makes no difference
     return _build(self_models.VGG, self_models.ResNet, args, data, activation=activation, levels=levels,
-                  batch_norm=batch_norm).to(memory_format=torch.channels_last)
+                  batch_norm=batch_norm, bounds=bounds).to(memory_format=torch.channels_last)
 
 
 def build_snn(args, data, state=None):
@@ -98,14 +107,18 @@ def build_snn(args, data, state=None):
 
     Raises UserError where they do not go together.
     """
-    resnet = partial(self_models.RESNET_SNN_STDB, scale=state is not None and checkpoint.has_scales(state))
-    return _build(self_models.VGG_SNN_STDB, resnet, args, data,
-                  activation=args.activation, timesteps=args.timesteps, leak=args.leak, backend=args.backend,
-                  encoding=args.encoding, delay=args.delay, initial_potential=args.initial_potential,
-                  learn_threshold=args.learn_threshold, learn_leak=args.learn_leak,
-                  bias=state is not None and checkpoint.has_biases(state),
-                  # None where all thresholds are the checkpoint's
-                  default_threshold=args.default_threshold or 1.0, **{flag: getattr(args, flag) for flag in FLAGS})
+    neurons = {flag: getattr(args, flag) for flag in (
+        'activation', 'timesteps', 'leak', 'backend', 'encoding', 'delay', 'initial_potential', 'learn_threshold',
+        'learn_leak', *FLAGS)}
+    neurons['default_threshold'] = args.default_threshold or 1.0  # None if all thresholds are the checkpoint's
+    if options.is_own_network(args.architecture) or args.keep_batch_norm:
+        ann = build_ann(args, data, **{**checkpoint.ann_layers(state), 'levels': 1})
+        with warnings.catch_warnings(action='ignore'):  # its notes are said with the run's
+            return self_models.spiking(ann, **neurons)
+    scale = args.balance_blocks or state is not None and checkpoint.has_scales(state)
+    resnet = partial(self_models.RESNET_SNN_STDB, scale=scale)
+    return _build(self_models.VGG_SNN_STDB, resnet, args, data, **neurons,
+                  bias=state is not None and checkpoint.has_biases(state))
 
 
 def _build(vgg, resnet, args, data, **options):
@@ -117,6 +130,14 @@ def _build(vgg, resnet, args, data, **options):
         return resnet(args.architecture, **options)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_levels(model, args):
+    """Raise UserError if the code of a network of one's own has QCFS of other levels than the flags say."""
+    wanted = args.levels if args.activation == 'QCFS' else None
+    for levels in {module.levels for module in model.modules() if isinstance(module, self_models.QCFS)} - {wanted}:
+        raise UserError(f'--architecture {args.architecture}: its own code has QCFS of {levels} levels: say so with '
+                        f'--activation QCFS --levels {levels}')
 
 
 def check_steps(model, args):

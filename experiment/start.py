@@ -5,12 +5,13 @@ From here on arguments are only read.
 import dataclasses
 import importlib.util
 import os
+import shlex
 from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, files, options, setup, split
-from experiment.data import Data
+from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, split
+from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
 from self_models.surrogate import FLAGS
@@ -65,14 +66,17 @@ def find_ann(args):
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
     if start.state:  # what its layers are stands in their names
         layers = checkpoint.ann_layers(start.state)
-        for flag in ('activation', 'batch_norm'):
+        if options.is_own_network(args.architecture):
+            del layers['batch_norm']  # its own code's
+        for flag in layers.keys() - {'levels'}:
             if flag in args.given and getattr(args, flag) != layers[flag]:
                 raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
                                 f'{layers[flag]}; leave the flag out, or train anew')
         if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
             raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
         vars(args).update({key: value for key, value in layers.items() if value is not None and key not in args.given})
-    return _settled(start, args, drop_idle(args, start) + start.said)
+    said = drop_idle(args, start) + start.said
+    return _settled(start, args, said, {flag: getattr(args, flag) for flag in ('activation', 'levels', 'bounds')})
 
 
 def find_snn(args, device):
@@ -82,15 +86,31 @@ def find_snn(args, device):
     said = drop_idle(args, start) + start.said
     if start.kind in ('scratch', 'ann'):
         said += take_defaults(args, start.state)
-    return _settled(start, args, said)
+    return _settled(start, args, said, {**checkpoint.ann_layers(start.state), 'levels': 1})
 
 
-def _settled(start, args, said):
-    """The Start with all it says, once the last arguments are settled. Raises UserError."""
-    if start.kind == 'ann':
+def _settled(start, args, said, layers):
+    """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
+    if options.is_own_network(args.architecture):
+        check_own(args, start, layers)
+    elif start.kind == 'ann':
         check_fits(args, start.state, start.path)
     split.choose(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
+
+
+def check_own(args, start, layers):
+    """Raise UserError for a network of one's own that cannot be taken, or not with the weights of an ANN's checkpoint.
+
+    Before data are read, or downloaded; where only they say how many classes there are, its file is run and no more.
+    """
+    engine.seed_all(args.seed)  # of what its file draws, which runs now
+    own.find(args.architecture)
+    if args.dataset in CLASS_COUNTS:
+        data = Data(None, None, [''] * CLASS_COUNTS[args.dataset], INPUT_SHAPES[args.dataset])
+        model = setup.build_ann(args, data, **{'batch_norm': None, **layers})
+        if start.kind == 'ann':
+            checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
 
 
 def check_fits(args, state, path):
@@ -105,7 +125,7 @@ def check_fits(args, state, path):
             model = setup.build_ann(args, Data(None, None, [''], shape), **layers)
     except UserError as error:
         raise UserError(f'{error}; set --architecture and --dataset as {path} was trained') from error
-    checkpoint.fitting(model, state, path, may_differ=[list(model.state_dict())[-1]])
+    checkpoint.fitting(model, state, path, may_differ=checkpoint.last_layer(model))
 
 
 def take_defaults(args, state):
@@ -120,6 +140,14 @@ def take_defaults(args, state):
             raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
         args.output = 'mean'
     layers = checkpoint.ann_layers(state) if state else {}
+    if args.keep_batch_norm and not layers.get('batch_norm'):
+        raise UserError('--keep_batch_norm: ' + (f'the ANN in {args.pretrained_ann} has no batch norm' if state else
+                        'a network from scratch has no batch norm') + '; leave the flag out')
+    if (options.is_own_network(args.architecture) or args.keep_batch_norm) and args.output == 'fitted':
+        if 'output' in args.given:
+            raise UserError("--output fitted: the mean output of this network is in its logits' units as it is; leave "
+                            'the flag out')
+        args.output = 'mean'
     if layers.get('activation') != 'QCFS':
         if args.scaling_factor == 'auto' and not state:
             raise UserError('--scaling_factor auto: chooses by what a trained ANN gives; name one with '
@@ -156,13 +184,13 @@ def choose_backend(args, device):
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
-def drop_idle(args, start):
+def drop_idle(args, start=None):
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
     Returns a line to say for each that was given.
     """
     idle, said = options.without_effect(vars(args)), []
-    before = start.state['args'] if start.resumed else {}
+    before = start.state['args'] if start and start.resumed else {}
     for flag, of in sorted(idle.items()):
         if flag in args.given:
             said.append(f'--{flag} has no effect here: it is of {of}')
@@ -283,9 +311,19 @@ NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size'
            'image_size': range(1, 4097)}
 
 
+def check_named(args, saved, path):
+    """Raise UserError for a checkpoint of a network of one's own whose file the command line does not name: a file that
+    a checkpoint names is never run."""
+    made_by = saved.get('architecture')
+    if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
+        raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
+                        f'--architecture {shlex.quote(made_by)}')
+
+
 def take_network(args, state, path):
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    check_named(args, saved, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
     vars(args).update(taken)
@@ -300,6 +338,7 @@ def adopt(args, state, path, resumed=False):
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
     """
     saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    check_named(args, saved, path)
     settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
     settings |= {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *options.FORMER)
                  if type(saved.get(key)) is type(getattr(args, key))}

@@ -1,5 +1,7 @@
 """What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
-from experiment import distributed, engine
+from pathlib import Path
+
+from experiment import UserError, checkpoint, distributed, engine
 from experiment.reporting import report
 
 # what a conversion measures, as far as it does
@@ -43,11 +45,34 @@ class Results:
                 f'{tested.loss:.4f}')
         run.say(f'{self.chosen_on} accuracy after time steps: ' + ', '.join(
             f'{t}: {value:.2%}' for t, value in zip(at, self.curve) if t in self.time_steps(10)))
+        if lost := self.lost_by_conversion(model, tested.accuracy):
+            run.say(lost)
         if not run.args.test_only:
             self.progress.history.append({
                 'epoch': 0, f'{self.chosen_on}_loss': tested.loss, f'{self.chosen_on}_accuracy': tested.accuracy,
                 **self.found, 'curve': dict(zip(map(str, at), self.curve))})
             engine.save(model, optimizer, run, self.progress, tested.accuracy)
+
+    def lost_by_conversion(self, model, accuracy):
+        """A line on what the conversion lost and why, if that is more than a point of the ANN's accuracy, else None."""
+        lost = self.found.get('ann_accuracy', 0) - accuracy if self.start.kind == 'ann' else 0
+        if lost <= 0.01:
+            return None
+        steps, args, why, remedies = self.run.args.timesteps, self.run.args, [], []
+        if model.balanced < len(model.layer_names):
+            why.append('the thresholds of the residual blocks are not balanced, as published')
+            remedies.append('--balance_blocks')
+        if self.curve[-1] > self.curve[len(self.curve) * 9 // 10 - 1] or steps <= 16:
+            why.append(f'{steps} time steps tell few rates apart')
+            remedies.append('more --timesteps')
+        if model.latency > steps / 20:
+            why.append(f'the delays of {model.depth} layers take {model.latency} of the {steps} steps')
+            remedies.append('--delay 0')
+        if args.scaling_factor not in (None, 'auto'):
+            why.append(f'at a scaling factor of {args.scaling_factor} neurons may be slow to fire, or saturate')
+            remedies.append('--scaling_factor auto')
+        return (f'the conversion loses {100 * lost:.1f} points of the ANN: {"; ".join(why) or "its rates are coarse"}. '
+                f'Fine-tuning wins most of it back; so may {" or ".join(remedies) or "more --timesteps"}')
 
     def say_table(self):
         args, lines = self.run.args, list(self.lines)
@@ -61,11 +86,17 @@ class Results:
 
     def report(self, model):
         """Write --report of the network tested, or of the best epoch."""
-        run, tested = self.run, self.start.path if self.start.kind in ('snn', 'resume') else None
+        run, tested, history, later = self.run, None, None, None
         if not run.args.test_only:
-            tested = run.paths.best
+            tested, history = run.paths.best, self.progress.history
             _, self.curve = self.over_time(model, self.data.test)
+        elif self.start.kind in ('snn', 'resume'):
+            tested, history = self.start.path, self.start.state.get('history')
+            try:  # that of a best epoch ends there
+                later = checkpoint.load_training(Path(tested).with_suffix('.last.pth'), 'snn')['history']
+            except UserError:
+                pass
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,
-                                                             tested))
+                                                             tested, history, later))

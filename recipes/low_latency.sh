@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: an ANN of QCFS, converted and fine-tuned with Linear. T of
-# 2 and 1 are of that ANN trained further with four levels.
+# 2 and 1 are of that ANN trained further with four levels. ARCHITECTURE may be a network of your own, FILE.py:NAME, the
+# file as seen from the project's folder.
 #
 #     bash recipes/low_latency.sh
 #     ARCHITECTURE=VGG9 EPOCHS=46 bash recipes/low_latency.sh
@@ -17,12 +18,12 @@
 # names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
 # --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
 architecture=${ARCHITECTURE:-VGG5}
-network=$(tr A-Z a-z <<< "$architecture")${EPOCHS:+_$EPOCHS}  # in names
+network=$(sed 's|.*/||; s|\.py:|_|' <<< "$architecture" | tr 'A-Z ' 'a-z_')${EPOCHS:+_$EPOCHS}  # in names
 common=(--architecture "$architecture" "${data[@]}" --validation_fraction 0.04 --optimizer Adam --lr_schedule cosine
         --resume auto)
 began=$(date +%s)

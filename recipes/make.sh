@@ -5,7 +5,7 @@
 #
 # RECIPES=DIR writes them there instead (seen from the project's folder).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 folder=${RECIPES:-recipes}
 mkdir -p "$folder"
 

@@ -4,8 +4,8 @@ import importlib
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
 _HOMES = {
-    'LIF': 'plain', 'LIFParameters': 'lif', 'LayerRecord': 'spiking_network', 'LinearSpike': 'published',
-    'NEVER': 'surrogate', 'PoissonGenerator': 'encoding', 'QCFS': 'qcfs',
+    'Encoding': 'encoding', 'LIF': 'plain', 'LIFParameters': 'lif', 'LayerRecord': 'spiking_network',
+    'LinearSpike': 'published', 'NEVER': 'surrogate', 'PoissonGenerator': 'published', 'QCFS': 'qcfs',
     'RESNET_SNN_STDB': 'resnet_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet',
     'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'published', 'Scale': 'layers',
     'Surrogate': 'surrogate', 'VGG': 'vgg', 'VGG_SNN_STDB': 'vgg_spiking', 'convert': 'conversion',

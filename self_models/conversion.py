@@ -5,9 +5,9 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from self_models.encoding import PoissonGenerator
 from self_models.layers import Scale
-from self_models.plain import QUANTIZED, checked_bound, spiking
+from self_models.plain import QUANTIZED, PlainNetwork, checked_bound, spiking
+from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
 from self_models.resnet import ResNet
 from self_models.resnet_spiking import RESNET_SNN_STDB
@@ -75,7 +75,7 @@ def scales_of(ann: nn.Module) -> bool | str:
 
 
 @torch.no_grad()
-def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
+def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     """Copy an ANN's weights and biases into the spiking network of its layout, batch norm folded.
 
     Of QCFS activations the bounds become thresholds; as spikes are 0 or 1, a bound also goes into the weights of the
@@ -85,6 +85,9 @@ def copy_weights(ann: VGG | ResNet, snn: SpikingNetwork) -> None:
     different layouts; then nothing is copied.
     """
     ann = unwrapped(ann)
+    if isinstance(snn, PlainNetwork):
+        snn.copy_from(ann)
+        return
     pairs = list(matching_layers(ann, snn))
     quantized, relus = ([each for each in ann.modules() if isinstance(each, kind)] for kind in (QCFS, nn.ReLU))
     if quantized and relus:

@@ -1,24 +1,58 @@
-"""What the input layer is given at each time step: Poisson spikes of the image's pixels, or the image itself."""
-import torch
-from torch import nn
+"""Encodings: a class for each, which says what the input layer is given of an image at each time step.
 
-ENCODINGS = ('poisson', 'direct')
+No torch is imported here, so that `--help` is quick; PoissonGenerator needs it, and is imported on its first use.
+"""
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+ENCODINGS = {}  # {name: an Encoding}
 
 
-class PoissonGenerator(nn.Module):
-    """Rate coding: signed Poisson spikes, sign(x) where rand <= rate |x|, else 0; fresh in every call.
+class Encoding:
+    """Spikes of an image's pixels, each with the pixel's sign; or the image itself.
 
-    rate: 1 for VGG, 0.9 for ResNet (published code). Source: Rathi et al. 2020, section 2.1.
+    A subclass is registered when it is defined, under its class's name unless `name` gives another. It has
+
+    description: for the metadata of NIR
+    constant: whether the input is the image itself at each step; else it has
+    fires(x, t, rate): whether each pixel of images x (B, C, H, W) fires at step t: bool, of that shape; rate: 1 for
+        VGG, 0.9 for ResNet (published code)
+
+    Raises ValueError for a name that is taken.
     """
+    description = ''
+    constant = False
 
-    def __init__(self, rate: float = 1.0):
-        super().__init__()
-        self.rate = rate
+    def __init_subclass__(cls, name: str | None = None, **options):
+        super().__init_subclass__(**options)
+        name, encoding = name or cls.__name__, cls()
+        if ENCODINGS.get(name, encoding).__module__ != cls.__module__:  # a notebook may define its class anew
+            raise ValueError(f'{cls.__name__}: there is an encoding {name!r} already; give another name')
+        ENCODINGS[name] = encoding
 
-    def fires(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape -> bool, the same shape."""
-        return torch.rand_like(x) <= self.rate * x.abs()
+    def fires(self, x: 'torch.Tensor', t: int, rate: float) -> 'torch.Tensor':
+        raise NotImplementedError(f'the encoding {type(self).__name__} defines no fires')
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of any shape -> -1, 0 or 1, same shape and type."""
-        return torch.where(self.fires(x), x.sign(), 0)
+
+class Poisson(Encoding, name='poisson'):
+    """Rate coding, fresh at every step (Rathi et al. 2020, section 2.1)."""
+    description = 'signed Poisson: at each step sign(x) where rand <= input_rate |x|, else 0'
+
+    def fires(self, x, t, rate):
+        import torch
+        # drawn in float32 at least: bfloat16 draws multiples of 1/256, and 0 <= 0.001 as often
+        return torch.rand_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) <= rate * x.abs()
+
+
+class Direct(Encoding, name='direct'):
+    description = 'direct: the image itself at each step'
+    constant = True
+
+
+def __getattr__(name):
+    if name != 'PoissonGenerator':
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from self_models.published import PoissonGenerator
+    return PoissonGenerator

@@ -63,20 +63,21 @@ class BatchNorm2d(_OneValue, nn.BatchNorm2d):
 class Parts:
     """What the layers of a network are made of.
 
-    bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`. batch_norm: behind every
+    bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`, with a bound for each 'layer' or
+    each 'channel' (bounds). batch_norm: behind every
     convolution and linear layer but the last. scale: a factor in every plain identity, or 'channel': one for
     each channel. Raises ValueError for another activation.
     """
 
     def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False,
-                 scale: bool | str = False):
+                 scale: bool | str = False, bounds: str = 'layer'):
         if activation not in ACTIVATIONS:
             raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
         self.bias, self.levels, self.batch_norm, self.scale = bias, levels, batch_norm, scale
-        self.quantized = activation == 'QCFS'
+        self.quantized, self.by_channel = activation == 'QCFS', bounds == 'channel'
 
-    def activation(self) -> nn.Module:
-        return QCFS(self.levels) if self.quantized else nn.ReLU()
+    def activation(self, channels: int) -> nn.Module:
+        return QCFS(self.levels, channels=channels if self.by_channel else None) if self.quantized else nn.ReLU()
 
     def conv(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1) -> list[nn.Module]:
         """[a convolution that, at stride 1 and an odd kernel, keeps height and width, and its batch norm if any]"""
@@ -120,13 +121,13 @@ def vgg_layers(vgg_name: str, labels: int, dataset: str, kernel_size: int, dropo
             layers.append(nn.AvgPool2d(2))
             height, width = height // 2, width // 2
         else:
-            layers += [*parts.conv(channels, item, kernel_size), parts.activation(), Dropout(dropout)]
+            layers += [*parts.conv(channels, item, kernel_size), parts.activation(item), Dropout(dropout)]
             channels = item
             height, width = (size + 2 * ((kernel_size - 1) // 2) - kernel_size + 1 for size in (height, width))
     hidden = VGG11_CIFAR100_HIDDEN if on_cifar100 else VGG_HIDDEN
     classifier = nn.Sequential(
-        *parts.linear(channels * height * width, hidden), parts.activation(), Dropout(0.5),
-        *parts.linear(hidden, hidden), parts.activation(), Dropout(0.5),
+        *parts.linear(channels * height * width, hidden), parts.activation(hidden), Dropout(0.5),
+        *parts.linear(hidden, hidden), parts.activation(hidden), Dropout(0.5),
         nn.Linear(hidden, labels, bias=parts.bias))
     return nn.Sequential(*layers), classifier
 
@@ -137,13 +138,13 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float, parts: Parts):
         super().__init__()
         self.residual = nn.Sequential(
-            *parts.conv(inputs, outputs, 3, stride), parts.activation(), Dropout(dropout),
+            *parts.conv(inputs, outputs, 3, stride), parts.activation(outputs), Dropout(dropout),
             *parts.conv(outputs, outputs, 3))
         if stride != 1 or inputs != outputs:
             identity = parts.conv(inputs, outputs, 1, stride)
         else:
             identity = [Scale(outputs if parts.scale == 'channel' else None)] if parts.scale else []
-        self.identity, self.activation = nn.Sequential(*identity), parts.activation()
+        self.identity, self.activation = nn.Sequential(*identity), parts.activation(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.activation(self.residual(x) + self.identity(x))
@@ -166,9 +167,9 @@ def resnet_layers(resnet_name: str, labels: int, dataset: str, dropout: float, i
     if min(height, width) < 2:
         raise ValueError(f'{resnet_name} needs images of 2x2 pixels or more, not {height}x{width}')
     pre_process = nn.Sequential(
-        *parts.conv(channels, 64, 3, 2 if large else 1), parts.activation(), Dropout(dropout),
-        *parts.conv(64, 64, 3), parts.activation(), Dropout(dropout),
-        *parts.conv(64, 64, 3), parts.activation(), nn.AvgPool2d(2))
+        *parts.conv(channels, 64, 3, 2 if large else 1), parts.activation(64), Dropout(dropout),
+        *parts.conv(64, 64, 3), parts.activation(64), Dropout(dropout),
+        *parts.conv(64, 64, 3), parts.activation(64), nn.AvgPool2d(2))
     channels, height, width = 64, height // 2, width // 2
     stages = []
     for (outputs, stride), count in zip(RESNET_STAGES, RESNET_BLOCKS[resnet_name], strict=True):

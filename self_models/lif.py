@@ -69,17 +69,19 @@ def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFPara
     """Run LIF neurons over time: fill `spikes` and, where given, `potentials`; returns the state after the last row.
 
     current: (n, M) floats, the input at n successive steps; or (M,), an input that is the same at all of them.
-    spikes: (n, M) bool, rows contiguous: row k is what current[:k+1] causes, which leaves `delay` steps later.
+    spikes: (n, M) bool or floats, rows contiguous: row k is what current[:k+1] causes, which leaves `delay` steps
+    later. Of the type of the potentials they are the quickest; the state then holds their last row itself.
     potentials: (n, M) floats to write p to, which may be `current` itself; None where they are not wanted.
     state: what the call on the rows before returned, (potential, spikes), each (M,); None at the start.
     """
     parameters = parameters.detached()
-    u, fired = state or parameters.initial_state(current[0] if current.dim() == 2 else current)
     if parameters.backend == 'triton':
         from self_models import lif_triton
+        u, fired = state or parameters.initial_state(current[0] if current.dim() == 2 else current)
         lif_triton.forward(current, potentials, spikes, u, fired, parameters)
         return u, fired
     leak, reset, threshold = parameters.leak, parameters.reset, parameters.threshold
+    u, fired = state or (current.new_full((1,), parameters.initial_potential * threshold), None)
     inputs = current.unbind() if current.dim() == 2 else [current] * len(spikes)
     outputs = [None] * len(spikes) if potentials is None else potentials.unbind()
     for row, out, fires in zip(inputs, outputs, spikes.unbind(), strict=True):
@@ -87,10 +89,17 @@ def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFPara
         if out is not None:
             u = torch.add(row, u, alpha=leak, out=out)
         else:
-            u = (u if leak == 1 else u.mul_(leak)).add_(row)
-        u.sub_(fired, alpha=reset)
+            u = u if leak == 1 else u.mul_(leak)
+            u = row + u if fired is None else u.add_(row)
+        if fired is not None:
+            u.sub_(fired, alpha=reset)
+        if spikes.dtype == u.dtype:
+            fired = fires
+        elif fired is None:
+            fired = torch.empty_like(u)
         torch.gt(u, threshold, out=fired)  # as u / theta - 1 > 0, to the last bit
-        fires.copy_(fired)  # by way of floats, as a CPU reads bools several times slower
+        if fired is not fires:
+            fires.copy_(fired)  # by way of floats, as a CPU reads bools several times slower
     return u, fired
 
 

@@ -22,7 +22,7 @@ from self_models.lif import (
     parameter_gradients,
     surrogate_state,
 )
-from self_models.spike_train import DirectInput, SpikeTrain, flatten, unflatten
+from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten, unflatten
 
 CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
 
@@ -96,7 +96,7 @@ class SynapticInput:
 
     def weight_gradient(self, x: torch.Tensor, grad: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:
         """The gradient of the weight from x and that of output(x, weight), added to `total` unless that is None."""
-        dtype = self.weight.dtype
+        dtype = at_least_float32(self.weight.dtype)
         if self.takes_patches(x.device):
             part = patches.weight_gradient(x, grad, self.weight.shape)
         elif isinstance(self.synapse, nn.Linear):
@@ -131,7 +131,7 @@ def prepare(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 def dtypes(weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """(type of the potentials, type of the convolutions): autocast lowers the latter, of a float32 network."""
-    return weight.dtype, patches.compute_dtype(weight)
+    return at_least_float32(weight.dtype), patches.compute_dtype(weight)
 
 
 def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int, int]:
@@ -238,7 +238,7 @@ class _LIFLayer(torch.autograd.Function):
                               *ready)
         # without their tensors, so that those are freed with the saved ones, after the backward pass
         ctx.train, ctx.inputs = train.without(), [SynapticInput(each.train.without(), each.synapse) for each in inputs]
-        ctx.parameters, ctx.dtype = parameters, weight.dtype
+        ctx.parameters, ctx.dtype = parameters, dtypes(weight)[0]
         size = math.prod(train.pooled_shape)
         compute_dtype = next(weight for weight in ready if weight is not None).dtype
         return weight.new_zeros(1, dtype=compute_dtype).expand(train.steps, train.batch, size)

@@ -30,7 +30,7 @@ def _forward(current, potentials, spikes, u, fired, scalars, steps, neurons, cur
         spike = potential > threshold
         if KEEP:
             tl.store(potentials + i, potential, inside)
-        tl.store(spikes + i, spike.to(tl.uint8), inside)
+        tl.store(spikes + i, spike.to(spikes.dtype.element_ty), inside)
         current += current_stride  # not k * stride, which can pass 2^31
         potentials += potentials_stride
         spikes += spikes_stride
@@ -88,7 +88,7 @@ def forward(current: torch.Tensor, potentials: torch.Tensor | None, spikes: torc
     target = potentials if keep else u  # a pointer that nothing is written to
     with torch.cuda.device_of(current):
         _forward[(triton.cdiv(neurons, BLOCK),)](
-            current, target, spikes.view(torch.uint8), u, fired,
+            current, target, spikes.view(torch.uint8) if spikes.dtype == torch.bool else spikes, u, fired,
             _scalars(u, parameters.leak, parameters.threshold, parameters.reset), steps, neurons,
             current.stride(0) if current.dim() == 2 else 0, target.stride(0) if keep else 0, spikes.stride(0),
             KEEP=keep, BLOCK=BLOCK)
@@ -100,7 +100,7 @@ def backward(grad: torch.Tensor, state: torch.Tensor, start: int, parameters) ->
     stdb = type(surrogate) is SpikeTimeDependent
     if stdb:
         first, decay = surrogate.before_first_spike(start), math.exp(-surrogate.beta)
-    elif surrogate.of_spikes:
+    elif surrogate.of_spikes:  # the kernel knows no other factor of the spikes
         surrogate.multiply(grad, state, start)
     with torch.cuda.device_of(grad):
         _backward[(triton.cdiv(neurons, BLOCK),)](

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
-from self_models.encoding import PoissonGenerator
+from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
+from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
 from self_models.spiking_network import (
     SMALLEST,
@@ -41,6 +42,7 @@ from self_models.traced import (
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
 QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
+BLOCK = 2 ** 17  # neurons
 
 
 class LIF(nn.Module):
@@ -114,8 +116,18 @@ def strides_of(x: torch.Tensor) -> tuple:
     return (x.numel() // max(1, len(x)), *x.stride()[1:])
 
 
+def blocks(x: torch.Tensor) -> list[slice]:
+    """Slices of the columns of x (n, M), of so many that each thread of a CPU has BLOCK; on a GPU one of all."""
+    size = x.shape[1] if x.is_cuda else BLOCK * torch.get_num_threads()
+    return [slice(i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size)]
+
+
 class _LIF(torch.autograd.Function):
-    """theta s(t) of LIF neurons, and its gradients."""
+    """theta s(t) of LIF neurons, and its gradients.
+
+    It keeps the currents, of which the potentials are computed anew, or its output if the surrogate is of the spikes.
+    Neurons go through all steps and passes in blocks that stay in a CPU's cache.
+    """
 
     @staticmethod
     def forward(ctx, current, threshold, leak, parameters, steps, once):
@@ -124,57 +136,65 @@ class _LIF(torch.autograd.Function):
         batch = len(current) if once else len(current) // steps
         count = steps - delay  # of the currents whose spikes leave within the steps
         out = empty_over(current, steps * batch, current.dtype)
-        ctx.shape = parameters, steps, once, batch, dtype
+        ctx.of_spikes = parameters.surrogate.of_spikes and not any(ctx.needs_input_grad[1:3])
+        ctx.shape = numbers, steps, once, dtype
+        ctx.save_for_backward(out if ctx.of_spikes else current)
         if not out.numel() or not count:
-            ctx.save_for_backward(current)
             return out.zero_()
-        learned = any(ctx.needs_input_grad[1:3])
-        factored = ctx.needs_input_grad[0] and not learned and not parameters.surrogate.of_spikes
-        flat = rows(current, 1 if once else steps)[:count].to(dtype)
-        spikes = torch.empty(count, flat.shape[1], dtype=torch.bool, device=current.device)
-        potentials = torch.empty(spikes.shape, dtype=dtype, device=current.device) if learned or factored else None
-        u, _ = lif_forward(flat[0] if once else flat, spikes, numbers, potentials=potentials)
+        given, spikes, faults = rows(current, 1 if once else steps)[:count], rows(out, steps), []
+        spikes[:delay].zero_()
+        spikes = spikes[delay:]
+        slices = blocks(spikes)
+        work = torch.empty(slices[0].stop, dtype=dtype, device=current.device)
+        for some in slices:
+            part, fires = given[:, some].to(dtype), spikes[:, some]
+            u, _ = lif_forward(part[0] if once else part, fires, numbers,
+                               potentials=work[:some.stop - some.start].expand(count, -1))
+            faults.append(sum(0 * end for end in torch.aminmax(u)))
+            fires.mul_(numbers.threshold + faults[-1])
         # a potential that is not finite stays so, and makes all that its layer gives NaN
-        height = numbers.threshold + sum(0 * end for end in torch.aminmax(u))
-        over_time = rows(out, steps)
-        over_time[:delay].zero_()
-        over_time[delay:].copy_(spikes.view(torch.uint8)).mul_(height)
-        kept = potentials if learned else surrogate_state(potentials, numbers) if factored else out
-        ctx.save_for_backward(current, kept, spikes if learned else None)
+        if len(faults) > 1 and sum(faults).isnan():
+            spikes.fill_(torch.nan)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        parameters, steps, once, batch, dtype = ctx.shape
-        current, *kept = ctx.saved_tensors
-        if not kept:
-            return torch.zeros_like(current), None, None, None, None, None
-        kept, spikes = kept
-        numbers, delay, count = parameters.detached(), parameters.delay, steps - parameters.delay
-        if grad.stride() != strides_of(current):
-            grad = empty_over(current, len(grad), grad.dtype).copy_(grad)
-        given = rows(grad, steps)[delay:]
-        found = empty_over(current, steps * batch, dtype)
-        g = rows(found, steps)
-        g[count:] = 0
-        g = g[:count]
-        # of theta s(t) with respect to s(t), and of the spike with respect to the potential
-        torch.mul(given.to(dtype), numbers.threshold * numbers.height, out=g)
-        if spikes is not None:
-            state = surrogate_state(kept, numbers)
-        else:
-            state = rows(kept, steps)[delay:] > 0 if parameters.surrogate.of_spikes else kept
-        lif_backward(g, state, delay, numbers)
-        own = [None, None]
-        if spikes is not None:
-            own = list(parameter_gradients(g, kept, numbers))
-            own[0] = own[0] + (given.to(dtype) * spikes).sum()
-            own = [part.to(value.dtype) if needs else None for part, value, needs in zip(
-                own, (parameters.threshold, parameters.leak), ctx.needs_input_grad[1:3])]
-        if once:
-            found = rows(found, steps).sum(0).as_strided(current.shape, current.stride())
-        return (found.to(current.dtype) if ctx.needs_input_grad[0] else None), *own, None, None, None
+        numbers, steps, once, dtype = ctx.shape
+        kept, = ctx.saved_tensors
+        learned, delay, count = any(ctx.needs_input_grad[1:3]), numbers.delay, steps - numbers.delay
+        if grad.stride() != strides_of(kept):
+            grad = empty_over(kept, len(grad), grad.dtype).copy_(grad)
+        found = empty_over(kept, len(grad) // steps if once else len(grad), kept.dtype)
+        if not grad.numel() or not count:
+            return found.zero_(), None, None, None, None, None
+        given, known = rows(grad, steps)[delay:], rows(kept, 1 if once and not ctx.of_spikes else steps)
+        result, own = rows(found, 1 if once else steps), [0, 0]
+        result[count:].zero_()
+        slices = blocks(given)
+        work = torch.empty(count + (count if learned else 1), slices[0].stop, dtype=dtype, device=grad.device)
+        for some in slices:
+            part = given[:, some].to(dtype)
+            potentials, spikes = work[:count, :some.stop - some.start], work[count:, :some.stop - some.start]
+            if ctx.of_spikes:
+                state = known[delay:, some] > 0
+            else:
+                current = known[:count, some].to(dtype)
+                lif_forward(current[0] if once else current, spikes if learned else spikes.expand(count, -1), numbers,
+                            potentials=potentials)
+                state = surrogate_state(potentials, numbers)
+            g = result[:count, some] if not once and kept.dtype == dtype else torch.empty_like(part)
+            # of theta s(t) with respect to s(t), and of the spike with respect to the potential
+            torch.mul(part, numbers.threshold * numbers.height, out=g)
+            lif_backward(g, state, delay, numbers)
+            if learned:
+                parts = parameter_gradients(g, potentials, numbers)
+                own = [own[0] + parts[0] + (part * spikes).sum(), own[1] + parts[1]]
+            if once:
+                result[:, some] = g.sum(0)
+            elif kept.dtype != dtype:
+                result[:count, some] = g
+        return (found, *own, None, None, None) if learned else (found, None, None, None, None, None)
 
 
 class HeldDropout(nn.Module):
@@ -229,6 +249,8 @@ class PlainNetwork(Graphed, SpikingNetwork):
         self.layer_names, self.depth, self.notes = names, depth, []
         self.hold(tree, graph)
         self.timesteps = options['timesteps']
+
+    carried = True  # a spike is worth its threshold
 
     @property
     def timesteps(self) -> int:
@@ -288,11 +310,24 @@ class PlainNetwork(Graphed, SpikingNetwork):
             if lif.leak.requires_grad:
                 lif.leak.clamp_(SMALLEST, 1)
 
+    @torch.no_grad()
+    def copy_from(self, ann: nn.Module) -> None:
+        """Take over the weights of the ANN that it was made of, and the bounds of QCFS as thresholds."""
+        weights, own = ann.state_dict(), self.state_dict()
+        self.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
+        for name, lif in zip(self.layer_names, self.lifs):
+            activation = ann.get_submodule(name) if f'{name}.bound' in weights else None
+            if activation is not None:
+                bound = checked_bound(activation)
+                (lif.bounds if bound.dim() else lif.threshold).copy_(bound)
+
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, ...) as the network takes them: themselves if direct, else Poisson spikes at each step."""
-        if self.encoding == 'direct':
+        encoding = ENCODINGS[self.encoding]
+        if encoding.constant:
             return x
-        return torch.cat([self.input_layer(x) for _ in range(self.timesteps)])
+        return torch.cat([torch.where(encoding.fires(x, t, self.input_layer.rate), x.sign(), 0)
+                          for t in range(self.timesteps)])
 
     def over_time(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, ...) -> the output at each step, (T, B, labels)."""
@@ -312,7 +347,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
         (B, ...) float images; at: whole numbers in ascending order, from 1 to timesteps. Raises ValueError for others.
         """
-        self.check_curve(at)
+        at = self.checked_curve(at)
         return self.over_time(x).cumsum(0)[[steps - 1 for steps in at]]
 
     @torch.no_grad()
@@ -382,7 +417,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
             call = Call(node, owner_of(node, modules), node.target)
             replace(graph, node, put(tree, call, HeldDropout(module).train(module.training), used))
     modules = dict(tree.named_modules())
-    if options.get('encoding', 'poisson') == 'direct':
+    if ENCODINGS[options.get('encoding', 'poisson')].constant:
         _repeat(tree, graph, modules, used)
     notes = _notes(graph, modules)
     rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0

@@ -1,6 +1,8 @@
-"""The published spike functions of one time step, as autograd Functions; self_models.surrogate hands them out, too."""
+"""The published functions of one time step. surrogate.py and encoding.py, which import no torch, hand them out, too."""
 import torch
+from torch import nn
 
+from self_models.encoding import ENCODINGS
 from self_models.surrogate import Linear, SpikeTimeDependent
 
 
@@ -39,3 +41,22 @@ class LinearSpike(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         z, = ctx.saved_tensors
         return grad * ctx.surrogate.gradient(z), None
+
+
+class PoissonGenerator(nn.Module):
+    """Rate coding: signed Poisson spikes, sign(x) where rand <= rate |x|, else 0; fresh in every call.
+
+    rate: 1 for VGG, 0.9 for ResNet (published code).
+    """
+
+    def __init__(self, rate: float = 1.0):
+        super().__init__()
+        self.rate = rate
+
+    def fires(self, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape -> bool, the same shape."""
+        return ENCODINGS['poisson'].fires(x, 0, self.rate)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape -> -1, 0 or 1, same shape and type."""
+        return torch.where(self.fires(x), x.sign(), 0)

@@ -9,18 +9,20 @@ class ResNet(nn.Module):
     """A bias-free ResNet whose first 7x7 convolution is replaced by three of 3x3 (Rathi et al. 2020, section 3).
 
     resnet_name: a key of architectures.RESNET_BLOCKS. labels: number of classes. dataset: a key of INPUT_SHAPES;
-    input_shape (C, H, W) overrides the shape that it implies. activation: 'ReLU', or 'QCFS' of so many levels.
-    batch_norm: behind every layer but the last. Raises ValueError where they do not go together.
+    input_shape (C, H, W) overrides the shape that it implies. activation: 'ReLU', or 'QCFS' of so many levels
+    with a bound for each 'layer' or 'channel' (bounds). batch_norm: behind every layer but the last. Raises ValueError
+    if they do not go together.
     """
 
     def __init__(self, resnet_name: str, labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
                  input_shape: tuple | None = None, activation: str = 'ReLU', levels: int = 8,
-                 batch_norm: bool = False):
+                 batch_norm: bool = False, bounds: str = 'layer'):
         super().__init__()
         self.layout = dict(resnet_name=resnet_name, labels=labels, dataset=dataset, dropout=dropout,
                            input_shape=input_shape)  # what the spiking network of the same layout is built of
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
-         self.classifier) = resnet_layers(**self.layout, activation=activation, levels=levels, batch_norm=batch_norm)
+         self.classifier) = resnet_layers(**self.layout, activation=activation, levels=levels, batch_norm=batch_norm,
+                                          bounds=bounds)
         initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

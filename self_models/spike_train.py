@@ -65,7 +65,11 @@ class SpikeTrain:
         return x
 
     def total(self, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """floats() of all samples, summed over the steps of `rows`: (B, N')."""
+        """floats() of all samples, summed over the steps of `rows`: (B, N').
+
+        Of `dtype`, or of float32 if that is narrower: bfloat16 counts to 256 only, float16 to 2048.
+        """
+        dtype = at_least_float32(dtype)
         counts = torch.zeros(self.spikes.shape[1:], dtype=dtype, device=self.spikes.device)
         spikes = torch.empty_like(counts)
         for row in self.spikes.view(torch.uint8)[rows].unbind():
@@ -176,13 +180,18 @@ class SpikeCounts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, proxy: torch.Tensor, train: SpikeTrain, dtype: torch.dtype) -> torch.Tensor:
-        ctx.steps = train.steps
+        ctx.steps, ctx.dtype = train.steps, proxy.dtype
         return train.total(slice(0, train.steps), dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad.expand(ctx.steps, *grad.shape), None, None
+        return grad.to(ctx.dtype).expand(ctx.steps, *grad.shape), None, None  # one copy, not one a step
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over time are kept in, for weights of `dtype`: a narrower one loses what is added to it."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def unflatten(x: torch.Tensor, shape: tuple) -> torch.Tensor:

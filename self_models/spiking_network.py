@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from self_models.encoding import ENCODINGS, PoissonGenerator
+from self_models.encoding import ENCODINGS
 from self_models.layers import Scale, initialize
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import (
@@ -25,7 +25,8 @@ from self_models.lif_layer import (
     window,
     working_bytes,
 )
-from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, flatten, join, unflatten
+from self_models.published import PoissonGenerator
+from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, at_least_float32, flatten, join, unflatten
 from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
@@ -46,6 +47,11 @@ class LayerRecord:
     def window(self) -> tuple[int, int]:
         """(first step, number of steps) of its input; spikes leave `parameters.delay` steps later."""
         return window(self.inputs, self.parameters)
+
+    @property
+    def fault(self) -> torch.Tensor | float:
+        """NaN if a potential of this layer or of one before it left the finite range, else 0."""
+        return self.spikes.fault
 
     def potentials(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield (samples, input current, membrane potential), both (n, b, N), for some samples after others.
@@ -99,9 +105,9 @@ class SpikingNetwork(nn.Module):
     `curve` and `record`; and `depth`, the LIF layers on the shortest way from input to output.
 
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
-    (rate coding) or 'direct' (the image itself at each step). delay: 1, or 0 for neurons that fire in the step of their
-    input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak: make `thresholds`, `leaks`
-    parameters.
+    (rate coding), 'direct' (the image itself at each step) or another, see encoding.py. delay: 1, or 0 for neurons that
+    fire in the step of their input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak:
+    make `thresholds`, `leaks` parameters.
 
     initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be
     at the output; no fewer time steps than latency + 1 give more than nothing.
@@ -147,11 +153,13 @@ class SpikingNetwork(nn.Module):
         self.leak_update([leak] * len(self.leaks))
 
 
-    def check_curve(self, at: list[int]) -> None:
-        """Raise ValueError unless `at` are time steps that curve() can tell of."""
-        if not at or list(at) != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
-            raise ValueError(f'at must be one or more time steps that ascend from 1 or more to {self.timesteps} or '
-                             f'less, not {at}')
+    def checked_curve(self, at: Sequence[float]) -> list[int]:
+        """The time steps that curve() is to tell of, as a list. Raises ValueError for others than it can."""
+        given, at = list(at), [int(steps) for steps in at]
+        if not at or at != given or at != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
+            raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, one whole number at least, '
+                             f'not {given}')
+        return at
 
 
 class LayerByLayer(SpikingNetwork):
@@ -248,20 +256,22 @@ class LayerByLayer(SpikingNetwork):
     def encode(self, x: torch.Tensor, steps: int) -> SpikeTrain | DirectInput:
         """What the first layer is given of images x (B, C, H, W) over `steps` steps.
 
-        Of Poisson spikes a pixel's sign goes into the mask; they are drawn, and have no gradient.
+        A spike's sign goes into the mask; spikes have no gradient.
         """
+        encoding = ENCODINGS[self.encoding]
         dtype, shape = self.classifier[-1].weight.dtype, tuple(x.shape[1:])
-        if self.encoding == 'direct':
+        if encoding.constant:
             x = x.to(dtype)
             return DirectInput(x.detach(), shape, steps, proxy=flatten(x, 1) if x.requires_grad else None)
         spikes = torch.empty(steps, len(x), x[0].numel(), dtype=torch.bool, device=x.device)
-        for row in spikes:
-            row.copy_(flatten(self.input_layer.fires(x), 1)[0])
+        for t, row in enumerate(spikes):
+            row.copy_(flatten(encoding.fires(x, t, self.input_layer.rate), 1)[0])
         return SpikeTrain(spikes, shape, 0, mask=flatten(x.sign().to(dtype), 1)[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) float images -> (B, labels): the output currents W s + b summed over all time steps.
 
+        In the weights' type, or in float32 if that is narrower, as are spike counts and membrane potentials.
         All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
         """
         if self.timesteps <= self.latency or not len(x):
@@ -280,7 +290,7 @@ class LayerByLayer(SpikingNetwork):
         (B, C, H, W) float images; at: whole numbers in ascending order, from 1 to timesteps. The outputs after t steps
         are those of the same network at timesteps = t, given the same random draws.
         """
-        self.check_curve(at)
+        at = self.checked_curve(at)
         if self.timesteps <= self.latency or not len(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
@@ -295,7 +305,8 @@ class LayerByLayer(SpikingNetwork):
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
         weight = self.classifier[-1].weight
-        return LayerByLayer.readout(self, weight.new_zeros(len(x), weight.shape[1]), steps)
+        counts = weight.new_zeros(len(x), weight.shape[1], dtype=at_least_float32(weight.dtype))
+        return LayerByLayer.readout(self, counts, steps)
 
     def stages(self) -> list[Stage]:
         """The LIF layers, in the order in which they run."""
@@ -355,7 +366,8 @@ class LayerByLayer(SpikingNetwork):
         """The output layer on spike counts over so many steps: sum_t (W s(t) + b) = W sum_t s(t) + T b, one product."""
         layer = self.classifier[-1]
         with torch.autocast(counts.device.type, enabled=False):  # counts go beyond the 8 bits of bfloat16
-            return F.linear(counts.flatten(1), layer.weight, None if layer.bias is None else steps * layer.bias)
+            weight, bias = (None if each is None else each.to(counts.dtype) for each in (layer.weight, layer.bias))
+            return F.linear(counts.flatten(1), weight, None if bias is None else steps * bias)
 
 
 def last(layers: Layers) -> SpikeTrain:

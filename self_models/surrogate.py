@@ -112,13 +112,14 @@ class SpikeTimeDependent(Surrogate, name='STDB'):
         return math.exp(-self.beta * (start + NEVER))
 
 
+# These work in place, as a second tensor of that size can cost more time than the arithmetic.
 class Linear(Surrogate):
     """Bellec et al. 2018."""
     flags = {'gamma': 'height'}
     formula = 'gamma max(0, 1 - |z|)'
 
     def factor(self, z):
-        return (1 - z.abs_()).clamp_(min=0)
+        return z.abs_().neg_().add_(1).clamp_(min=0)
 
 
 class Rectangle(Surrogate):
@@ -154,8 +155,8 @@ class Sigmoid(Surrogate):
     formula = '4 * gamma * s (1 - s), s = sigmoid(width * z)'
 
     def factor(self, z):
-        s = z.abs_().mul_(-self.width).sigmoid_()  # of the side on which 1 - s does not round to 0
-        return (1 - s).mul_(s).mul_(4)
+        s = z.abs_().mul_(-self.width).sigmoid_()  # of the side on which s - s^2 loses no digits
+        return s.addcmul_(s, s, value=-1).mul_(4)
 
 
 def users(flag: str) -> list[str]:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_forward
-from self_models.lif_layer import CHUNK_BYTES, SynapticInput, input_current, prepare
+from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_current, prepare
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
-from self_models.spike_train import DirectInput, SpikeTrain, flatten
+from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten
 from self_models.spiking_network import SpikingNetwork
 from self_models.traced import weight_of
 
@@ -137,20 +138,21 @@ def _balance_all(model, images, timesteps, percentile, progress):
     size = groups[0].stop
     stages = model.stages()[:model.balanced]
     first = stages[0].inputs[0][1]
-    device, dtype = first.weight.device, first.weight.dtype
+    device, dtype = first.weight.device, dtypes(first.weight)[0]
     carried = model.carried
     # With a delay, what a layer does at its last step reaches nothing. A bias and an initial potential act from the
     # first step on, also before the first spike comes, and in a residual block two delays meet: there the trains begin
     # with empty rows.
     shift = model.delay if carried or model.initial_potential or first.bias is not None else 0
-    if model.encoding == 'direct':
+    encoding = ENCODINGS[model.encoding]
+    if encoding.constant:
         sources = {-1: Source(None, DirectInput(None, shape, timesteps))}
     else:
         # of the input only the bits are stored; a pixel's sign is the mask of its train
         sources = {-1: Source(SpikeStore(timesteps, images[0].numel()), SpikeTrain(None, shape, 0))}
         for group in groups:
             for t in range(timesteps):
-                sources[-1].store.write(group, t, flatten(model.input_layer.fires(images[group]), 1))
+                sources[-1].store.write(group, t, flatten(encoding.fires(images[group], t, model.input_layer.rate), 1))
     steps, thresholds = timesteps, []
     with (tqdm(total=len(stages) * len(groups), desc='thresholds', disable=None if progress else True) as bar,
           torch.autocast(device.type, enabled=False)):
@@ -217,11 +219,13 @@ def _balance_plain(model, images, timesteps, percentile, progress):
               for name, way in zip(model.layer_names, ways)]
     groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
     stores, worth, thresholds = {}, {}, []
-    if model.encoding != 'direct':
+    encoding = ENCODINGS[model.encoding]
+    if not encoding.constant:
         stores['input'] = SpikeStore(timesteps, math.prod(shapes['input']))
         for group in groups:
             for t in range(timesteps):
-                stores['input'].write(group, t, model.input_layer.fires(images[group]).flatten(1)[None])
+                spikes = encoding.fires(images[group], t, model.input_layer.rate)
+                stores['input'].write(group, t, spikes.flatten(1)[None])
 
     def values_of(source, group, first, stop):
         if source not in stores:  # direct input
@@ -270,8 +274,9 @@ def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.
     or whose signs the spikes have, or None. channels: indices of the output channels that are wanted; all of them
     unless given, which a layer of several inputs needs.
     """
-    weights = [prepare(synapse.weight[channels], dtype) * source.worth if hasattr(synapse, 'weight') else None
-               for source, synapse in inputs]
+    weights = [prepare(synapse.weight[channels], synapse.weight.dtype) * source.worth
+               if hasattr(synapse, 'weight') else None for source, synapse in inputs]
+    compute_dtype = next(weight.dtype for weight in weights if weight is not None)
     biases = [None if getattr(synapse, 'bias', None) is None else synapse.bias.detach()[channels]
               for _, synapse in inputs]
 
@@ -286,7 +291,8 @@ def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.
                     mask = torch.full((), worth, dtype=dtype, device=device).expand(group.stop - group.start, 1)
                 part = SpikeTrain(store.read(group, first, stop, device), train.shape, 0, mask=mask, pools=train.pools)
             synapses.append(SynapticInput(part, synapse))
-        return input_current(synapses, (0, steps), weights, biases, slice(None), dtype, dtype).expand(steps, -1, -1)
+        return input_current(synapses, (0, steps), weights, biases, slice(None), dtype,
+                             compute_dtype).expand(steps, -1, -1)
 
     return current
 
@@ -363,6 +369,7 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
     for group in pieces.groups:
         for block in pieces.blocks:
             values = current(group, *block).flatten()
+            values = values.to(at_least_float32(values.dtype))  # in which histc counts
             largest = values.max().item()
             if not math.isfinite(largest):
                 return math.inf

@@ -9,18 +9,19 @@ class VGG(nn.Module):
     """A bias-free VGG with average pooling (Rathi et al. 2020, section 3).
 
     vgg_name: a key of architectures.VGG_LAYOUTS. labels: number of classes. dataset: a key of INPUT_SHAPES;
-    input_shape (C, H, W) overrides the shape that it implies. activation: 'ReLU', or 'QCFS' of so many levels.
-    batch_norm: behind every layer but the last. Raises ValueError where they do not go together.
+    input_shape (C, H, W) overrides the shape that it implies. activation: 'ReLU', or 'QCFS' of so many levels
+    with a bound for each 'layer' or 'channel' (bounds). batch_norm: behind every layer but the last. Raises ValueError
+    if they do not go together.
     """
 
     def __init__(self, vgg_name: str = 'VGG16', labels: int = 10, dataset: str = 'CIFAR10', kernel_size: int = 3,
                  dropout: float = 0.2, input_shape: tuple | None = None, activation: str = 'ReLU', levels: int = 8,
-                 batch_norm: bool = False):
+                 batch_norm: bool = False, bounds: str = 'layer'):
         super().__init__()
         self.layout = dict(vgg_name=vgg_name, labels=labels, dataset=dataset, kernel_size=kernel_size, dropout=dropout,
                            input_shape=input_shape)  # what the spiking network of the same layout is built of
         self.features, self.classifier = vgg_layers(**self.layout, activation=activation, levels=levels,
-                                                    batch_norm=batch_norm)
+                                                    batch_norm=batch_norm, bounds=bounds)
         initialize(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

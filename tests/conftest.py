@@ -75,7 +75,7 @@ def fill(model, seed):
         for i, (_, p) in enumerate(sorted(model.named_parameters())):
             r = np.random.RandomState(1000 * seed + i)
             w = (r.standard_normal(tuple(p.shape)) + 0.15) * math.sqrt(2.0 / np.prod(p.shape[1:]))
-            p.copy_(torch.from_numpy(w))
+            p.copy_(torch.as_tensor(w))
     return model
 
 
@@ -107,6 +107,37 @@ def same(a, b):
 def the_same_draws():
     """A test draws the same numbers whatever ran before it: in float32 some draws make a spike flip."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_classes(monkeypatch):
+    """The surrogate Gaussian and the encoding Alternating of docs/architecture.md, and a surrogate of spikes, Inverse.
+
+    The plain reference knows them, too. Yields the base classes.
+    """
+    import step_by_step
+    from self_models.encoding import ENCODINGS, Encoding
+    from self_models.surrogate import SURROGATES, Surrogate
+    before = dict(SURROGATES), dict(ENCODINGS)
+    text = (ROOT / 'docs' / 'architecture.md').read_text()
+    exec(text.split('```python\n')[1].split('```')[0], {'__name__': 'own'})
+
+    class Inverse(Surrogate):
+        flags = {'alpha': 'height'}
+        formula = 'alpha / delta_t, without beta'
+        of_spikes = True
+
+        def factor(self, delta_t):
+            return 1 / delta_t
+
+    monkeypatch.setitem(step_by_step.GRADIENTS, 'Gaussian',
+                        lambda z, model: model.gamma * torch.exp(-(z * model.width) ** 2))
+    monkeypatch.setitem(step_by_step.GRADIENTS, 'Inverse', lambda delta_t, model: model.alpha / delta_t)
+    monkeypatch.setattr(step_by_step, 'OF_SPIKES', ['STDB', 'Inverse'])
+    yield Surrogate, Encoding
+    for registered, old in zip((SURROGATES, ENCODINGS), before, strict=True):
+        registered.clear()
+        registered.update(old)
 
 
 @pytest.fixture

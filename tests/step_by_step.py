@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from self_models import QCFS
 
-GRADIENTS = {  # of a spike with respect to z, from x: z, for STDB the steps since the neuron's last earlier spike
+OF_SPIKES = ['STDB']  # surrogates of the steps since the neuron's last earlier spike; the others are of z
+GRADIENTS = {  # of a spike with respect to z, from these
     'STDB': lambda x, model: model.alpha * torch.exp(-model.beta * x),
     'Linear': lambda x, model: model.gamma * (1 - x.abs()).clamp(min=0),
     'Rectangle': lambda x, model: model.gamma * (x.abs() < model.width / 2).to(x.dtype),
@@ -48,7 +49,7 @@ class Layer:
 
     def fire(self, potential, t):
         z = potential / self.threshold - 1
-        spikes = Spike.apply(z, t - self.last if self.model.activation == 'STDB' else z.detach(), self.model)
+        spikes = Spike.apply(z, t - self.last if self.model.activation in OF_SPIKES else z.detach(), self.model)
         self.last = torch.where(spikes.bool(), torch.full_like(self.last, t), self.last)
         return spikes
 

@@ -1,4 +1,5 @@
 """Threshold balancing."""
+import copy
 from unittest import mock
 
 import pytest
@@ -49,6 +50,28 @@ def test_a_percentile_by_hand():
     assert balancing.current_percentile(current, pieces, 75, bar) == 0
     values[1, 4] = torch.nan
     assert balancing.current_percentile(current, pieces, 75, bar) == float('inf')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('percentile', [99, 50])
+def test_a_percentile_of_a_narrow_type(dtype, percentile):
+    # 5000 values, which neither type counts to; all are multiples of 1 / 64 below 2, which both hold
+    values = (torch.randperm(5000) % 128).view(2, 2500) / 64
+    pieces = balancing.Pieces([slice(0, 1), slice(1, 2)], [(0, 1000), (1000, 2500)])
+    found = balancing.current_percentile(lambda group, first, stop: values[group, first:stop].to(dtype), pieces,
+                                         percentile, mock.Mock())
+    want = values.flatten().sort().values[round(percentile / 100 * 4999)].item()
+    assert want - 1e-6 <= found <= want + 4 / balancing.BINS
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_thresholds_of_a_network_of_a_narrow_type(dtype):
+    model, x = vgg5(delay=0).to(dtype), ternary((9, 1, 8, 8), 1, low=0).to(dtype)
+    wide = copy.deepcopy(model).float()  # of the same weights
+    for percentile, layers in ((100, 1), (99, 5), (60, 5)):  # one extreme says little of the layers behind
+        found = find_thresholds(model, x, 30, percentile=percentile)
+        want = find_thresholds(wide, x.float(), 30, percentile=percentile)
+        assert found[:layers] == pytest.approx(want[:layers], rel=0.02), percentile
 
 
 @pytest.mark.slow

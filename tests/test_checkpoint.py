@@ -359,6 +359,22 @@ def test_earlier_runs_are_kept(tmp_path, monkeypatch):
     assert 'kept as previous.1.x.pth' in said[0]
 
 
+def test_events_of_earlier_runs_are_kept_under_the_number_of_their_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths, said = files.paths('ann', 'a.b'), []
+    assert paths.events == Path('logs/ann/a.b')
+    paths.best.parent.mkdir(parents=True)
+    for number in (1, 2, 3):
+        paths.best.write_text(f'run {number}')
+        if number != 1:  # the first wrote none
+            paths.events.mkdir(parents=True)
+            (paths.events / 'events').write_text(f'run {number}')
+        files.set_aside([*paths, paths.events], said.append)
+    assert {str(path.relative_to('logs/ann')): path.read_text() for path in Path('logs/ann').rglob('events')} == {
+        'previous.2.a.b/events': 'run 2', 'previous.3.a.b/events': 'run 3'}
+    assert 'logs/ann/a.b is of an earlier run: kept as previous.3.a.b' in said
+
+
 def test_threshold_cache_is_refused_when_anything_changed(tmp_path):
     path, model = str(tmp_path / 'a.pth'), RESNET_SNN_STDB('RESNET6', dataset='DIGITS')
     settings = {'samples': 512, 'timesteps': 1000}

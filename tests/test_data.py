@@ -2,11 +2,13 @@ import errno
 import math
 import os
 import pickle
+import re
 import signal
 import struct
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from functools import partial
 from urllib.error import URLError
 
@@ -248,7 +250,8 @@ STORED = {1: lambda picture: picture,                  # top, left
 
 @pytest.mark.parametrize('orientation', STORED)
 @pytest.mark.parametrize('ending, options', [
-    ('jpg', {}), ('png', {}), ('webp', {'lossless': True}), ('tif', {}), ('tif', {'compression': 'tiff_deflate'})])
+    ('jpg', {}), ('png', {}), ('webp', {'lossless': True}), ('tif', {}), ('tif', {'compression': 'tiff_deflate'}),
+    ('jfif', {}), ('mpo', {}), ('avif', {'quality': 100})])
 def test_pictures_are_turned_upright(tmp_path, ending, options, orientation):
     upright = np.kron([[10, 60, 110], [160, 200, 240]], np.ones((8, 8))).astype(np.uint8)  # JPEG keeps such blocks
     file = tmp_path / f'a.{ending}'
@@ -336,7 +339,8 @@ def test_transparency_is_composed_over_black(tmp_path, recwarn, depth, colour_ty
 def test_a_white_shape_on_a_transparent_ground(tmp_path):
     shape = Image.new('RGBA', (32, 32), (255, 255, 255, 0))
     shape.paste((255, 255, 255, 255), (8, 8, 24, 24))
-    for ending, options in (('png', {}), ('webp', {'lossless': True, 'exact': True}), ('tif', {})):
+    for ending, options in (('png', {}), ('webp', {'lossless': True, 'exact': True}), ('tif', {}), ('jp2', {}),
+                            ('tga', {}), ('qoi', {}), ('gif', {})):
         shape.save(tmp_path / f'a.{ending}', **options)
         values = pixels(tmp_path / f'a.{ending}')
         assert (values[8:24, 8:24] == 255).all() and values.sum() == 16 * 16 * 3 * 255
@@ -517,6 +521,63 @@ def test_a_test_folder_that_is_a_link(tmp_path):
     (tmp_path / 'test').rename(tmp_path / 'unused')
     (tmp_path / 'test').symlink_to('train')
     assert names(tmp_path, 'test') == names(tmp_path) == WITHOUT_LINKS
+
+
+PICTURES = {  # Pillow's writer: ends of names
+    'JPEG': 'jpg JPG Jpeg jpe jfif JFIF', 'MPO': 'mpo', 'PNG': 'png apng', 'GIF': 'gif GIF', 'AVIF': 'avif',
+    'WEBP': 'webp', 'TIFF': 'tif tiff', 'BMP': 'bmp', 'DIB': 'dib', 'JPEG2000': 'jp2 J2K jpx jpf j2c jpc', 'QOI': 'qoi',
+    'PPM': 'ppm pgm pnm', 'TGA': 'tga', 'PCX': 'pcx', 'SGI': 'sgi rgb', 'DDS': 'dds', 'ICO': 'ico'}
+
+
+def test_whatever_pillow_reads_is_read(tmp_path):
+    endings = [(kind, ending) for kind in PICTURES for ending in PICTURES[kind].split()]
+    loop_folder(tmp_path)
+    for number, (kind, ending) in enumerate(endings):
+        Image.new('RGB', (16, 16), (0, 200, 0)).save(tmp_path / f'train/dog/{number:02}.{ending}', format=kind)
+    found = load('FOLDER', tmp_path, image_size=8)
+    assert not found.notes and len(found.train) == len(endings) + 4
+    green = found.train.images[found.train.images[:, 1, 0, 0] > 0].int()
+    assert len(green) == len(endings)
+    assert (green - torch.tensor([0, 200, 0])[:, None, None]).abs().max() <= 3
+
+
+def test_what_is_left_out_is_counted_and_said(tmp_path, monkeypatch):
+    loop_folder(tmp_path)
+    before = names(tmp_path)
+    for place in ('train/cat/a.heic', 'train/dog/b.HEIC', 'train/dog/sub/Thumbs.db', 'train/dog/notes.txt',
+                  'train/dog/paper.pdf', 'train/dog/film.mpg', 'train/dog/draw.eps', 'train/dog/data.h5',
+                  'train/dog/README', 'train/dog/7.jpg.part', 'train/loose.png', 'train/.hidden.txt',
+                  'train/dog/.DS_Store', 'train/dog/odd.a\nb', 'test/dog/c.heif'):
+        (tmp_path / place).write_bytes(b'no picture')
+    assert names(tmp_path) == before
+    note, = load('FOLDER', tmp_path).notes
+    said, train, test = re.fullmatch(f'(.*): {tmp_path}/train: (.*); {tmp_path}/test: (.*)', note).groups()
+    assert said.startswith('files left out') and test == '1 .heif'
+    assert train.startswith('2 .heic') and sorted(train.split(', ')) == sorted([
+        '2 .heic', '1 .db', '1 .txt', '1 .pdf', '1 .mpg', '1 .eps', '1 .h5', '1 without an extension', '1 .part',
+        '1 .png in no class', '1 .a\\nb'])
+    assert data._listed(Counter(a=1, b=3, c=2, d=2), 2) == '3 b, 2 c, 3 of other names'
+    monkeypatch.setitem(Image.OPEN, 'HEIF', Image.OPEN['BMP'])  # as a plugin does
+    for ending in ('.heic', '.heif'):
+        monkeypatch.setitem(Image.EXTENSION, ending, 'HEIF')
+    picture(tmp_path / 'bmp.bmp', (9, 9, 9))
+    for place in ('train/cat/a.heic', 'train/dog/b.HEIC', 'test/dog/c.heif'):
+        (tmp_path / place).write_bytes((tmp_path / 'bmp.bmp').read_bytes())
+    found = load('FOLDER', tmp_path)
+    assert (len(found.train), len(found.test)) == (6, 3) and 'heic' not in found.notes[0]
+
+
+def test_files_left_out_are_said_where_nothing_else_is_there(tmp_path):
+    loop_folder(tmp_path)
+    assert load('FOLDER', tmp_path).notes == () == load('DIGITS', tmp_path).notes
+    for old, new in (('1.png', '1.heic'), ('sub/2.png', 'sub/2.heic')):
+        (tmp_path / 'train/cat' / old).rename(tmp_path / 'train/cat' / new)
+    text = message('FOLDER', tmp_path)
+    assert 'no pictures of class cat;' in text and f'{tmp_path}/train: 2 .heic' in text
+    for label in ('cat', 'dog'):
+        (tmp_path / f'test/{label}/3.png').rename(tmp_path / f'test/{label}/3')
+    text = message('FOLDER', tmp_path)
+    assert f'no pictures in sub-folders of {tmp_path}/test;' in text and '/test: 2 without an extension' in text
 
 
 def test_links_that_are_refused(tmp_path):

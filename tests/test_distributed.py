@@ -213,3 +213,21 @@ def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):
     monkeypatch.delenv('WORLD_SIZE', raising=False)
     with pytest.raises(UserError, match=r'type: torchrun --nproc_per_node 2 -- ann.py --devices 0,1 --seed 3$'):
         setup.set_up_device(ann.get_args_parser().parse_args(sys.argv[1:]))
+
+
+@pytest.mark.parametrize('left', [
+    {'WORLD_SIZE': '2'}, {'WORLD_SIZE': ''}, {'WORLD_SIZE': 'two'}, {'WORLD_SIZE': '2', 'RANK': '0'},
+    {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_PORT': '29500'}, {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'here'},
+    {'WORLD_SIZE': '2', 'RANK': '', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500'},
+    {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500', 'LOCAL_RANK': ''},
+    {'WORLD_SIZE': '2', 'RANK': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500'},
+    {'WORLD_SIZE': '1', 'RANK': '0', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500', 'LOCAL_RANK': '0'},
+    {'LOCAL_RANK': 'x'}], ids=str)
+def test_what_is_left_of_a_torchrun_starts_none(left, monkeypatch, called):
+    for name in ('WORLD_SIZE', 'RANK', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.wanted() is False
+    wrong = called(ann, *SMALL, '--test_only')  # without a network
+    assert (wrong.returncode, wrong.stderr.count('\n')) == (1, 1)

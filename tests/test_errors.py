@@ -1,6 +1,8 @@
 """What goes wrong ends in one line that says what to do, and costs no checkpoint."""
 import copy
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,60 @@ def test_a_run_that_fails_early_leaves_earlier_checkpoints_in_place():
     fails(snn, 'no such file', *SPIKING, '--pretrained_ann', 'typo.pth')
     fails(snn, 'loss became', *SPIKING, '--epochs', 2, '-lr', '1e38', '--train_samples', 96, '--batch_size', 8)
     assert {path.name: path.read_bytes() for path in folder.glob('*.pth')} == before
+
+
+# -- packages that do not load -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """broken(package, words): from now on its import raises this, as one does that was built for other packages."""
+    def make(package, words):
+        for name in [*sys.modules]:
+            if name.split('.')[0] == package or name.startswith(f'torch.utils.{package}'):
+                monkeypatch.delitem(sys.modules, name)
+        (tmp_path / 'site' / package).mkdir(parents=True)
+        (tmp_path / 'site' / package / '__init__.py').write_text(f'raise {words}')
+        monkeypatch.syspath_prepend(tmp_path / 'site')
+    return make
+
+
+MISMATCH = "RuntimeError('operator torchvision::nms\\ndoes not exist')"
+
+
+@pytest.mark.parametrize('name', ['MNIST', 'CIFAR10', 'IMAGENET'])
+@pytest.mark.parametrize('version, fitting', [('2.14.1+cpu', '0.29'), ('2.11.0', '0.26')])
+def test_a_torchvision_that_does_not_fit_torch_says_which_one_does(name, version, fitting, broken, monkeypatch):
+    for part in ('train', 'val'):
+        for label in 'ab':
+            Path(part, label).mkdir(parents=True)
+            Path(part, label, '1.png').touch()
+    broken('torchvision', MISMATCH)
+    monkeypatch.setattr(torch, '__version__', version)
+    said = (f'^{name}: needs torchvision, which does not load .operator torchvision::nms does not exist.; '
+            f'torch {re.escape(version)} goes with torchvision {fitting}; install the two together')
+    fails(ann, said, *SMALL[:2], '--dataset', name, '--data_dir', '.', '--no-gpu')
+    if name == 'IMAGENET':
+        with pytest.raises(UserError, match=said):
+            data.picture('train/a/1.png', name, (3, 224, 224))
+
+
+@pytest.mark.parametrize('package, words, said, flags', [
+    ('sklearn', "ValueError('numpy.dtype size changed')", 'pip install --force-reinstall scikit-learn', []),
+    ('matplotlib', "AttributeError('no _ARRAY_API')", 'pip install --force-reinstall matplotlib', ['--report', 'r']),
+    ('nir', "TypeError('')", r'.TypeError.; pip install --force-reinstall nir', ['--export_nir', 'x.nir']),
+    ('tensorboard', "TypeError('Descriptors')", 'pip install --force-reinstall tensorboard', ['--tensorboard']),
+    ('tensorboard', "ModuleNotFoundError('No google')", 'No google.; pip install tensorboard', ['--tensorboard'])])
+def test_a_package_that_does_not_load_is_said(package, words, said, flags, broken):
+    broken(package, words)
+    fails(snn, f'does not load .*{said}$', *SPIKING, '--epochs', 1, *flags)
+    assert not list(Path().rglob('*.pth'))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_pillow_that_does_not_load_is_said(workers, broken):
+    broken('PIL', "ImportError('the _imaging extension was built for another version')")
+    with pytest.raises(UserError, match='^pictures: needs pillow, .*another version.*--force-reinstall pillow$'):
+        data._decode(['a.png'] * 2001, None, 8, workers)
 
 
 # -- training that goes wrong -----------------------------------------------------------------------------------------

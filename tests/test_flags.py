@@ -1,10 +1,14 @@
 """The flags of ann.py and snn.py: their defaults, what they take, and what they refuse."""
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import ann
 import snn
+from conftest import ROOT
+from experiment import options
 
 PUBLISHED = {  # of both scripts
     'seed': 0, 'dataset': 'CIFAR10', 'batch_size': 64, 'architecture': 'VGG16', 'epochs': 300,
@@ -16,7 +20,8 @@ PUBLISHED = {  # of both scripts
     (ann, {'learning_rate': 1e-2, 'optimizer': 'SGD', 'momentum': 0.9, 'dropout': 0.2}),
     (snn, {'learning_rate': 1e-4, 'optimizer': 'Adam', 'momentum': 0.95, 'dropout': 0.3, 'pretrained_snn': None,
            'timesteps': 100, 'leak': 1.0, 'scaling_factor': 0.7, 'default_threshold': 1.0, 'activation': 'STDB',
-           'alpha': 0.3, 'beta': 0.01, 'gamma': 0.3, 'test_acc_every_batch': False, 'train_acc_batches': 200,
+           'alpha': 0.3, 'beta': 0.01, 'gamma': 0.3, 'width': 1.0, 'encoding': 'poisson',
+           'test_acc_every_batch': False, 'train_acc_batches': 200,
            'calibration_samples': 512, 'calibration_timesteps': 1000})])
 def test_published_defaults(module, more):
     args = vars(module.get_args_parser().parse_args([]))
@@ -51,7 +56,8 @@ def test_booleans_do_what_they_say(words, value):
     ('snn.py', ['--timesteps', '0']), ('snn.py', ['--leak', '0']), ('snn.py', ['--leak', '1.01']),
     ('snn.py', ['--scaling_factor', '0']), ('snn.py', ['--scaling_factor', '-0.7']),
     ('snn.py', ['--default_threshold', '0']), ('snn.py', ['--activation', 'ReLU']), ('snn.py', ['--alpha', 'inf']),
-    ('snn.py', ['--beta', '-1']), ('snn.py', ['--scaling_factor', 'best']),
+    ('snn.py', ['--beta', '-1']), ('snn.py', ['--width', '0']), ('snn.py', ['--encoding', 'rate']),
+    ('snn.py', ['--scaling_factor', 'best']),
     ('snn.py', ['--threshold_percentile', '0']), ('snn.py', ['--threshold_percentile', '101']),
     ('snn.py', ['--calibration_samples', '0']), ('snn.py', ['--train_acc_batches', '0']),
     ('snn.py', ['--pretrained_ann', 'a', '--pretrained_snn', 'b'])])
@@ -93,3 +99,13 @@ def test_numbers_that_float32_has():
     args = snn.get_args_parser().parse_args(['--default_threshold', '3.4e38', '--alpha', '0', '--beta', '1.2e-38'])
     assert (args.default_threshold, args.alpha, args.beta) == (3.4e38, 0, 1.2e-38)
     assert torch.tensor([args.default_threshold, args.beta]).isfinite().all()
+
+
+def test_surrogates_and_encodings_are_offered_without_waiting_for_torch(own_classes):
+    code = 'import sys, snn; snn.get_args_parser().format_help(); sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+    text = ' '.join(snn.get_args_parser().format_help().split())
+    assert '--width X width of Rectangle; steepness of ATan, FastSigmoid, Sigmoid, Gaussian; default 1.0' in text
+    assert '--alpha X height of STDB, Inverse; default 0.3' in text and '{poisson,direct,Alternating}' in text
+    args = snn.get_args_parser().parse_args(['--activation', 'Gaussian', '--encoding', 'Alternating'])
+    assert options.without_effect(vars(args)).keys() & {'alpha', 'beta', 'gamma', 'width'} == {'alpha', 'beta'}

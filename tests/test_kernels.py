@@ -41,6 +41,12 @@ def test_against_the_plain_scans(steps, neurons, options):
         assert torch.allclose(want.double(), got.double(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('name', ['Gaussian', 'Inverse'])
+def test_surrogates_of_ones_own_against_the_plain_scans(name, own_classes):
+    for want, got in zip(*both(7, 300, surrogate=SURROGATES[name]()), strict=True):
+        assert torch.allclose(want.double(), got.double(), rtol=1e-12, atol=1e-12)
+
+
 def test_float32_is_close_to_float64():
     (_, fired, grad, *_), _ = both(30, 400)
     _, (potentials32, fired32, grad32, *_) = both(30, 400, dtype=torch.float32)
@@ -60,14 +66,16 @@ def test_state_goes_on_from_call_to_call():
     assert torch.equal(whole, current)
 
 
-@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
-@pytest.mark.parametrize('kind, architecture', [(VGG_SNN_STDB, 'VGG5'), (RESNET_SNN_STDB, 'RESNET6')])
-def test_networks_agree(kind, architecture, activation):
+@pytest.mark.parametrize('kind, architecture, activation', [
+    *((VGG_SNN_STDB, 'VGG5', activation) for activation in SURROGATES),
+    *((RESNET_SNN_STDB, 'RESNET6', activation) for activation in ('STDB', 'Linear'))])
+def test_networks_agree(kind, architecture, activation, monkeypatch):
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
     results = []
     x = ternary((2, 1, 8, 8), 5, 1.25, low=0).to(DEVICE)
     for backend in ('torch', 'triton'):
         model = fill(kind(architecture, activation=activation, dataset='DIGITS', timesteps=12, backend=backend,
-                          default_threshold=0.5).double(), 3).to(DEVICE)
+                          default_threshold=0.5, width=3.0).double(), 3).to(DEVICE)
         thresholds = find_thresholds(model, x, 12)
         model.threshold_update(0.7, thresholds)
         model.eval()

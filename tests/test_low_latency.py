@@ -138,6 +138,25 @@ def test_every_neuron_against_step_by_step(architecture, activation, encoding, d
         assert model.thresholds.grad.any() and model.leaks.grad.any()
 
 
+@pytest.mark.parametrize('activation, width', [
+    ('Rectangle', 9.0), ('ATan', 1.5), ('FastSigmoid', 2.0), ('Sigmoid', 2.5), ('Gaussian', 0.8), ('Inverse', 1.0)])
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+@pytest.mark.parametrize('delay, timesteps', [(0, 1), (0, 4), (0, 12), (1, 1), (1, 4), (1, 12)])
+@pytest.mark.parametrize('learned', [{}, LEARNED], ids=['fixed', 'learned'])
+def test_every_surrogate_against_step_by_step(architecture, activation, width, delay, timesteps, learned, own_classes,
+                                              monkeypatch):
+    model = filled(architecture, activation=activation, width=width, gamma=0.9, alpha=0.7, encoding='direct',
+                   delay=delay, initial_potential=0.4, **learned)
+    model.timesteps = len(model.thresholds) * delay + timesteps  # so that the residual paths' spikes arrive, too
+    r = np.random.RandomState(1)
+    model.threshold_update(1.0, r.uniform(0.2, 0.8, len(model.thresholds)))
+    model.leak_update(r.uniform(0.5, 1.0, len(model.leaks)))
+    if timesteps == 4:
+        monkeypatch.setattr(lif_layer, 'chunks', lambda batch, *_: [slice(i, i + 1) for i in range(batch)])
+    against_reference(model, ternary((3, 1, 8, 8), 5, 1.25, low=0))
+    assert all(p.grad.any() for p in model.parameters())
+
+
 def test_fixed_thresholds_and_leaks_get_no_gradient_and_the_same_weights_gradients():
     x, gradients = ternary((3, 1, 8, 8), 5, low=0), []
     for learned in ({}, LEARNED):

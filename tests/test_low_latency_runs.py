@@ -8,7 +8,7 @@ import torch
 import ann
 import snn
 from conftest import fails, load, metrics_of, run, same
-from experiment import checkpoint, engine
+from experiment import checkpoint, convert, data, engine, setup
 from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -263,3 +263,57 @@ def test_pictures_are_predicted_by_a_network_of_few_steps(quantized, capsys):
     capsys.readouterr()
     run(snn, '--pretrained_snn', 'trained_models/snn/two.pth', '--predict', 'new.png', '--no-gpu')
     assert re.search(r'^new\.png: \d \d+\.\d%, ', capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize('bounds', ['layer', 'channel'])
+def test_batch_norm_is_kept_in_fine_tuning_and_folded_afterwards(bounds, capsys):
+    run(ann, *QCFS, '--epochs', 1, '--bounds', bounds, '--name', 'q')
+    weights = load('trained_models/ann/q.pth')['state_dict']
+    assert weights['pre_process.2.bound'].shape == ((64,) if bounds == 'channel' else ())
+    flags = [*SMALL, '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 2, '--activation', 'Linear',
+             '--batch_size', 32, '--keep_batch_norm', '--name', 'kept']
+    run(snn, *flags, '--epochs', 1)
+    kept = load('trained_models/snn/kept.last.pth')['state_dict']
+    assert not torch.equal(kept['pre_process.1.running_mean'], weights['pre_process.1.running_mean'])  # it was trained
+    run(snn, *flags, '--epochs', 2, '--resume')
+    said = capsys.readouterr().out.splitlines()[-1]
+    before, after = re.search(r'folded; test accuracy ([\d.]+)%, with batch norm in place ([\d.]+)%', said).groups()
+    assert abs(float(before) - float(after)) <= 2  # one image of 50: a spike may flip by rounding
+    folded = load('trained_models/snn/kept.folded.pth')
+    assert 'pre_process.0.bias' in folded['state_dict'] and not any('running' in key for key in folded['state_dict'])
+    for file, accuracy in (('kept.folded', before), ('kept', after)):  # each runs without another flag
+        run(snn, '--pretrained_snn', f'trained_models/snn/{file}.pth', '--test_only', *SMALL[4:])
+        assert f'test accuracy {accuracy}%' in capsys.readouterr().out
+
+
+def test_batch_norm_that_is_not_there_cannot_be_kept(trained):
+    fails(snn, '^--keep_batch_norm: .*no batch norm', *SMALL, '--pretrained_ann', trained, '--keep_batch_norm')
+    fails(snn, '^--keep_batch_norm: a network from scratch', *SMALL, '--keep_batch_norm')
+
+
+def test_folding_gives_the_network_with_batch_norm_to_rounding():
+    # in float64, where no spike flips, with learned thresholds and leaks that training has moved
+    args = snn.get_args_parser().parse_args([str(flag) for flag in (
+        *SMALL, '--keep_batch_norm', '--learn_threshold', '--learn_leak', '--timesteps', 4, '--backend', 'torch',
+        '--encoding', 'direct', '--delay', 0, '--initial_potential', 0.5)])
+    images = data.Data(None, [], [str(i) for i in range(10)], (1, 8, 8))
+    for bounds in ('layer', 'channel'):
+        kept = setup.build_ann(args, images, 'QCFS', 1, True, bounds).double().eval()
+        state = {'state_dict': kept.state_dict()}
+        network = setup.build_snn(args, images, state).double().eval()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, value in network.named_parameters():
+                if name.endswith('threshold'):
+                    value.uniform_(0.5, 2).mul_(1 if bounds == 'channel' else 0.03)
+                elif name.endswith('leak'):
+                    value.uniform_(0.8, 1)
+            for name, value in network.named_buffers():
+                if name.endswith('running_var'):
+                    value.uniform_(0.5, 1.5)
+                elif name.endswith('bounds'):
+                    value.uniform_(0.02, 0.06)
+        x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
+        want = network(x)
+        folded = convert.folded(network, args, images).double().eval()
+        assert want.std() > 0 and (folded(x) - want).abs().max() <= 1e-9 * want.abs().max()

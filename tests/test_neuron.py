@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from self_models import STDB, LIFParameters, LinearSpike, PoissonGenerator
+from conftest import fill, network
+from self_models import STDB, LIFParameters, LinearSpike, PoissonGenerator, Surrogate, find_thresholds
 from self_models.lif import lif_backward, lif_forward, surrogate_state
 from self_models.surrogate import SURROGATES
 
@@ -94,9 +95,68 @@ def test_stdb_gradient_of_a_layer_by_hand():
     assert grad.flatten().tolist() == pytest.approx(want)
 
 
-def test_linear_factor_by_hand():
+def test_the_factor_of_linear_by_hand():
     potentials = torch.tensor([[0.0, 1.0, 2.0, 3.0, 5.0]])
     assert surrogate_state(potentials, make(2.0, activation='Linear')).tolist() == [[0, 0.5, 1, 0.5, 0]]
+
+
+@pytest.mark.parametrize('activation, width, want', [  # at z of -3, -1/2, 0, 1/4, 1/2, 1
+    ('Rectangle', 1.0, [0, 0, 1, 1, 0, 0]), ('Rectangle', 4.0, [0, 1, 1, 1, 1, 1]),
+    ('ATan', 4 / math.pi, [1 / 37, 1 / 2, 1, 4 / 5, 1 / 2, 1 / 5]),  # 1 / (1 + (2 z)^2)
+    ('FastSigmoid', 2.0, [1 / 49, 1 / 4, 1, 4 / 9, 1 / 4, 1 / 9]),
+    # sigmoid(z log 9) = 9^z / (1 + 9^z)
+    ('Sigmoid', math.log(9), [4 * 729 / 730 ** 2, 3 / 4, 1, 4 * 3 ** 0.5 / (1 + 3 ** 0.5) ** 2, 3 / 4, 4 * 9 / 100])])
+def test_factors_of_z_by_hand(activation, width, want):
+    neuron = make(threshold=2.0, activation=activation, width=width, gamma=0.5)
+    z = torch.tensor([[-3, -0.5, 0, 0.25, 0.5, 1]], dtype=torch.float64)
+    potentials = 2 * (z + 1)
+    assert surrogate_state(potentials, neuron).flatten().tolist() == pytest.approx(want, rel=1e-12)
+    assert neuron.surrogate.gradient(z).flatten().tolist() == pytest.approx([value / 2 for value in want], rel=1e-12)
+    assert neuron.height == 0.25  # gamma / theta
+    assert torch.equal(potentials, 2 * (z + 1)) and z[0, 0] == -3  # as they were
+
+
+@pytest.mark.parametrize('activation', SURROGATES)
+def test_far_from_the_threshold_a_factor_is_finite(activation):
+    factors = SURROGATES[activation](width=3.0).gradient(torch.tensor([1e3, 1e20, 3e38]) * torch.tensor([[1], [-1]]))
+    assert activation == 'STDB' or (factors.isfinite().all() and factors.max() < 1e-3 and torch.equal(*factors))
+
+
+def test_stdb_over_time_is_its_factor_of_the_steps_since_the_last_spike():
+    surrogate = SURROGATES['STDB'](alpha=0.5, beta=0.07)
+    spikes = torch.rand(20, 50, generator=torch.Generator().manual_seed(0)) < 0.2
+    first, second = torch.randn(20, 50, dtype=torch.float64).expand(2, 20, 50).clone()
+    surrogate.multiply(first, spikes, 3)
+    Surrogate.multiply(surrogate, second, spikes, 3)  # step by step, for any factor of the spikes
+    assert torch.allclose(first, second, rtol=1e-12)
+
+
+def test_a_class_that_is_no_surrogate_is_refused(own_classes):
+    surrogate, encoding = own_classes
+    for name, flags, said in (('Linear', {}, "there is a surrogate 'Linear' already"),
+                              ('Steep', {'slope': 'steepness'}, r"unknown flags \['slope'\]: choose of alpha")):
+        with pytest.raises(ValueError, match=said):
+            type(name, (surrogate,), {'flags': flags})
+    assert 'Steep' not in SURROGATES and SURROGATES['Linear'].__module__ == surrogate.__module__
+    with pytest.raises(ValueError, match="there is an encoding 'direct' already"):
+        type('Still', (encoding,), {}, name='direct')
+    for width in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match='width must be above 0'):
+            network('VGG5', activation='ATan', width=width)
+
+
+def test_an_encoding_of_ones_own(own_classes):
+    model = fill(network('VGG5', dataset='DIGITS', encoding='Alternating', timesteps=9).double(), 3)
+    x = torch.tensor([-1, -0.25, 0, 0.5], dtype=torch.float64).repeat(2, 16).view(2, 1, 8, 8)
+    train = model.encode(x, 3)
+    want = torch.tensor([-1, 0, 0, 1], dtype=torch.float64).repeat(16).view(8, 8)
+    for t, image in enumerate((want, 0 * want, want)):
+        assert torch.equal(train.floats(slice(None), slice(t, t + 1), torch.float64)[0, 0], image)
+    # the first threshold is the largest current of one step
+    current = torch.nn.functional.conv2d(want.view(1, 1, 8, 8), model.features[0].weight, padding=1)
+    assert find_thresholds(model, x, 60)[0] == pytest.approx(current.max().item())
+    model.network_update(60, 1.0)
+    assert model(x).any()
 
 
 def test_poisson_keeps_sign_and_rate():
@@ -113,3 +173,13 @@ def test_poisson_is_fresh_in_every_call():
     x = torch.full((1000,), 0.5)
     encoder = PoissonGenerator()
     assert not torch.equal(encoder(x), encoder(x))
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_rates_of_a_narrow_type(dtype):
+    x = torch.tensor([0.0005, 0.003, 0.3, 1]).to(dtype)
+    spikes = PoissonGenerator()(x.expand(200000, 4))
+    assert spikes.dtype == dtype
+    p = x.double()
+    spread = (p * (1 - p) / 200000).sqrt()
+    assert ((spikes.double().mean(0) - p).abs() <= 5 * spread + 1e-12).all()

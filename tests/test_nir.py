@@ -3,10 +3,13 @@
 Needs the package nir; the tests of importers need snntorch, or spikingjelly, and nirtorch, and are left out elsewhere.
 """
 import contextlib
+import copy
 import graphlib
 import io
 import math
+import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,9 @@ from torch import nn
 
 import snn
 import step_by_step
-from conftest import SMALL, fails, load, network, run, ternary
-from experiment import nir_export
-from self_models import QCFS, VGG, ResNet, convert
+from conftest import SMALL, fails, fill, load, network, run, same, ternary
+from experiment import UserError, engine, nir_export
+from self_models import QCFS, VGG, ResNet, convert, quantize, spiking
 
 nir = pytest.importorskip('nir')
 
@@ -102,15 +105,17 @@ def run_file(graph, x):
                 given[name] = x if about['input_encoding'].startswith('direct') else torch.where(
                     torch.rand_like(x) <= about['input_rate'] * x.abs(), x.sign(), 0)
             elif isinstance(node, nir.Conv2d):
-                assert (node.groups, *node.dilation) == (1, 1, 1)
-                given[name] = F.conv2d(source, value['weight'], value['bias'], tuple(node.stride), tuple(node.padding))
+                assert node.groups == 1
+                given[name] = F.conv2d(source, value['weight'], value['bias'], tuple(node.stride), tuple(node.padding),
+                                       tuple(node.dilation))
+            elif isinstance(node, nir.Conv1d):
+                given[name] = F.conv1d(source, value['weight'], value['bias'], node.stride, node.padding, node.dilation)
             elif isinstance(node, (nir.Linear, nir.Affine)):
                 given[name] = F.linear(source, value['weight'], value.get('bias'))
             elif isinstance(node, nir.AvgPool2d):
                 given[name] = F.avg_pool2d(source, tuple(node.kernel_size), tuple(node.stride), tuple(node.padding))
             elif isinstance(node, nir.Flatten):
-                assert (node.start_dim, node.end_dim) == (0, -1)  # of the shape without batch
-                given[name] = source.flatten(1)
+                given[name] = source.flatten(1 + node.start_dim, node.end_dim)  # of the shape without batch
             elif isinstance(node, (nir.IF, nir.LIF)):
                 begin = about['initial_potential'] * value['v_threshold']
                 u = potentials.get(name, torch.zeros_like(source) + begin)
@@ -175,11 +180,11 @@ def test_what_is_read_back(build, leak, tmp_path):
     assert about['input_rate'] == (1.0 if build is vgg else 0.9) and 'signed Poisson' in about['input_encoding']
     assert 'no leak, no spike' in about['output']
 
-    weights = model.state_dict()
+    weights = dict(model.named_parameters())
     with_weights = {name for name, node in graph.nodes.items() if isinstance(node, (nir.Conv2d, nir.Linear))}
     assert {f'{name}.weight' for name in with_weights} == weights.keys()
     for name in with_weights:
-        assert np.array_equal(graph.nodes[name].weight, weights[f'{name}.weight'])
+        assert np.array_equal(graph.nodes[name].weight, weights[f'{name}.weight'].detach())
         assert not np.any(getattr(graph.nodes[name], 'bias', 0))
 
     neurons = {name: node for name, node in graph.nodes.items() if isinstance(node, (nir.IF, nir.LIF))}
@@ -224,6 +229,137 @@ def test_the_last_pool_of_large_images(size):
     x = torch.rand(1, *graph.nodes[before].output_type['output'])
     pooled = F.avg_pool2d(x, node.kernel_size.tolist(), node.stride.tolist())
     assert torch.allclose(pooled, model.final_pool(x)) and pooled.shape[2:] == (2, 2)
+
+
+# -- networks of one's own --------------------------------------------------------------------------------------------
+
+class Own(nn.Module):
+    """What NIR knows: batch norm behind a convolution, a linear layer, neurons and a sum; adds, one with a factor;
+    channels side by side; groups, dilation, unequal sides; pools with padding, over all, and of functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+        self.grouped = nn.Conv2d(4, 6, (5, 3), stride=(1, 2), padding=(2, 0), dilation=(1, 2), groups=2)
+        self.pool, self.norm, self.inner = nn.AvgPool2d(3, 2, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.mixed = nn.Conv2d(8, 3, 3, padding='same', bias=False)
+        self.tail = nn.Sequential(nn.Flatten(), nn.Linear(6 * 8 * 2 + 3 + 4, 8), nn.BatchNorm1d(8), nn.ReLU(),
+                                  nn.Dropout(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        a = self.first(x)
+        b = F.relu(self.norm(a) + self.inner(a) - a / 4)
+        c = F.relu(self.mixed(torch.cat([F.avg_pool2d(a, 2), self.pool(b) + self.pool(b)], dim=1)))
+        d = F.relu(self.grouped(2 * a + b))
+        return self.tail(torch.cat([d.flatten(1), c.mean((2, 3)), F.adaptive_avg_pool2d(b, 1).view(x.size(0), -1)], 1))
+
+
+class Line(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.way = nn.Sequential(nn.Conv1d(1, 4, 5, stride=3), nn.ReLU(), nn.Conv1d(4, 4, 3, groups=4),
+                                 nn.BatchNorm1d(4), nn.ReLU(), nn.Flatten(), nn.Linear(72, 10))
+
+    def forward(self, x):
+        return self.way(x.flatten(2))
+
+
+def own(build=Own, channels=False, **options):
+    """The spiking network of one's own in float64, its batch norms as training leaves them, eval mode."""
+    ann = fill(build(), 1).double()
+    draw = torch.Generator().manual_seed(0)
+    for module in ann.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.uniform_(-0.2, 0.2, generator=draw)
+            module.running_var.uniform_(0.3, 2.0, generator=draw)
+    if channels:
+        ann = quantize(ann, channels=True)
+        for module in ann.modules():
+            if isinstance(module, QCFS):
+                module.bound.data.uniform_(0.3, 1.3, generator=draw)
+    model = spiking(ann, 6, **options)
+    if not channels:
+        model.threshold_update(1.0, [0.3 + 0.1 * i for i in range(len(model.layer_names))])
+    return model.double().eval()
+
+
+@pytest.mark.parametrize('build', [Own, Line])
+@pytest.mark.parametrize('options', [
+    {'encoding': 'direct', 'delay': 0}, {'leak': 0.9, 'initial_potential': 0.25}, {'channels': True}])
+def test_the_file_of_a_network_of_ones_own_is_the_network(build, options, tmp_path):
+    model, x = own(build, **options), images()
+    logits = model(x)
+    assert all(record.spikes.any() and not record.spikes.all() for record in model.record(x))
+    assert torch.allclose(run_file(written(model, tmp_path), x), logits, rtol=1e-9)
+
+
+def test_thresholds_and_batch_norm_are_in_the_weights_by_hand(tmp_path):
+    ann = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, eps=0), nn.ReLU(), nn.Conv2d(1, 1, 1, bias=False),
+                        nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    for number, p in enumerate(ann.parameters()):
+        nn.init.constant_(p, 1 + number)  # of the convolution weight 1, bias 2, of batch norm 3 and 4; 5; 6 and 7
+    ann[1].running_mean.fill_(1.5)
+    ann[1].running_var.fill_(4)
+    model = spiking(ann.eval(), 3, encoding='direct')
+    model.threshold_update(1.0, [0.5, 0.25])
+    graph = nir_export.to_graph(model, (1, 2, 2))
+    assert [*graph.nodes] == ['input', '0', '2.neuron', '3', '4.neuron', '5', '6', 'output']
+    # 3 (w x + 2 - 1.5) / 2 + 4
+    assert (graph.nodes['0'].weight.item(), graph.nodes['0'].bias.item()) == (1.5, 4.75)
+    assert graph.nodes['3'].weight.item() == 5 * 0.5 and graph.nodes['6'].weight.tolist() == [[6 * 0.25] * 4] * 2
+    assert np.all(graph.nodes['2.neuron'].v_threshold == 0.5) and graph.nodes['6'].bias.tolist() == [7, 7]
+
+
+def test_exporting_leaves_the_network_as_it_is():
+    model = own(encoding='direct')
+    model.train()
+    model.get_submodule('norm').eval()  # as one frozen
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    nir_export.to_graph(model, DIGITS)
+    assert same(model.state_dict(), before) and torch.equal(torch.get_rng_state(), state)
+    assert modes == [module.training for module in model.modules()] and not all(modes)
+
+
+@pytest.mark.parametrize('module, words', [
+    (nn.MaxPool2d(2), '2: NIR does not know MaxPool2d: put nn.AvgPool2d in its place'),
+    (nn.Conv2d(2, 2, 3, padding=1, padding_mode='circular'), '2: NIR does not know Conv2d with this padding'),
+    (nn.Conv2d(2, 2, 2, padding='same'), '2: NIR does not know Conv2d with this padding'),
+    (nn.Conv2d(2, 2, (2, 3)), '2: NIR does not know Conv2d of this kernel'),
+    (nn.ConvTranspose2d(2, 2, 2), '2: NIR does not know ConvTranspose2d'),
+    (nn.AvgPool2d(3, ceil_mode=True), '2: NIR does not know AvgPool2d with ceil_mode'),
+    (nn.AvgPool2d(2, divisor_override=3), '2: NIR does not know AvgPool2d with these windows'),
+    (nn.AdaptiveAvgPool2d(3), '2: NIR does not know AdaptiveAvgPool2d with these windows'),
+    (nn.PixelShuffle(1), '2: NIR does not know PixelShuffle'), (nn.ZeroPad2d(1), '2: NIR does not know ZeroPad2d'),
+    (nn.Linear(8, 8), '2: NIR does not know Linear of more than features: flatten before it')])
+def test_what_nir_does_not_know_is_refused_by_name(module, words):
+    ann = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), module, nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+    ann(torch.zeros(1, *DIGITS))
+    with warnings.catch_warnings(), pytest.raises(UserError, match=f'^--export_nir: {re.escape(words)}') as caught:
+        warnings.simplefilter('ignore')
+        nir_export.to_graph(spiking(ann, 2), DIGITS)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda x: x[:, :1], 'getitem()'), (lambda x: x.chunk(2, 1)[0], 'chunk()'), (lambda x: x + 1, 'add()'),
+    (lambda x: x.permute(0, 1, 3, 2), 'permute()'), (lambda x: x.view(x.size(0), 4, 4, 8), 'view() but to flatten'),
+    (lambda x: F.pad(x, (1, 1)), 'pad()'), (lambda x: F.conv2d(x, torch.ones(2, 2, 1, 1)), 'conv2d()'),
+    (lambda x: torch.add(x, x, alpha=2), 'add()'), (lambda x: x.mean(2), 'mean()'),
+    (lambda x: torch.cat([x, x], 2), 'cat()'), (lambda x: x * torch.ones(2, 1, 1), 'mul()')])
+def test_functions_that_nir_does_not_know_are_refused_too(call, words):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.LazyLinear(10)
+
+        def forward(self, x):
+            return self.last(torch.flatten(F.relu(call(F.relu(self.first(x)))), 1))
+
+    ann = Net()
+    ann(torch.zeros(1, *DIGITS))
+    with pytest.raises(UserError, match=f'^--export_nir: the network: NIR does not know {re.escape(words)}'):
+        nir_export.to_graph(spiking(ann, 2), DIGITS)
 
 
 # -- other tools ------------------------------------------------------------------------------------------------------
@@ -387,13 +523,23 @@ def test_importers_spike_as_a_converted_network_does_in_the_same_step(
         assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.parametrize('tool', [spikingjelly, snntorch])
+@pytest.mark.parametrize('channels', [False, True])
+def test_importers_spike_as_a_network_of_ones_own_does(tool, channels, tmp_path):
+    model, x = own(channels=channels, encoding='direct', delay=0, initial_potential=0.0), images(1)
+    written(model, tmp_path)
+    theirs = run_tool(tool(tmp_path / 'snn.nir'), model, x)
+    for record in model.record(x):  # whose potentials are no thresholds, nor near them
+        assert record.spikes.any() and torch.equal(record.spikes.double(), theirs[record.name]), record.name
+
+
 @pytest.fixture
 def one_neuron(tmp_path):
     """A neuron of threshold 1 that is given 0.75 at each of 8 steps; (model, image)."""
     model = network('VGG5', dataset='DIGITS', timesteps=8)
     model.features = nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.ReLU())
     model.classifier = nn.Sequential(nn.Linear(1, 1, bias=False))
-    model.set_layers(['features.0'], depth=1, balanced=1)
+    model.set_layers(['features.0'], depth=1, first=1, carries=False)
     for p in model.parameters():
         p.data.fill_(0.75)
     nir_export.export(model, (1, 1, 1), tmp_path / 'snn.nir')
@@ -436,7 +582,8 @@ def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, in_an_em
         graph = nir.read(path)
         assert (graph.metadata['architecture'], graph.metadata['timesteps']) == ('RESNET6', 8)
         for name, weight in state['state_dict'].items():
-            assert np.array_equal(graph.nodes[name.removesuffix('.weight')].weight, weight)
+            node = graph.nodes.get(name.removesuffix('.weight'))
+            assert name in ('thresholds', 'leaks') or np.array_equal(node.weight, weight)
     assert {path.name for path in tmp_path.iterdir()} == {'trained.nir', 'tested.nir', 'trained_models', 'logs'}
 
 
@@ -454,3 +601,23 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, in_an_empty_folder,
     monkeypatch.setitem(sys.modules, 'nir', None)
     fails(snn, 'pip install nir', *FLAGS, 'x.nir')
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_of_ones_own_is_written_or_refused_before_anything_is_trained(
+        tmp_path, in_an_empty_folder, monkeypatch):
+    Path('own.py').write_text("""
+from torch import nn
+def net(labels, pool=nn.AvgPool2d):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), pool(2), nn.Flatten(),
+                         nn.Linear(4, labels))
+def bad(labels):
+    return net(labels, nn.MaxPool2d)
+""")
+    flags = ['--dataset', 'DIGITS', '--train_samples', 40, '--test_samples', 20, '--no-gpu', '--timesteps', 4,
+             '--default_threshold', 0.3, '--epochs', 1]
+    run(snn, '-a', 'own.py:net', *flags, '--export_nir', 'own.nir')
+    state, graph = load('trained_models/snn/snn_own_net_digits_4.pth')['state_dict'], nir.read('own.nir')
+    assert np.allclose(graph.nodes['5'].weight, 0.3 * state['5.weight'])
+    monkeypatch.setattr(engine, 'fit', lambda *_: pytest.fail('came to the training'))
+    fails(snn, '--export_nir: 3: NIR does not know MaxPool2d', '-a', 'own.py:bad', *flags, '--export_nir', 'bad.nir')
+    assert {path.name for path in tmp_path.glob('*.nir')} == {'own.nir'}

@@ -2,6 +2,7 @@
 import io
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import TensorDataset
 
+import self_models
 import snn
 import step_by_step
 from conftest import digits, fails, fill, network, run, ternary
 from experiment import engine, setup
 from experiment.data import Data
-from experiment.reporting import count, numbers, plots
-from self_models import LayerRecord, LIFParameters, ResNet
+from experiment.reporting import count, count_graph, numbers, plots, report
+from self_models import QCFS, VGG, LayerRecord, LIFParameters, ResNet, convert
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
 from self_models.spike_train import SpikeTrain
@@ -275,6 +277,33 @@ def test_summary_by_hand():
     assert energy['snn_estimate'] == pytest.approx(400 * 0.9e-6)
 
 
+@pytest.mark.parametrize('activation, formula, gradient', [  # at z = 1
+    ('Rectangle', 'gamma [|z| < width / 2], z = u/theta - 1', 0),
+    ('ATan', 'gamma / (1 + (pi/2 * width * z)^2), z = u/theta - 1', 0.5 / (1 + math.pi ** 2 / 4)),
+    ('FastSigmoid', 'gamma / (1 + width * |z|)^2, z = u/theta - 1', 0.5 / 4),
+    ('Sigmoid', '4 * gamma * s (1 - s), s = sigmoid(width * z), z = u/theta - 1', 2 * math.e / (1 + math.e) ** 2)])
+def test_the_surrogates_numbers_by_hand(activation, formula, gradient):
+    layer = count.Layer('a', 10, 0.5, 1, surrogate=torch.arange(62.))
+    got = numbers.surrogate_numbers(SimpleNamespace(surrogate=SURROGATES[activation](gamma=0.5)), [layer, layer])
+    assert (got['activation'], got['formula'], got['gamma'], got['width']) == (activation, formula, 0.5, 1.0)
+    assert got['gradient_at_edges'][30] == 0.5 and got['z_edges'][40] == 1  # at z = 0
+    assert got['gradient_at_edges'][40] == pytest.approx(gradient) == got['gradient_at_edges'][20]
+    assert (got['below'], got['count'][:2], got['above'], got['total']) == (0, [2, 4], 122, 61 * 62)
+
+
+def test_reports_of_the_published_surrogates_have_the_keys_that_they_had():
+    layer = count.Layer('a', 10, 0.5, 1, surrogate=torch.ones(62))
+    common = {'activation', 'formula', 'count', 'total', 'count_by_layer', 'count_by_layer_is'}
+    for name, formula, keys in (
+            ('Linear', 'gamma max(0, 1 - |z|), z = u/theta - 1',
+             {'gamma', 'z_edges', 'gradient_at_edges', 'below', 'above'}),
+            ('STDB', 'alpha exp(-beta delta_t)',
+             {'alpha', 'beta', 'delta_t', 'gradient', 'never', 'never_share', 'never_largest_gradient'})):
+        got = numbers.surrogate_numbers(SimpleNamespace(surrogate=SURROGATES[name]()), [layer])
+        assert got.keys() == common | keys and (got['activation'], got['formula']) == (name, formula)
+    assert got['never_largest_gradient'] == pytest.approx(0.3 * math.exp(-10))  # from step -999 to step 1
+
+
 # -- direct input, neurons without delay, biases -----------------------------------------------------------------------
 
 def low_latency(architecture, timesteps, **options):
@@ -356,11 +385,21 @@ def test_z_is_of_the_potential_that_a_neuron_without_delay_fires_on():
         assert above == layer.spikes.sum().item()
 
 
+TITLES = {
+    'STDB': 'STDB: 0.3 exp(-0.01 Δt)', 'Linear': 'Linear: 0.3 max(0, 1 - |z|)',
+    'Rectangle': 'Rectangle: 0.3 [|z| < 1 / 2]',
+    'ATan': 'ATan: 0.3 / (1 + (pi/2 * 1 * z)^2)', 'FastSigmoid': 'FastSigmoid: 0.3 / (1 + 1 * |z|)^2',
+    'Sigmoid': 'Sigmoid: 4 * 0.3 * s (1 - s), s = sigmoid(1 * z)', 'Gaussian': 'Gaussian: 0.3 exp(-(1 * z)^2)',
+    'Inverse': 'Inverse: 0.3 / Δt, without beta'}
+
+
 @own_warnings_are_errors
 @pytest.mark.parametrize('architecture, activation, encoding, delay, timesteps', [
     ('RESNET6', 'STDB', 'poisson', 0, 1), ('VGG5', 'Linear', 'poisson', 0, 1), ('RESNET6', 'Linear', 'direct', 1, 6),
-    ('VGG5', 'STDB', 'direct', 0, 1)])
-def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding, delay, timesteps):
+    ('VGG5', 'STDB', 'direct', 0, 1), ('VGG5', 'Rectangle', 'direct', 0, 2), ('RESNET6', 'ATan', 'poisson', 1, 7),
+    ('VGG5', 'FastSigmoid', 'direct', 0, 2), ('RESNET6', 'Sigmoid', 'direct', 0, 1),
+    ('VGG5', 'Gaussian', 'Alternating', 0, 2), ('VGG5', 'Inverse', 'Alternating', 0, 5)])
+def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding, delay, timesteps, own_classes):
     model, images = low_latency(architecture, timesteps, activation=activation, encoding=encoding, delay=delay)
     layers, connections = counted(model, images)
     found = json.loads(json.dumps(numbers.summary(model, layers, list(connections.values()), 3), allow_nan=False))
@@ -370,6 +409,7 @@ def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding,
              'accuracy': {'time_steps': [timesteps], 'accuracy': [0.5], 'ann': 0.6}}
     for draw in (plots.draw_accuracy, plots.draw_activity, plots.draw_surrogate, plots.draw_operations):
         draw(about).savefig(io.BytesIO(), dpi=30)
+    assert plots.draw_surrogate(about).axes[0].get_title() == TITLES[activation]
     notes = numbers.notes_of(model)
     assert ('direct' in notes) == (encoding == 'direct') != ('signed' in notes)
     assert ('T - L' in notes['steps']) == (delay == 1)
@@ -381,6 +421,137 @@ def test_notes_say_only_what_holds():
     notes = numbers.notes_of(low_latency('RESNET6', 1)[0])
     assert 'once an image' in notes['direct'] and 'constant current' in notes['biases']
     assert 'factor' in notes['identity']
+
+
+# -- networks of one's own --------------------------------------------------------------------------------------------
+
+def both(architecture, timesteps, **options):
+    """(the network layer by layer, the same as any network), of an ANN with batch norm, its last layer with a bias."""
+    ann = fill({'VGG5': VGG, 'RESNET6': ResNet}[architecture](
+        architecture, dataset='DIGITS', activation='QCFS', batch_norm=True), 4).double().eval()
+    for number, bound in enumerate(module.bound for module in ann.modules() if isinstance(module, QCFS)):
+        bound.data.fill_(0.5 + 0.25 * number)
+    ann.classifier[-1] = nn.Linear(ann.classifier[-1].in_features, 10).double()
+    return convert(ann, timesteps, **options), self_models.spiking(ann, timesteps, **options)
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+@pytest.mark.parametrize('options', [{}, {'encoding': 'poisson', 'activation': 'Linear', 'leak': 0.9}])
+def test_any_network_is_counted_as_the_published_ones_are(architecture, options):
+    found = []
+    for model in both(architecture, 4, **options):
+        layers, connections = counted(model, ternary((3, 1, 8, 8), 5))
+        found.append(numbers.summary(model, layers, list(connections.values()), 3))
+    for a, b in zip(*(each['layers'] for each in found), strict=True):
+        assert {**a, 'name': ''} == {**b, 'name': ''} and a['firing_rate'] != 0
+    assert found[0]['surrogate']['count'] == found[1]['surrogate']['count']
+    # of the two branches of a block, either comes first
+    for a, b in zip(*(sorted(each['operations']['connections'], key=lambda row: (row['ann_macs'], row['kind']))
+                      for each in found), strict=True):
+        assert a['kind'] == b['kind'] and a.keys() == b.keys()
+        for key in a.keys() - {'name', 'kind'}:
+            assert a[key] == (b[key] if b[key] is None else pytest.approx(b[key], rel=1e-12)), key
+    for key in ('total', 'energy_uj'):
+        assert found[0]['operations'][key] == pytest.approx(found[1]['operations'][key], rel=1e-12)
+
+
+def test_any_network_with_a_delay_is_counted_at_all_steps():
+    ours, plain = both('RESNET6', 9, delay=1, encoding='poisson', initial_potential=0.0)
+    layers, others = (counted(model, ternary((3, 1, 8, 8), 5, 1.25))[0] for model in (ours, plain))
+    for a, b in zip(layers, others, strict=True):
+        steps = len(a.spikes)
+        assert a.spikes.sum() > 0 and torch.equal(b.spikes[a.first_step:a.first_step + steps], a.spikes)
+        assert (b.first_step, len(b.spikes)) == (0, 9) and steps < 9
+    assert 'all T steps' in numbers.notes_of(plain)['steps'] and 'too late' in numbers.notes_of(plain)['steps']
+
+
+class Own(nn.Module):
+    """For images (2, 4, 4); all weights are 1, so that any input above 0.5 makes a neuron fire."""
+
+    def __init__(self):
+        super().__init__()
+        self.grouped = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2, bias=False)
+        self.mixed, self.inner = nn.Conv2d(6, 3, 1), nn.Conv2d(3, 3, 1, bias=False)
+        self.norm, self.head, self.last = nn.BatchNorm2d(3), nn.Linear(12, 7, bias=False), nn.Linear(7, 5)
+        for p in self.parameters():
+            nn.init.constant_(p, float(p.dim() > 1 or p is self.norm.weight))
+
+    def forward(self, x):
+        a = F.relu(self.grouped(x))
+        b = F.relu(self.mixed(torch.cat([F.avg_pool2d(x, 2), a], 1)))
+        c = F.relu(self.norm(self.inner(b)) + b)
+        return self.last(self.head(torch.flatten(c, 1)))
+
+
+def test_a_network_of_ones_own_by_hand():
+    model = self_models.spiking(Own(), 2, default_threshold=0.5, delay=0).eval()
+    x = torch.zeros(1, 2, 4, 4)
+    x[0, 0, 0, 0] = x[0, 0, 1, 1] = 1  # which spike at each of the two steps, as nothing else does
+    layers, connections = counted(model, x)
+    # of the first channel's, (1, 1) reaches all 2x2 positions of the two maps of its group; the other group is silent
+    assert [layer.spikes.tolist() for layer in layers] == [[2, 2], [8, 8], [12, 12], [12, 12]]
+    rows = {row['name']: row for row in numbers.operation_numbers(connections.values(), 1)['connections']}
+    assert list(rows) == ['grouped', 'mixed', 'inner', 'relu_2.identity', 'head', 'last']
+
+    def column(key):
+        return [row[key] for row in rows.values()]
+
+    assert column('kind') == ['conv3x3', 'conv1x1', 'conv1x1', 'identity', 'linear', 'linear']
+    # (0, 0) reaches one position, (1, 1) all four; then all reach three maps, each its own neuron, or seven neurons
+    assert column('synaptic_operations') == [2 * 2 * (1 + 4), 2 * 3 * (2 + 8), 2 * 3 * 12, 2 * 12, 2 * 7 * 12, 0]
+    assert column('nonzero_inputs') == [2 * 2 * (1 + 4), 2 * 3 * (1 + 8), 2 * 3 * 12, 2 * 12, 2 * 7 * 12, 0]  # one pool
+    # along a line of 4, kernels at 0 and 2 have 5 products of 6; what follows another synapse costs MACs at each step
+    assert column('ann_macs') == [5 * 5 * 2 * 2, 6 * 4 * 3, 3 * 4 * 3, 0, 12 * 7, 7 * 5]
+    assert column('ann_macs_with_padding') == [9 * 4 * 4, 6 * 4 * 3, 3 * 4 * 3, 0, 12 * 7, 7 * 5]
+    assert column('macs') == [0, 0, 0, 0, 0, 2 * 7 * 5]
+    assert column('input_neurons') == [32, 32 + 16, 12, 12, 12, 0]
+    assert column('estimate') == pytest.approx([2 * 2 / 32 * 144, 2 * 10 / 48 * 72, 2 * 36, 2 * 12, 2 * 84, 0])
+    # a bias of mixed, batch norm's of inner and the last one's, a neuron and step
+    assert column('bias_additions') == [0, 2 * 12, 2 * 12, 0, 0, 2 * 5]
+    assert column('ann_additions') == [0, 12, 12, 12, 0, 5]
+
+
+@pytest.mark.parametrize('pool, shape, want', [
+    (nn.AvgPool2d(2), (3, 4), [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]),
+    (nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), (3, 3), [[1, 2, 1], [2, 4, 2], [1, 2, 1]]),
+    (nn.AvgPool2d(2, ceil_mode=True), (3, 2), [[1, 1], [1, 1], [1, 1]]),
+    (nn.AdaptiveAvgPool2d((2, 1)), (3, 2), [[1, 1], [2, 2], [1, 1]]), (nn.AvgPool1d(3, 1), (5,), [1, 2, 3, 2, 1]),
+    (nn.Upsample(scale_factor=2), (1, 2), [[4, 4]]), (nn.AvgPool3d((2, 1, 1)), (2, 1, 1), [[[1]], [[1]]])])
+def test_how_many_outputs_of_a_pool_a_pixel_comes_to(pool, shape, want):
+    one_each = torch.eye(math.prod(shape)).view(-1, 1, *shape)
+    assert count_graph.add_up(pool, one_each).flatten(1).sum(1).view(shape).tolist() == want
+
+
+@pytest.mark.parametrize('synapse', [
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+    nn.Conv2d(4, 2, 3, padding='same', padding_mode='circular'), nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1),
+    nn.Linear(6, 3)])
+def test_connections_of_a_synapse_by_brute_force(synapse):
+    shape, weight = (4, 5, 6), synapse.weight
+    one_each = torch.eye(math.prod(shape)).view(-1, *shape)
+    with torch.no_grad():
+        weight.fill_(1)
+        reached = synapse(one_each) != synapse(torch.zeros(1, *shape))
+    assert torch.equal(count_graph.connections(synapse, one_each).flatten(1).sum(1), reached.flatten(1).sum(1).float())
+
+
+@own_warnings_are_errors
+@pytest.mark.parametrize('encoding', ['direct', 'poisson'])
+def test_reports_of_a_network_of_ones_own(encoding, in_an_empty_folder):
+    Path('own.py').write_text("""
+from torch import nn
+def net(labels):
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+                         nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, labels))
+""")
+    run(snn, '-a', 'own.py:net', '--dataset', 'DIGITS', '--train_samples', 40, '--test_samples', 30, '--no-gpu',
+        '--timesteps', 4, '--default_threshold', 0.2, '--encoding', encoding, '--epochs', 1, '--report', 'r')
+    got = read('r')
+    assert len(got['figures']) == 5 and all(Path('r', name).exists() for name in got['figures'])
+    assert [layer['name'] for layer in got['layers']] == ['input', '2', '6'] and got['latency'] == 2
+    assert [row['name'] for row in got['operations']['connections']] == ['0', '5', '7']
+    assert (got['operations']['total']['macs'] > 0) == (encoding == 'direct')
+    assert 'max pool' in got['notes']['values'] and 'biases' in got['notes']
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -475,22 +646,57 @@ def test_what_stands_in_the_way_is_said_before_the_evaluation(in_an_empty_folder
     assert not Path('folder').exists()
 
 
-def test_training_curves_of_resumed_and_damaged_files(in_an_empty_folder):
-    assert numbers.training_rows(None)[0] is None
-    rows, line = numbers.training_rows('x/mine.last.pth')
-    assert rows is None and str(Path('logs/snn/mine.jsonl')) in line
-    Path('logs/snn').mkdir(parents=True)
-    file = Path('logs/snn/mine.jsonl')
-    lines = [{'command': ''}, {'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}, {'epoch': 3, 'n': 3}, {'command': ''},
-             {'epoch': 2, 'n': 4}]
-    file.write_text('\n'.join(map(json.dumps, lines)))
-    assert numbers.training_rows('x/mine.pth')[0] == [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 4}]
-    for odd in ('{"epoch": 1}\n{"epo', '{"epoch": 1, "test_loss": null}', '{"epoch": "1"}',
-                '{"epoch": 1, "test_loss": NaN}', '["epoch"]', '"epoch"', '3',
-                '{"epoch": 1' + '0' * 400 + '}', '[' * 100000):
-        file.write_text(odd)
-        rows, line = numbers.training_rows('mine.pth')
+def test_training_curves_are_those_of_the_checkpoint():
+    own, other = [{'epoch': 1, 'n': 1}, {'epoch': 2, 'n': 2}], [{'epoch': 1, 'n': 3}, {'epoch': 2, 'n': 4}]
+    longer = [*own, {'epoch': 3, 'n': 5}]
+    for later, want in ((None, own), ([], own), (other, own), (own[:1], own), (longer, longer)):
+        assert numbers.training_rows('a.pth', own, later) == (want, f'training curves: {len(want)} epochs')
+    for checkpoint, history, said in ((None, None, 'not trained here'), ('a.pth', None, 'a.pth says nothing'),
+                                      ('a.pth', [], 'a.pth says nothing')):
+        rows, line = numbers.training_rows(checkpoint, history)
+        assert rows is None and said in line
+    for odd in ([{'epoch': 1, 'test_loss': None}], [{'epoch': '1'}], [{'epoch': 1, 'test_loss': math.nan}], [['epoch']],
+                ['epoch'], 'epoch', 3, {'epoch': 1}, [{'n': 1}], [{'epoch': 10 ** 400}], [{'epoch': torch.ones(2)}]):
+        rows, line = numbers.training_rows('a.pth', odd)
         assert rows is None and 'cannot be read' in line and '\n' not in line, odd
+
+
+def test_a_report_has_nothing_of_another_run_or_report(in_an_empty_folder, monkeypatch):
+    losses, written = iter(range(1, 100)), report.write
+
+    def test_over_time(*_):  # whose first epoch is the best, and whose losses are its own
+        return engine.Metrics(float(next(losses)), 0.5), [0.5] * 9
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'test_over_time', test_over_time)
+        for name, epochs in (('a', 2), ('b', 3)):
+            run(snn, *FLAGS, '--test_samples', 5, '--name', name, '--epochs', epochs)
+    Path('other').mkdir()
+    shutil.copy('trained_models/snn/a.pth', 'other/b.pth')  # named as the other run
+
+    def curves(path):
+        shown = []
+        monkeypatch.setattr(report, 'write', lambda model, data, run, known: shown.extend(
+            numbers.training_rows(known.checkpoint, known.history, known.later)[0]))
+        run(snn, *SMALL, '--test_samples', 5, '--test_only', '--pretrained_snn', path, '--report', 'r')
+        return [row['test_loss'] for row in shown]
+
+    assert curves('trained_models/snn/a.pth') == curves('trained_models/snn/a.last.pth') == [1, 2]
+    assert curves('trained_models/snn/b.pth') == [3, 4, 5]
+    assert curves('other/b.pth') == [1]  # its own, of the best epoch
+    shutil.copy('trained_models/snn/b.last.pth', 'other/b.last.pth')
+    assert curves('other/b.pth') == [1]
+    Path('other/b.last.pth').write_bytes(b'damaged')
+    assert curves('other/b.pth') == [1]
+    state = torch.load('other/b.pth', weights_only=True)
+    del state['history']
+    torch.save(state, 'other/b.pth')
+    monkeypatch.setattr(report, 'write', written)
+    for name in ('mine', 'training'):
+        Path('r', f'{name}.png').touch()
+    run(snn, *SMALL, '--test_samples', 5, '--test_only', '--pretrained_snn', 'other/b.pth', '--report', 'r')
+    assert {path.name for path in Path('r').glob('*.png')} == {*read('r')['figures'], 'mine.png'}
+    assert read('r')['training'] is None and not Path('r/training.png').exists()
 
 
 @pytest.mark.parametrize('architecture, delay, activation, steps', [

@@ -446,6 +446,7 @@ def test_the_ann_that_a_run_began_with_holds_for_good(trained):
     (snn, ['--activation', 'Linear', '--alpha', 0.7], 'alpha', 0.3, '--activation STDB'),
     (snn, ['--activation', 'Linear', '--beta', 0.7], 'beta', 0.01, '--activation STDB'),
     (snn, ['--gamma', 0.7], 'gamma', 0.3, '--activation Linear'),
+    (snn, ['--activation', 'Linear', '--width', 2], 'width', 1.0, '--activation Rectangle or ATan'),
     (snn, ['--scaling_factor', 0.2], 'scaling_factor', 0.7, 'a conversion')])
 def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, value, of, capsys):
     flags = [*(SMALL if module is ann else SPIKING), *given, '--name', 'i']

@@ -1,9 +1,13 @@
 """ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
 import math
+import os
 import platform
 import re
 import resource
 import shlex
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,16 +16,18 @@ import ann
 import snn
 from conftest import CALIBRATION, ROOT, SMALL, SPIKING, load, metrics_of, run
 from experiment import engine, setup
+from experiment.reporting import metrics
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 
 def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
     cpu, plain, amp = torch.device('cpu'), *map(ann.get_args_parser().parse_args, ([], ['--amp']))
+    model = torch.nn.Linear(1, 1)
     for supported, said in ((True, 0), (False, 1)):
         monkeypatch.setattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', lambda answer=supported: answer)
-        assert (len(setup.notes(amp, cpu)), len(setup.notes(plain, cpu))) == (said, 0)
-    assert setup.notes(amp, torch.device('cuda')) == []
+        assert (len(setup.notes(amp, cpu, model)), len(setup.notes(plain, cpu, model))) == (said, 0)
+    assert setup.notes(amp, torch.device('cuda'), model) == []
 
 
 def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
@@ -40,6 +46,21 @@ def test_learning_rate_schedule():
     assert engine.learning_rate_at(10, args) == 0
     args.epochs = 1
     assert engine.learning_rate_at(1, args) == 1
+
+
+@pytest.mark.parametrize('part, epochs, milestone', [
+    ('0.29', 100, 29), ('0.7', 90, 63), ('0.57', 100, 57), ('.58', 100, 58), ('1e-1', 30, 3), ('1', 7, 7), ('1.', 7, 7),
+    ('0.6', 3, 1), ('0.999', 1000, 999), ('0.289', 100, 28)])
+def test_the_rate_is_divided_at_the_epoch_that_the_decimal_says(part, epochs, milestone):
+    args = ann.get_args_parser().parse_args(['--epochs', str(epochs), '-lr', '1', '--lr_interval', part])
+    rates = [engine.learning_rate_at(epoch, args) for epoch in range(1, epochs + 1)]
+    assert rates == [1.0 if epoch < milestone or milestone == 1 else 0.1 for epoch in range(1, epochs + 1)]
+
+
+def test_a_hundredth_of_a_hundred_epochs_is_an_epoch():
+    for at in range(2, 100):
+        args = ann.get_args_parser().parse_args(['--epochs', '100', '-lr', '1', '--lr_interval', f'0.{at:02}'])
+        assert [engine.learning_rate_at(epoch, args) for epoch in (at - 1, at)] == [1, 0.1], at
 
 
 def test_ann_run_writes_what_it_says(command, tmp_path):
@@ -148,6 +169,17 @@ def test_a_validation_set_chooses_the_epoch(module, monkeypatch, capsys):
     assert load(f'trained_models/{module.__name__}/v.pth')['epoch'] == 2
 
 
+def test_files_that_are_no_pictures_are_said(capsys):
+    from PIL import Image
+    for place in ('train/a', 'train/b', 'test/a'):
+        Path('set', place).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(f'set/{place}/1.gif')
+    Path('set/test/a/2.heic').touch()
+    run(ann, '-a', 'RESNET6', '--dataset', 'FOLDER', '--data_dir', 'set', '--image_size', 8, '--epochs', 1, '--no-gpu')
+    lines = [line for line in capsys.readouterr().out.splitlines() if '.heic' in line]
+    assert len(lines) == 1 and lines[0].startswith('files left out') and lines[0].endswith('set/test: 1 .heic')
+
+
 def test_tensorboard_gets_the_metrics():
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -159,14 +191,37 @@ def test_tensorboard_gets_the_metrics():
             (n, pytest.approx(epochs[n][key])) for n in (1, 2)]
 
 
-def test_train_from_scratch_and_go_on_from_an_snn(capsys):
-    run(snn, *SPIKING, '--epochs', 1, '--activation', 'Linear', '--train_acc_batches', 1, '--test_acc_every_batch')
+def test_tensorboard_shows_one_run_of_a_name(monkeypatch):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps(folder):
+        return [event.step for event in EventAccumulator(f'logs/ann/{folder}').Reload().Scalars('train_loss')]
+
+    flags = [*SMALL, '--tensorboard', '--name', 'b']
+    run(ann, *flags, '--epochs', 1)
+    run(ann, *flags, '--epochs', 2, '--resume')  # which is the same run
+    assert steps('b') == [1, 2]
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(engine, 'train_epoch', None)  # ends the run in its first epoch
+        run(ann, *flags, '--epochs', 2)
+    assert steps('b') == [1, 2]  # a run that saves nothing leaves what is there
+    run(ann, *flags, '--epochs', 1)
+    assert (steps('b'), steps('previous.1.b')) == ([1], [1, 2])
+    run(ann, *SMALL, '--name', 'b', '--epochs', 1)  # without --tensorboard, too
+    assert not Path('logs/ann/b').exists() and steps('previous.2.b') == [1]
+
+
+@pytest.mark.parametrize('surrogate, width', [(['Linear'], 1.0), (['Rectangle', '--width', 3], 3.0)])
+def test_train_from_scratch_and_go_on_from_an_snn(surrogate, width, capsys):
+    run(snn, *SPIKING, '--epochs', 1, '--activation', *surrogate, '--train_acc_batches', 1, '--test_acc_every_batch')
     out = capsys.readouterr().out
     assert 'batch 1: train loss' in out and 'test batch 1: accuracy' in out
     run(snn, *SMALL, '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--epochs', 1, '--name', 'b')
     out = capsys.readouterr().out
-    assert 'timesteps 8, leak 1.0, activation Linear' in out
-    assert load('trained_models/snn/b.pth')['activation'] == 'Linear'
+    assert f'timesteps 8, leak 1.0, activation {surrogate[0]}' in out
+    state = load('trained_models/snn/b.pth')
+    assert (state['activation'], state['args']['activation'], state['args']['width']) == (*2 * surrogate[:1], width)
 
 
 def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
@@ -186,3 +241,51 @@ def test_memory_that_was_freed_is_not_cleared_anew():
         torch.ones(9 * 2 ** 20)  # 36 MiB, 9216 pages; glibc gives back what is above 32
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert sum(faults[-10:]) < 9000, faults  # a few small values that take from what was freed may move it
+
+
+# -- what a run says of the code --------------------------------------------------------------------------------------
+
+@pytest.fixture
+def git(monkeypatch):
+    """git(folder, words): call git there, with a user of its own; the line that it prints."""
+    if not shutil.which('git'):
+        pytest.skip('there is no git')
+    for name in [name for name in os.environ if name.startswith('GIT_')]:
+        monkeypatch.delenv(name)
+
+    def call(folder, words):
+        command = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-C', folder, *words.split()]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip()
+    return call
+
+
+def test_the_commit_is_of_the_projects_own_repository(tmp_path, monkeypatch, git):
+    around, project = tmp_path / 'around', tmp_path / 'around/project'
+    code = project / 'experiment/reporting/metrics.py'
+    code.parent.mkdir(parents=True)
+    code.touch()
+    link = tmp_path / 'link'
+    link.symlink_to(project)
+    commits = {}
+    for folder in (around, project):
+        (folder / 'file').touch()
+        git(folder, 'init')
+        git(folder, 'add file')
+        git(folder, f'commit -m {folder.name}')
+        commits[folder] = git(folder, 'rev-parse HEAD')[:12]
+    for file in (code, link / 'experiment/reporting/metrics.py'):
+        monkeypatch.setattr(metrics, '__file__', str(file))
+        assert metrics.commit() == commits[project]
+    with monkeypatch.context() as patch:
+        for name, value in (('GIT_DIR', around / '.git'), ('GIT_WORK_TREE', around), ('GIT_INDEX_FILE', 'none')):
+            patch.setenv(name, str(value))
+            assert metrics.commit() == commits[project]
+    (project / '.git').rename(tmp_path / 'away')
+    git(around, 'add project')
+    git(around, 'commit -m both')
+    assert metrics.commit() is None
+    monkeypatch.setenv('GIT_DIR', str(around / '.git'))
+    assert metrics.commit() is None
+    (tmp_path / 'away').rename(project / '.git')
+    (project / 'file').write_text('changed')
+    assert metrics.commit() == commits[project] + '+'

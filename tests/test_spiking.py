@@ -1,4 +1,5 @@
 """The spiking networks against numbers of the published code and against the step-by-step reference."""
+import copy
 import math
 import re
 
@@ -201,9 +202,40 @@ def test_the_curve_holds_the_outputs_of_fewer_steps(architecture):
     assert curve[0].abs().max() == 0 and curve[-1].abs().max() > 0
     model.network_update(model.depth, 1.0)
     assert not model.curve(x, [1, model.depth]).any()
-    for wrong in ([0, 1], [2, 1], [model.depth + 1]):
-        with pytest.raises(ValueError, match='at must .* ascend'):
+    for wrong in ([0, 1], [2, 1], [model.depth + 1], [], [1.5], torch.tensor([])):
+        with pytest.raises(ValueError, match='at must ascend'):
             model.curve(x, wrong)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_spikes_of_a_narrow_type_are_counted_to_the_last(dtype):
+    train = SpikeTrain(torch.ones(3001, 2, 4, dtype=torch.bool), (1, 2, 2), 0, pools=1)
+    assert train.total(slice(0, 3001), dtype).tolist() == [[3001]] * 2
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_network_of_a_narrow_type_gives_the_outputs_of_its_weights(dtype):
+    model = fill(network('RESNET6', dataset='DIGITS', timesteps=300, bias=True, delay=0), 3).eval().to(dtype)
+    x = ternary((2, 1, 8, 8), 5, 1.25, low=0).to(dtype)
+    wide = copy.deepcopy(model).float()
+    model.threshold_update(0.7, find_thresholds(wide, x.float(), 20))
+    wide.threshold_update(1.0, model.thresholds.tolist())
+    with torch.no_grad():
+        want, outputs, curve = wide(x.float()), model(x), model.curve(x, [150, 300])
+    # in the weights' type potentials and counts lose what is added to them: 0.4 of the largest output in bfloat16
+    assert (outputs - want).abs().max() < 2e-3 * want.abs().max() and torch.allclose(curve[1], outputs, rtol=1e-4)
+    assert model.curve(x, [1])[0].dtype == outputs.dtype == torch.float32
+
+
+def test_a_network_of_bfloat16_learns_from_the_gradients_of_its_weights():
+    model = fill(network('VGG5', dataset='DIGITS', timesteps=16, bias=True, delay=0, default_threshold=0.5), 3).eval()
+    model, x = model.bfloat16(), ternary((2, 1, 8, 8), 5, low=0).bfloat16()
+    wide = copy.deepcopy(model).float()
+    for net, images in ((model, x), (wide, x.float())):
+        F.cross_entropy(net(images) / 16, torch.tensor([1, 2])).backward()
+    for got, want in zip(model.parameters(), wide.parameters()):
+        assert got.grad.dtype == torch.bfloat16
+        assert (got.grad.float() - want.grad).norm() < 0.02 * want.grad.norm()
 
 
 @pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])

@@ -211,6 +211,20 @@ def test_the_figure(written):
     assert [len(axes.lines[-1].get_xdata()) for axes in (over_time, by_factor)] == [0, 0]  # of scratch: nothing
 
 
+@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'svg', 'qtagg', ''])
+def test_a_figure_is_drawn_whatever_the_environment_says_of_windows(written, tmp_path, backend):
+    metrics = written('a', epochs(0.5, 0.6))
+    (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf')
+    left = {key: value for key, value in os.environ.items() if key != 'DISPLAY'}
+    code = ('import os, ann_script\n'
+            f'ann_script.main(["--summarize", {str(metrics)!r}, "--figure", "x.png"])\n'
+            f'assert os.environ["MPLBACKEND"] == {backend!r}')
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True,
+                          env={**left, 'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)})
+    assert (done.returncode, done.stderr) == (0, '')
+    assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_the_figures_file(written, tmp_path, capsys):
     paths = [written('a', epochs(0.5, 0.25)), written('b', epochs(0.5, 0.5), leak=0.9)]
     ann_script.main(['--summarize', *paths, '--figure', 'made.png'])
@@ -264,6 +278,30 @@ def test_values_that_no_run_writes(written, values):
 def test_a_default_that_was_given_is_no_other_setting(written):
     paths = [written(f'{seed}', epochs(0.5, 0.5), seed=seed, lr_reduce=reduce) for seed, reduce in ((0, 10), (1, 10.0))]
     assert table(paths)[0][0][0]['seeds'] == '2'
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'utf-16', 'utf-16-le', 'utf-32'])
+@pytest.mark.parametrize('end', ['\n', '\r\n', '\n\n'])
+def test_a_file_that_an_editor_has_saved(written, encoding, end):
+    path = written('a', epochs(0.5, 0.75))
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    with open(path, 'wb') as file:
+        file.write((text.replace('\n', end) + end).encode(encoding))
+    assert summary.read(path).accuracy == 0.75
+
+
+def test_runs_that_later_ones_replaced_are_left_out_and_said(written, capsys):
+    paths = [written('a', epochs(0.5, 0.75)), written('previous.1.a', epochs(0.2, 0.25)),
+             written('previous.12.b', epochs(0.1, 0.1), seed=1)]
+    ann_script.main(['--summarize', *paths, '--markdown'])
+    shown, said = capsys.readouterr()
+    assert '75.00' in shown and '25.00' not in shown and 'previous' not in shown
+    assert said.count('\n') == 1 and 'previous.1.a.jsonl, previous.12.b.jsonl' in said
+    assert '25.00' not in summary.narrow_table(paths, ['seeds', 'test accuracy'])
+    ann_script.main(['--summarize', *paths[1:]])  # on purpose
+    shown, said = capsys.readouterr()
+    assert '17.50' in shown and not said  # the mean of 25 and 10
 
 
 def test_the_same_run_twice(written):
@@ -397,6 +435,28 @@ def test_a_table_whose_files_are_gone():
         tables.rewritten('<!-- table: results/none.jsonl --columns leak -->\n| leak |\n\nmore\n')
 
 
+@pytest.mark.parametrize('page, made', [
+    ('COMMENT\n| old |\n| 1 |\n', 'COMMENT\nTABLE\n'), ('COMMENT\n| old |\n| 1 |', 'COMMENT\nTABLE\n'),
+    ('COMMENT\n', 'COMMENT\nTABLE\n'), ('COMMENT', 'COMMENT\nTABLE\n'), ('COMMENT\n\nmore', 'COMMENT\nTABLE\n\nmore'),
+    ('\ufeffCOMMENT\n| old |\n', '\ufeffCOMMENT\nTABLE\n'),
+    ('a\r\nCOMMENT\r\n| old |\r\n| 1 |\r\n\r\n| b |\r\n', 'a\r\nCOMMENT\r\nTABLE\r\n\r\n| b |\r\n'),
+    ('a\r\nCOMMENT\r\n| old |\r\n| 1 |', 'a\r\nCOMMENT\r\nTABLE\r\n'), ('COMMENT\r\n', 'COMMENT\r\nTABLE\r\n'),
+    ('a\r\nb\nCOMMENT\n| old |\n\nc\r\n', 'a\r\nb\nCOMMENT\nTABLE\n\nc\r\n')])
+def test_a_page_keeps_its_line_ends_and_no_old_row(written, monkeypatch, tmp_path, page, made):
+    written('run', epochs(0.5, 0.75), leak=0.5)
+    monkeypatch.setattr(tables, 'ROOT', tmp_path)
+
+    def filled(text):
+        end = '\r\n' if 'COMMENT\r\n' in text else '\n'
+        return text.replace('COMMENT', '<!-- table: run.jsonl --columns leak seeds -->').replace(
+            'TABLE', end.join(['| leak | seeds |', '| --- | --- |', '| 0.5 | 1 |'])).encode()
+
+    (tmp_path / 'page.md').write_bytes(filled(page))
+    for _ in range(2):  # the second time nothing changes
+        tables.main([tmp_path / 'page.md'])
+        assert (tmp_path / 'page.md').read_bytes() == filled(made)
+
+
 @pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),
                          ids=lambda folder: folder.name)
 def test_the_figures_are_those_of_the_results(folder):
@@ -407,7 +467,7 @@ def test_the_figures_are_those_of_the_results(folder):
 
 @pytest.mark.parametrize('kind, new', [
     ('snn/vgg5', {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False,
-                  'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0}),
+                  'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0, 'width': 1.0}),
     ('ann', {'activation': 'ReLU', 'levels': 8, 'batch_norm': False, 'lr_schedule': 'step', 'cutout': 0,
              'label_smoothing': 0.0})])
 def test_runs_of_before_there_were_other_neurons_are_of_the_same_experiment(kind, new, tmp_path):

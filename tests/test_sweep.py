@@ -349,6 +349,50 @@ def test_a_script_outside_the_project_starts_where_it_is_called(module, tmp_path
     assert events(project) == ['start 0', 'end 0']
 
 
+def links_to(script, folder):
+    """Links to a script in a new folder: a link, one to that, one that starts at its own folder, one to its folder."""
+    folder.mkdir()
+    (folder / 'one').symlink_to(script)
+    (folder / 'two').symlink_to('one')
+    (folder / 'relative').symlink_to(os.path.relpath(script, folder))
+    (folder / 'of').symlink_to(script.parent)
+    return [folder / 'one', folder / 'two', folder / 'relative', folder / 'of' / script.name]
+
+
+@pytest.mark.parametrize('path', ['script.sh', 'sweeps/script.sh'])
+def test_a_script_called_through_links_finds_the_project(module, tmp_path, path):
+    project, folder = tmp_path / 'a project', tmp_path / 'links to it'
+    (project / 'sweeps').mkdir(parents=True)
+    (tmp_path / 'snn.py').rename(project / 'snn.py')
+    module.__file__ = str(project / 'snn.py')
+    (project / path).symlink_to('/elsewhere/old.sh')  # it is replaced
+    sweep.main(module, [], ['--seed', '0', '--script', str(project / path)])
+    links = [project / path, *links_to(project / path, folder)]
+    for link in links:
+        subprocess.run(['bash', link.name], cwd=link.parent, check=True,
+                       env={**os.environ, 'PYTHON': sys.executable, 'CDPATH': str(tmp_path)})
+    assert events(project) == ['start 0', 'end 0'] * len(links)
+
+
+@pytest.mark.parametrize('path', ['quickstart.sh', 'recipes/low_latency.sh', 'recipes/make.sh', 'benchmarks/gpu.sh',
+                                  '.ci/run'])
+def test_a_script_of_the_project_called_through_links_finds_it(tmp_path, path):
+    project, folder = tmp_path / 'a project', tmp_path / 'links to it'
+    (project / path).parent.mkdir(parents=True)
+    shutil.copy(ROOT / path, project / path)
+    tools = tmp_path / 'bin'
+    tools.mkdir()
+    for name in ('python', 'python3', 'timeout'):  # that say where they are called, and fail
+        (tools / name).write_text('#!/bin/sh\npwd >> "$SEEN"\nexit 1\n')
+        (tools / name).chmod(0o755)
+    for link in links_to(project / path, folder):
+        seen = tmp_path / 'seen'
+        subprocess.run(['bash', link.name], cwd=link.parent, capture_output=True, env={
+            **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(seen), 'RESULTS': str(tmp_path)})
+        assert seen.read_text().splitlines()[0] == str(project)
+        seen.unlink()
+
+
 # --- the script as a Slurm array
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from experiment import engine
 from experiment.data import epoch_loader
+from self_models.plain import PlainNetwork
 
 Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z
 
@@ -36,7 +37,8 @@ class Connection:
 
     fan_out: connections of each input, (C, H', W') or (features,), after the 2x2 pools. pool: a further pool between
     them or None; value_fan_out: connections of what comes out of it. additions: of a plain identity in the ANN.
-    biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no spikes.
+    biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no spikes. mac_steps:
+    how many times an image its MACs are computed: 0 of spikes, 1 of direct input, at each step of what a synapse gives.
     """
     name: str
     kind: str
@@ -55,6 +57,7 @@ class Connection:
     biases: int = 0
     bias_steps: int = 0
     constant: bool = False
+    mac_steps: int = 0
 
 
 def fan_out(branch):
@@ -92,7 +95,8 @@ def connection_of(name, branch, record):
         macs=0 if plain else int(outputs.sum()),
         macs_with_padding=0 if plain else branch.weight.numel() * math.prod(shape[1:]),
         additions=int(outputs.sum()) if plain else 0, value_fan_out=outputs,
-        biases=math.prod(shape) if biased else 0, bias_steps=steps, constant=branch.train.constant)
+        biases=math.prod(shape) if biased else 0, bias_steps=steps, constant=branch.train.constant,
+        mac_steps=int(branch.train.constant))
 
 
 def output_connection(model, name, train):
@@ -146,17 +150,19 @@ def delta_t(train):
 
 
 def z_values(record):
+    """z_counts() over the neurons, samples and steps of a LayerRecord."""
+    return sum(z_counts(u, float(record.parameters.threshold)) for _, _, u in record.potentials())
+
+
+def z_counts(u, threshold):
     """(len(Z_EDGES) + 1,) how often z = u / theta - 1 was below, between two, and above all of Z_EDGES.
 
-    Over the neurons, samples and steps of a LayerRecord; u is the potential that the neuron fires on. A bin holds its
-    upper edge, so that a neuron at rest, z = -1, is outside of Linear's triangle.
+    u: the potentials that neurons fire on, which are overwritten. A bin holds its upper edge, so that a neuron at rest,
+    z = -1, is outside of Linear's triangle.
     """
-    counts, threshold = 0, float(record.parameters.threshold)
-    for _, _, u in record.potentials():
-        # the number of Z_EDGES, which are tenths, below z
-        below = u.div_(threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
-        counts = counts + torch.bincount(below.long().flatten(), minlength=len(Z_EDGES) + 1)
-    return counts.double()
+    # the number of Z_EDGES, which are tenths, below z
+    below = u.div_(threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
+    return torch.bincount(below.long().flatten(), minlength=len(Z_EDGES) + 1).double()
 
 
 @torch.no_grad()
@@ -165,30 +171,37 @@ def measure(model, data, device, args):
 
     layers: the input's and every LIF Layer's. connections: every Connection, the output layer's at the end.
     """
+    from experiment.reporting import count_graph  # which builds on this module
     model.eval()
-    names = {module: name for name, module in model.named_modules()}
     layers, connections = {}, {}  # by name
+    batch = count_graph.count_batch if isinstance(model, PlainNetwork) else count_batch
     engine.seed_all(engine.seed_for(args.seed, 0))
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
     with engine.autocast(device, args.amp):
         for images, _ in tqdm(loader, desc='report', leave=False, disable=None):
-            for index, record in enumerate(model.record(images.to(device, non_blocking=True))):
-                name, train = record.name, record.spikes
-                if index == 0:
-                    count_layer(layers, 'input', record.inputs[0].train)
-                surrogate = delta_t(train) if model.surrogate.of_spikes else z_values(record)
-                count_layer(layers, name, train, record.parameters.detached(), surrogate)
-                for branch in record.inputs:
-                    plain = branch.weight is None
-                    key = name.rsplit('.residual', 1)[0] + '.identity' if plain else names[branch.synapse]
-                    if key not in connections:
-                        connections[key] = connection_of(key, branch, record)
-                    count_connection(connections[key], branch.train)
-            key = names[model.classifier[-1]]
-            if key not in connections:
-                connections[key] = output_connection(model, key, train)
-            count_connection(connections[key], train)
+            batch(model, images.to(device, non_blocking=True), layers, connections)
     return list(layers.values()), list(connections.values())
+
+
+def count_batch(model, images, layers, connections):
+    """Add what a batch of images does to the Layers and Connections, by name; new ones where there are none yet."""
+    names = {module: name for name, module in model.named_modules()}
+    for index, record in enumerate(model.record(images)):
+        name, train = record.name, record.spikes
+        if index == 0:
+            count_layer(layers, 'input', record.inputs[0].train)
+        surrogate = delta_t(train) if model.surrogate.of_spikes else z_values(record)
+        count_layer(layers, name, train, record.parameters.detached(), surrogate)
+        for branch in record.inputs:
+            plain = branch.weight is None
+            key = name.rsplit('.residual', 1)[0] + '.identity' if plain else names[branch.synapse]
+            if key not in connections:
+                connections[key] = connection_of(key, branch, record)
+            count_connection(connections[key], branch.train)
+    key = names[model.classifier[-1]]
+    if key not in connections:
+        connections[key] = output_connection(model, key, train)
+    count_connection(connections[key], train)
 
 
 def count_layer(layers, name, train, parameters=None, surrogate=0):

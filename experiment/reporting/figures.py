@@ -1,9 +1,10 @@
 """Drawing with matplotlib, without a screen, and the figures of metrics files. It needs no torch."""
+import os
 import statistics
 import textwrap
 from itertools import cycle, product
 
-from experiment import UserError
+from experiment import importing
 
 COLORS = ('#1f5fa8', '#c8553d', '#3b8f5a', '#8a5aa8', '#c79a2a', '#4a4a4a', '#5fb3c8', '#d885a8')
 LINES = ('-', '--', ':', '-.')  # once the colors are used up
@@ -11,17 +12,24 @@ LINES = ('-', '--', ':', '-.')  # once the colors are used up
 
 def check(flag):
     """Raise UserError, before any work, where a flag's figures cannot be drawn."""
-    try:
-        import matplotlib.backends.backend_agg  # noqa: F401  what a PNG takes
-    except ModuleNotFoundError as error:
-        raise UserError(f'{flag}: draws with matplotlib, which is not installed; pip install matplotlib') from error
-    except Exception as error:  # of a half installed one, or of its settings
-        raise UserError(f'{flag}: draws with matplotlib, which does not load ({error}); mend that first') from error
+    with importing('matplotlib', flag):
+        _figure_class()
 
 
 def new_figure(width, height):
-    from matplotlib.figure import Figure  # without pyplot, which keeps figures and looks for a screen
-    return Figure(figsize=(width, height), layout='constrained')
+    return _figure_class()(figsize=(width, height), layout='constrained')
+
+
+def _figure_class():
+    """matplotlib's Figure, for files only: no pyplot, which keeps figures and looks for a screen."""
+    backend = os.environ.pop('MPLBACKEND', None)  # of a notebook, say; matplotlib does not load with one it lacks
+    try:
+        import matplotlib.backends.backend_agg  # noqa: F401  what a PNG takes
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ['MPLBACKEND'] = backend
+    return Figure
 
 
 def drawable(text):

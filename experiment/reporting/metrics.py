@@ -1,12 +1,15 @@
 """The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
+import functools
 import json
+import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 
 import torch
 
-from experiment import UserError, distributed, log
+from experiment import distributed, importing, log
 from experiment.files import write_atomically
 
 
@@ -37,10 +40,13 @@ def holds(path, history):
 
 
 def commit():
-    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout."""
+    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout of its own."""
+    root = Path(__file__).resolve().parents[2]
+    # neither the repository that a variable names, as in a hook of git's, nor one that the project's folder lies in
+    own = {name: value for name, value in os.environ.items() if not re.match('GIT_(?!CONFIG)', name)}
     try:
-        done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'],
-                              cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'], cwd=root,
+                              env={**own, 'GIT_CEILING_DIRECTORIES': str(root.parent)}, capture_output=True, text=True)
     except OSError:
         return None
     return done.stdout.strip() or None
@@ -65,20 +71,22 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def open_board(kind, name, wanted):
-    """A SummaryWriter in logs/<kind>/<name> where --tensorboard is given, else None. Raises UserError."""
+def open_board(folder, wanted):
+    """A function that gives the SummaryWriter in a folder, if --tensorboard is given, else None. Raises UserError.
+
+    It opens its file on the first call, as the folder may first have to be set aside with an earlier run's files.
+    """
     if not wanted or not distributed.is_main():
         return None
-    try:
+    with importing('tensorboard', '--tensorboard'):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('--tensorboard: the package tensorboard is not installed; pip install tensorboard') from error
-    return SummaryWriter(Path('logs', kind, name))
+    return functools.cache(functools.partial(SummaryWriter, folder))
 
 
 def to_board(board, entry):
-    """Add an epoch's numbers."""
+    """Add an epoch's numbers. board: of open_board()."""
+    writer = board()
     for key, value in entry.items():
         if key != 'epoch' and isinstance(value, (int, float)):
-            board.add_scalar(key, value, entry['epoch'])
-    board.flush()
+            writer.add_scalar(key, value, entry['epoch'])
+    writer.flush()

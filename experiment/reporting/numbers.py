@@ -1,13 +1,15 @@
 """What was counted of a spiking network as the numbers of its report, with notes on how each was counted."""
 import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from experiment.reporting.count import Z_EDGES
 from self_models import NEVER, Scale
+from self_models.conversion import has_biases
+from self_models.encoding import ENCODINGS
+from self_models.plain import PlainNetwork
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -35,7 +37,11 @@ NOTES = {  # of every network; notes_of() adds what else holds for the one at ha
 
 def notes_of(model):
     """How the numbers of a network were counted: {what: text}."""
-    if model.delay:
+    plain = isinstance(model, PlainNetwork)
+    if plain:
+        steps = ('Counted are all T steps of every layer' + (
+            ', also spikes that come too late to reach the output.' if model.delay else '.'))
+    elif model.delay:
         steps = ('Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
                  'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer '
                  'is silent, and its last steps come too late.')
@@ -45,7 +51,8 @@ def notes_of(model):
     else:
         steps = 'Counted are all T steps of every layer: without delay a spike is at the output in its own step.'
     notes = {'steps': f'{steps} All means are of one image.', **NOTES}
-    if model.encoding == 'direct':
+    constant = ENCODINGS[model.encoding].constant
+    if constant:
         notes['direct'] = ('The first layer is given the image itself, not spikes: it costs MACs (every pixel counts, '
                            'whatever its value). Its input is the same at all steps, so its current is computed once '
                            'an image, which is what macs and the energy count; macs_every_step and '
@@ -57,16 +64,17 @@ def notes_of(model):
     if has_biases(model):
         notes['biases'] = ('A bias costs one addition (AC) for each neuron and step that is counted'
                            + (', in the first layer one an image, as part of its constant current'
-                              if model.encoding == 'direct' else '')
+                              if constant else '')
                            + '; of the output layer at all T steps. Two biases that meet at a neuron of a residual '
                              'block are one, counted with the residual. In the ANN: one addition a unit.')
     if any(isinstance(module, Scale) for module in model.modules()):
         notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    if plain:
+        notes['values'] = ('A synapse right behind another, with no neurons between the two, is given real values: it '
+                           'costs its MACs at each step, once an image if no spike has come to it yet. Batch norm is '
+                           'taken for part of the synapse beside it: its shift is a bias. Of a max pool, each output '
+                           'that is not 0 is a spike.')
     return notes
-
-
-def has_biases(model):
-    return model.classifier[-1].bias is not None
 
 
 def summary(model, layers, connections, images):
@@ -115,14 +123,14 @@ def operation_numbers(connections, images):
     """Operations and energy of an image, of each connection and in all."""
     rows = []
     for c in connections:
-        per_neuron = None if c.constant else c.spikes / images / c.neurons
+        per_neuron = None if c.mac_steps else c.spikes / images / c.neurons
         rows.append({
             'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
             'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
             'nonzero_inputs': c.nonzero_operations / images,
-            'estimate': 0.0 if c.constant else per_neuron * (c.macs_with_padding + c.additions),
-            'macs': c.macs if c.constant else 0, 'macs_with_padding': c.macs_with_padding if c.constant else 0,
-            'macs_every_step': c.macs * c.steps if c.constant else 0,
+            'estimate': 0.0 if c.mac_steps else per_neuron * (c.macs_with_padding + c.additions),
+            'macs': c.macs * c.mac_steps, 'macs_with_padding': c.macs_with_padding * c.mac_steps,
+            'macs_every_step': c.macs * c.steps if c.mac_steps else 0,
             'bias_additions': c.biases * (1 if c.constant else c.bias_steps),
             'bias_additions_every_step': c.biases * c.bias_steps,
             'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})
@@ -145,26 +153,23 @@ def operation_numbers(connections, images):
             'snn_estimate': energy('macs_with_padding', 'estimate', 'bias_additions')}}
 
 
-def training_rows(checkpoint):
-    """(what the run that wrote a checkpoint noted of each epoch, or None; a line to say).
+def training_rows(checkpoint, history, later=None):
+    """(what was noted of each epoch of a network's training, as JSON knows it, or None; a line to say).
 
-    It stands in logs/snn/<the checkpoint's stem>.jsonl, a line of JSON an epoch.
+    checkpoint: the file that the network is from, or None. history: what that says of its epochs. later: what another
+    file does, which is taken if it goes on from there.
     """
     if checkpoint is None:
         return None, 'training curves: none, as this network was not trained here'
-    path = Path('logs', 'snn', Path(checkpoint).stem.removesuffix('.last') + '.jsonl')
-    rows = []
+    if not history:
+        return None, f'training curves: left out, as {checkpoint} says nothing of its training'
     try:
-        for line in path.read_text(encoding='utf-8').splitlines():
-            row = json.loads(line)
-            if 'epoch' in row:
-                if not all(type(value) in (int, float) and math.isfinite(value) for key, value in row.items()
-                           if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
-                    raise ValueError('what should be numbers are none')
-                # an epoch done again, after a resume or by a later run, replaces what was there
-                rows = [*(before for before in rows if before['epoch'] < row['epoch']), row]
-    except FileNotFoundError:
-        return None, f'training curves: left out, as there is no {path}'
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        return None, f'training curves: left out, as {path} cannot be read ({error})'
-    return rows or None, f'training curves: {len(rows)} epochs of {path}'
+        rows, more = (json.loads(json.dumps(each, allow_nan=False)) for each in (history, later or history))
+        rows = more if more[:len(rows)] == rows else rows
+        for row in rows:
+            if 'epoch' not in row or not all(type(value) in (int, float) and math.isfinite(value) for key, value
+                                             in row.items() if key == 'epoch' or key.endswith(('_loss', '_accuracy'))):
+                raise ValueError('what should be numbers are none')
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return None, f'training curves: left out, as those of {checkpoint} cannot be read ({error})'
+    return rows, f'training curves: {len(rows)} epochs'

@@ -3,6 +3,7 @@ import math
 import re
 
 from experiment.reporting import figures
+from self_models.surrogate import FLAGS
 
 SNN, SNN_LIGHT, ANN, GREY = '#1f5fa8', '#8fb8de', '#c8553d', '#e6e6e6'
 
@@ -36,7 +37,7 @@ def draw_activity(report):
     image = rate_axes.imshow(rates, aspect='auto', cmap='viridis', vmin=0, interpolation='none')
     figure.colorbar(image, ax=rate_axes)
     grey = (['the input is no spikes'] if direct else []) + (
-        ['silent, or too late for the output'] if report['latency'] else [])
+        ['silent, or too late for the output'] if layers[0]['steps'] < report['timesteps'] else [])
     rate_axes.xaxis.get_major_locator().set_params(integer=True)
     rate_axes.set(xlabel='time step' + (f' (grey: {"; ".join(grey)})' if grey else ''),
                   title='Firing rate (spikes per neuron and step)')
@@ -59,7 +60,8 @@ def draw_surrogate(report):
     figure = figures.new_figure(8, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1.4])
     formula = numbers['formula'].removesuffix(', z = u/theta - 1').replace('delta_t', 'Δt')
-    formula = re.sub(r'\b(alpha|beta|gamma|width)\b', lambda flag: f'{numbers[flag.group()]:g}', formula)
+    for flag in FLAGS.keys() & numbers.keys():
+        formula = re.sub(rf'\b{flag}\b', f'{numbers[flag]:g}', formula)
     top.set(title=f'{numbers["activation"]}: {formula}')
     if 'delta_t' in numbers:
         # a neuron is looked at in T - L steps: of one there is no delta_t, and a single one makes no line
@@ -125,12 +127,14 @@ def draw_operations(report):
     for each, direction in ((axes, 'x'), (energy_axes, 'y')):
         each.grid(axis=direction, alpha=0.3)
         each.set_axisbelow(True)
-    of_input = ('the first layer, given the image itself, MACs, once an image' if direct
+    of_input = ('the first layer, given the image itself, MACs, once an image' if rows[0]['macs']
                 else 'a negative input spike as a positive one')
+    behind = any(row['macs'] > row['ann_macs'] for row in rows)
     figure.supxlabel(
         'Exact: each spike counts as many ACs as its neuron has outgoing connections, borders and strides considered; '
         'a spike before an average pool counts\n'
         f'its own ACs (the estimate: a quarter), {of_input}, a plain identity one AC a spike'
+        + (', a synapse behind another MACs at each step' if behind else '')
         + (', a bias one AC a neuron and step' if biased else '')
         + '. Synapses only: neither memory nor neurons.\n'
         f'Energy: {numbers["energy_source"]}.', fontsize='x-small', x=0.01, ha='left')

@@ -1,8 +1,10 @@
 """What a spiking network did on the test images, as figures and as one JSON with every number in them.
 
-count.py counts, numbers.py makes the JSON of it, and plots.py draws the figures from that JSON alone.
+count.py counts, for a network of one's own with count_graph.py; numbers.py makes the JSON of it, and plots.py draws the
+figures from that JSON alone.
 """
 import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +17,15 @@ class Known(NamedTuple):
 
     at, accuracy: time steps and the test accuracies (fractions) after them. ann_accuracy: the ANN's, or None.
     conversion: what the conversion measured, {} where nothing was converted. checkpoint: the file that the network is
-    from, or None for one that was just converted or not trained.
+    from, or None for one that was just converted or not trained. history, later: as of numbers.training_rows().
     """
     at: list[int]
     accuracy: list[float]
     ann_accuracy: float | None
     conversion: dict
     checkpoint: Path | str | None
+    history: list | None = None
+    later: list | None = None
 
 
 def check(folder, model):
@@ -38,9 +42,9 @@ def write(model, data, run, known):
     run: run.Run. known: Known. Raises UserError.
     """
     folder, args, say = run.args.report, run.args, run.say
-    at, accuracy, ann_accuracy, conversion, checkpoint = known
+    at, accuracy, ann_accuracy, conversion, checkpoint, *histories = known
     layers, connections = count.measure(model, data, run.device, args)
-    training, line = numbers.training_rows(checkpoint)
+    training, line = numbers.training_rows(checkpoint, *histories)
     report = {
         'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
@@ -53,14 +57,17 @@ def write(model, data, run, known):
     drawn = {'accuracy': plots.draw_accuracy(report), 'activity': plots.draw_activity(report),
              'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report),
              **({'training': plots.draw_training(training)} if training else {})}
+    if not training:
+        Path(folder, 'training.png').unlink(missing_ok=True)  # a former report's
     report['figures'] = [f'{name}.png' for name in drawn]
     for name, figure in drawn.items():
-        files.write_atomically(Path(folder, f'{name}.png'), lambda file, figure=figure: figure.savefig(file, dpi=150))
+        save = partial(figure.savefig, format='png', dpi=150)
+        files.write_atomically(Path(folder, f'{name}.png'), save)
     text = json.dumps(report, indent=1)
     files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
     total, energy = report['operations']['total'], report['operations']['energy_uj']
     more = ''.join(f', {total[key]:.4g} {what}' for key, what in (
-        ('macs', 'MACs in the first layer'), ('bias_additions', 'additions of biases')) if total[key])
+        ('macs', 'MACs'), ('bias_additions', 'additions of biases')) if total[key])
     say(line)
     say(f'report: {Path(folder, "report.json")}, {", ".join(report["figures"])}; an image takes '
         f'{total["synaptic_operations"]:.4g} synaptic operations{more}, '

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from experiment import UserError
 from experiment.files import write_atomically
-from experiment.options import FORMER, FORMER_ANN
+from experiment.options import FORMER, FORMER_ANN, without_effect
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
@@ -52,7 +52,9 @@ class Run(NamedTuple):
 def read(path):
     """The Run of a metrics file. Raises UserError."""
     try:
-        about, *epochs = map(json.loads, Path(path).read_text(encoding='utf-8').splitlines())
+        text = Path(path).read_bytes()
+        text = text.decode(json.detect_encoding(text))  # editors add a byte-order mark, in UTF-8 or UTF-16
+        about, *epochs = [json.loads(line) for line in text.splitlines() if line.strip()]
         return _run(str(path), about['args'], about.get('machine'), epochs)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
@@ -60,9 +62,18 @@ def read(path):
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
+def is_set_aside(path):
+    """Whether a later run of the same name has set this metrics file aside."""
+    return Path(path).name.startswith('previous.')
+
+
 def read_all(paths):
-    """The Runs of metrics files, one named twice once. Raises UserError."""
-    return [read(path) for path in dict.fromkeys(paths)]
+    """The Runs of metrics files, one named twice once; of those set aside only if there are no others.
+
+    A pattern such as logs/snn/*.jsonl matches them, too. Raises UserError.
+    """
+    paths = list(dict.fromkeys(paths))
+    return [read(path) for path in [path for path in paths if not is_set_aside(path)] or paths]
 
 
 def _finite(value):
@@ -95,6 +106,8 @@ def _run(path, args, machine, epochs):
         former['threshold_percentile'] = 100.0
     for key, value in former.items():
         settings.setdefault(key, value)
+    if 'width' in without_effect(settings):  # files of former versions do not know it
+        del settings['width']
     if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
         settings['lr_reduce'] = _finite(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed

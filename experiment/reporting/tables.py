@@ -23,8 +23,10 @@ from experiment.options import fail, said
 from experiment.reporting import summary
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = re.compile(r'^(<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->\n)(?:.+\n)*', re.M)
-FIGURE = re.compile(r'^<!-- over_timesteps: (?P<files>.+?) -->\n!\[.*\]\((?P<path>.+?)\)', re.M)
+# a page may begin with a byte-order mark, its lines may end in CRLF, the last one in nothing
+TABLE = re.compile(r'^(\ufeff?<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->)(?P<end>\r?\n|\Z)'
+                   r'(?:[^\r\n]+(?:\r?\n|\Z))*', re.M)
+FIGURE = re.compile(r'^\ufeff?<!-- over_timesteps: (?P<files>.+?) -->\r?\n!\[.*\]\((?P<path>.+?)\)', re.M)
 
 
 def files(words):
@@ -40,13 +42,17 @@ def files(words):
 
 def rewritten(text):
     """A read-me's text with each of its tables as its metrics files have it. Raises UserError."""
-    return TABLE.sub(lambda match: match[1] + summary.narrow_table(
-        files(match['files']), shlex.split(match['columns']), as_markdown=True) + '\n', text)
+    def table(match):
+        end = match['end'] or '\n'
+        lines = summary.narrow_table(files(match['files']), shlex.split(match['columns']), as_markdown=True)
+        return match[1] + end + lines.replace('\n', end) + end
+
+    return TABLE.sub(table, text)
 
 
 def main(paths):
     for path in map(Path, paths):
-        text = rewritten(path.read_text(encoding='utf-8'))
+        text = rewritten(path.read_bytes().decode())
         write_atomically(path, lambda file, text=text: file.write(text.encode()))
         for figure in FIGURE.finditer(text):
             summary.draw_over_time_steps(files(figure['files']), path.parent / figure['path'])

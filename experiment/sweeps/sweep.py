@@ -14,7 +14,16 @@ from pathlib import Path
 
 from experiment import UserError
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import OneLineParser, fail, file, output_fails, positive_int, prepare_streams, said
+from experiment.options import (
+    OneLineParser,
+    fail,
+    file,
+    is_own_network,
+    output_fails,
+    positive_int,
+    prepare_streams,
+    said,
+)
 from experiment.reporting import figures, summary
 
 
@@ -147,6 +156,16 @@ def checkpoints_of(kind, flags):
             if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
 
 
+def seen_from(root, word):
+    """A network of one's own, FILE.py:NAME, as a script that runs in `root` finds it; any other word as it is.
+
+    A FILE that is not here is taken to be seen from there already, as paths of other flags are.
+    """
+    path, _, name = word.rpartition(':')
+    here = is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
+    return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else word
+
+
 def expand(kind, target, flags):
     """The command-line words of each run, every one of them parsed by `target`; its error() ends the first misfit.
 
@@ -194,11 +213,15 @@ def expand(kind, target, flags):
 
 
 def way_home(path, root):
-    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root."""
-    up = os.path.relpath(os.path.realpath(root), os.path.dirname(os.path.realpath(path)))
+    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root.
+
+    The script finds it also when it is called through a link. A link that stands at `path` is replaced.
+    """
+    up = os.path.relpath(os.path.realpath(root), os.path.realpath(os.path.dirname(path)))
     if not set(up.split(os.sep)) <= {'.', '..'}:
         return ''  # the way would go through folders of this machine
-    return '$(dirname -- "$0")' + ('' if up == '.' else f'/{up}')
+    here = '$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")'  # an old macOS has no -f
+    return here + ('' if up == '.' else f'/{up}')
 
 
 def made_by(kind, argv):
@@ -277,6 +300,10 @@ def _main(module, kind, target, parser, published, argv):
         for flag in ('figure', 'over_timesteps'):
             if getattr(args, flag):
                 figures.check(f'--{flag}')
+        aside = list(filter(summary.is_set_aside, args.summarize))
+        if 0 < len(aside) < len(args.summarize):
+            print(f'{parser.prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
+                  'them alone to see them', file=sys.stderr)
         try:
             print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
                   summary.summarize(args.summarize, args.markdown), flush=True)
@@ -293,12 +320,13 @@ def _main(module, kind, target, parser, published, argv):
     add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
-    commands = expand(kind, target, flags)
+    root = os.path.dirname(module.__file__)
+    commands = [[seen_from(root, word) for word in command] for command in expand(kind, target, flags)]
 
     if args.slurm:
         home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
     else:
-        home = way_home(args.script, os.path.dirname(module.__file__))
+        home = way_home(args.script, root)
         text = script(kind, commands, limit, argv, home)
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.

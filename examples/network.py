@@ -1,0 +1,26 @@
+"""A small convolutional network, for the scripts to train, convert and fine-tune as any of your own:
+
+    python ann.py --architecture examples/network.py:network --dataset DIGITS --activation QCFS --levels 4 \\
+                  --optimizer Adam --learning_rate 2e-3 --lr_schedule cosine --batch_size 32 --epochs 4
+    python snn.py --architecture examples/network.py:network --timesteps 4 --activation Linear --epochs 1 \\
+                  --pretrained_ann trained_models/ann/ann_network_digits.pth
+"""
+from torch import nn
+
+
+def network(labels, input_shape, width=64):
+    """A network of 1.1 million weights, for images of input_shape (C, H, W) and so many labels."""
+    layers, channels = [], input_shape[0]
+    for factor in (1, 1, 'pool', 2, 2, 'pool', 4, 4):
+        if factor == 'pool':
+            layers.append(nn.AvgPool2d(2))
+        else:
+            layers += [nn.Conv2d(channels, factor * width, 3, padding=1, bias=False), nn.BatchNorm2d(factor * width),
+                       nn.ReLU()]
+            channels = factor * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, labels))
+
+
+def small(labels, input_shape):
+    """The same of a quarter of the channels: 72,000 weights."""
+    return network(labels, input_shape, width=16)
