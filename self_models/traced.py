@@ -135,10 +135,10 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     except Refused:
         raise
     except Exception as error:  # tracing runs the network's own code
-        reason = ' '.join(str(error).split())
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         if isinstance(error, fx.proxy.TraceError):
-            reason = f'its way depends on values ({reason}); write its forward without conditions on them'
-        raise Refused(f'{name} cannot be copied or traced: {reason}') from error
+            reason = f'its way depends on values ({reason}): write its forward without conditions on them'
+        raise Refused(f'{name} cannot be traced: {reason}') from error
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
             setattr(tree, key, value)

@@ -427,7 +427,7 @@ REFUSED_CALLS = {
     'random numbers': ['x + torch.randn(x.shape)', 'x + torch.randn(1)'],
     'in place': ['over_a_view(n.w(x))', 'after_a_view(n.w(x))', 'torch.add(x, x, out=x)'],
     'depends on values': ['x if x.sum() > 0 else -x', 'sum(row for row in x)'],
-    'copied or traced': ['[x for _ in range(x.max())][0]', 'x * float(x)', 'torch.tensor(x.numpy())'],
+    'cannot be traced': ['[x for _ in range(x.max())][0]', 'x * float(x)', 'torch.tensor(x.numpy())'],
     'no_grad': ['torch.no_grad()(n.w)(x)'], 'training=self.training': ['F.dropout(x)'], LOGITS: ['F.softmax(x, 1)'],
     'nn.BatchNorm': ['F.batch_norm(x, n.norm.running_mean, n.norm.running_var)']}
 
@@ -1211,7 +1211,7 @@ def test_activations_of_both_kinds_or_of_ones_own(narrow):
         convert(ann, 1)
     ann = published('VGG5', activation='QCFS')
     ann.features[1] = Half()
-    with pytest.raises(ValueError, match='cannot be copied or traced'):
+    with pytest.raises(ValueError, match='cannot be traced'):
         convert(ann, 1)
     with pytest.raises(ValueError, match='no bounds'):
         convert(published('VGG5'), 1)
