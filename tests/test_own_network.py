@@ -1087,6 +1087,25 @@ def test_images_are_left_as_they_are():
     agrees(made(ann, x, 3, **DIRECT), ann, x)
 
 
+def test_weights_of_another_ann_are_copied_or_refused():
+    ann, x = own('residual'), torch.rand(3, *SHAPE, dtype=torch.float64) * 2 - 1
+    ann.relu = QCFS(4).double()  # one module, called three times
+    snn = convert(ann, 2).double()
+    other = copy.deepcopy(ann)
+    other.relu.bound.data.fill_(0.7)
+    other.fc.weight.data.normal_()
+    copy_weights(other, snn)
+    assert snn.thresholds.tolist() == pytest.approx([0.7] * 3) and torch.equal(snn(x), convert(other, 2).double()(x))
+    before = {key: value.clone() for key, value in snn.state_dict().items()}
+    other.fc = nn.Linear(4, 6)
+    channels = copy.deepcopy(ann)
+    channels.relu = QCFS(4, channels=4)
+    for wrong in (other, own('mobile'), channels):
+        with pytest.raises(ValueError, match='layout'):
+            copy_weights(wrong, snn)
+        assert all(torch.equal(value, before[key]) for key, value in snn.state_dict().items())
+
+
 def test_functions_whose_names_are_taken():
     ann = Net(lambda n, x: n.fc(n.relu(n.conv1(n.relu(n.conv0(x)))).flatten(1)), conv0=nn.Conv2d(2, 4, 3, padding=1),
               conv1=nn.Conv2d(4, 4, 3, padding=1), fc=nn.Linear(256, 5)).double().eval()
