@@ -38,6 +38,7 @@ from self_models.traced import (
     put,
     replace,
     trace,
+    weight_of,
 )
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
@@ -239,14 +240,16 @@ class PlainRecord(NamedTuple):
 class PlainNetwork(Graphed, SpikingNetwork):
     """The spiking network of any ANN; made by spiking(). Modules, weights and their names are the ANN's.
 
-    notes: lines that say what is not as in the ANN. Other attributes: as for SpikingNetwork.
+    notes: lines that say what is not as in the ANN. activations: the paths of the ANN's modules in whose place the LIFs
+    are, None for a function. Other attributes: as for SpikingNetwork.
     """
 
-    def __init__(self, tree: nn.Module, graph: fx.Graph, names: list[str], depth: int, rate: float, options: dict):
+    def __init__(self, tree: nn.Module, graph: fx.Graph, names: list[str], activations: list[str | None], depth: int,
+                 rate: float, options: dict):
         super().__init__(rate=rate, **options)
         self.__dict__['input_layer'] = PoissonGenerator(rate)
         del self._modules['input_layer']
-        self.layer_names, self.depth, self.notes = names, depth, []
+        self.layer_names, self.depth, self.notes, self.activations = names, depth, [], activations
         self.hold(tree, graph)
         self.timesteps = options['timesteps']
 
@@ -312,13 +315,26 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
     @torch.no_grad()
     def copy_from(self, ann: nn.Module) -> None:
-        """Take over the weights of the ANN that it was made of, and the bounds of QCFS as thresholds."""
-        weights, own = ann.state_dict(), self.state_dict()
-        self.load_state_dict({key: weights.get(key, value) for key, value in own.items()})
-        for name, lif in zip(self.layer_names, self.lifs):
-            activation = ann.get_submodule(name) if f'{name}.bound' in weights else None
-            if activation is not None:
-                bound = checked_bound(activation)
+        """Take over the weights of the ANN that it was made of, or of one like it, and QCFS bounds as thresholds.
+
+        Raises ValueError for an ANN with other weights or other bounds; then nothing is copied.
+        """
+        found = {name: module for name, module in ann.named_modules() if isinstance(module, QCFS)}
+        weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
+        own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in self.layer_names}
+        bounds = [checked_bound(found[name]) if name in found else None for name in self.activations]
+        given = {**weights, **{f'bounds of {name}': bound if bound is not None and bound.dim() else None
+                               for name, bound in zip(self.layer_names, bounds)}}
+        wanted = {**own, **{f'bounds of {name}': lif.bounds for name, lif in zip(self.layer_names, self.lifs)}}
+        given, wanted = ({key: None if value is None else value.shape for key, value in each.items()}
+                         for each in (given, wanted))
+        wrong = sorted(key for key in given.keys() | wanted.keys() if given.get(key, 0) != wanted.get(key, 0))
+        if wrong:
+            raise ValueError(f'the ANN is not of the layout of the spiking network: {wrong[0]} differs')
+        for key, value in weights.items():
+            own[key].copy_(value)
+        for lif, bound in zip(self.lifs, bounds):
+            if bound is not None:
                 (lif.bounds if bound.dim() else lif.threshold).copy_(bound)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -406,7 +422,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
                'beta': FLAGS['beta'], 'gamma': FLAGS['gamma'], 'backend': 'torch', 'timesteps': timesteps,
                **(QUANTIZED if quantized[0] else {}), **options}
     options['timesteps'] = check_timesteps(timesteps)
-    names, notes, weight = [], [], next(tree.parameters())
+    names, weight = [], weight_of(tree)
     for call, module in found.items():
         lif = _lif_of(module, options).to(weight.device).train(tree.training)
         names.append(put(tree, call, lif, used))
@@ -421,7 +437,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
         _repeat(tree, graph, modules, used)
     notes = _notes(graph, modules)
     rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0
-    network = PlainNetwork(tree, graph, names, _depth(graph, modules), rate, options)
+    network = PlainNetwork(tree, graph, names, [call.target for call in calls], _depth(graph, modules), rate, options)
     network.training = tree.training
     network.notes = notes
     for note in notes:
@@ -495,7 +511,7 @@ def _depth(graph, modules):
     """How many LIFs are on the shortest way from the input to the output."""
     depths = {}
     for node in graph.nodes:
-        before = [depths[each] for each in node.all_input_nodes if each in depths]
+        before = [depths[each] for each in node.all_input_nodes if each in depths and not _is_size(each)]
         if node.op == 'placeholder' or before:
             is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)
             depths[node] = min(before, default=0) + is_lif

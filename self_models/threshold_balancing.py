@@ -17,6 +17,7 @@ from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_curr
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
 from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten
 from self_models.spiking_network import SpikingNetwork
+from self_models.traced import weight_of
 
 BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
 SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
@@ -209,7 +210,7 @@ def check_found(threshold: float, name: str, timesteps: int, percentile: float, 
 def _balance_plain(model, images, timesteps, percentile, progress):
     """The thresholds of a PlainNetwork, one LIF after another: what each is given comes from the spikes of those before
     it, by the part of the network between them."""
-    ways, lifs, weight = segments(model), model.lifs, next(model.parameters())
+    ways, lifs, weight = segments(model), model.lifs, weight_of(model)
     model.timesteps = 1
     shapes = {record.name: tuple(record.current.shape[2:])
               for record in model.record(images[:1].to(weight.device, weight.dtype))}

@@ -126,19 +126,19 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     name = type(ann).__name__
     if ann._forward_hooks or ann._forward_pre_hooks:
         raise Refused(f'{name} has hooks of its own, which a copy of its calls does not run: remove them')
-    parameters = inspect.signature(ann.forward).parameters
-    defaults = {key: value.default for key, value in parameters.items() if value.default is not inspect.Parameter.empty}
     try:
+        parameters = inspect.signature(ann.forward).parameters
+        defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         tree = copy.deepcopy(ann)
         traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
         graph = _Tracer().trace(traced, concrete_args=defaults or None)
     except Refused:
         raise
     except Exception as error:  # tracing runs the network's own code
-        reason = ' '.join(str(error).split())
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         if isinstance(error, fx.proxy.TraceError):
-            reason = f'its way depends on values ({reason})'
-        raise Refused(f'{name} cannot be traced: {reason}; write its forward without conditions on values') from error
+            reason = f'its way depends on values ({reason}): write its forward without conditions on them'
+        raise Refused(f'{name} cannot be traced: {reason}') from error
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
             setattr(tree, key, value)
@@ -155,6 +155,14 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             owner, dropout = owner_of(node, modules), FUNCTION_DROPOUTS[node.target](argument(node, 1, 'p', 0.5))
             replace(graph, node, put(tree, Call(node, owner, None), dropout.train(modules[owner].training), used))
     return tree, graph
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """A tensor that tells the device and the type of a module's layers."""
+    found = [each for each in module.modules() if not hasattr(each, 'threshold')]  # neurons have their own type
+    tensors = (value for kind in (nn.Module.parameters, nn.Module.buffers) for each in found
+               for value in kind(each, recurse=False) if value.is_floating_point())
+    return next(tensors, torch.empty(0))
 
 
 def unwrapped(ann: nn.Module) -> nn.Module:
@@ -248,15 +256,18 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
         values = [each for each in node.all_input_nodes if kinds[each] == VALUE]
         behind[node] = any(behind[each] for each in values)
         kinds[node], ranks[node] = VALUE, None
-        if node.op == 'output':
+        if node.op == 'placeholder':
+            takers = (rank_that(said(user, modules)[1].removesuffix('()')) for user in node.users)
+            ranks[node] = next(filter(None, takers), None)
+        elif node.op == 'output':
             if not isinstance(node.args[0], fx.Node):
                 raise Refused(f'{name} gives more than one output: have it return the logits alone')
             if behind[node.args[0]]:
                 raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
                               'the logits')
-        elif node.op != 'placeholder' and (not values or is_size(node)):
+        elif not values or is_size(node):
             kinds[node] = kind_of(node, kinds, ranks, refuse)
-        elif node.op != 'placeholder':
+        else:
             ranks[node] = rank_of(node, what, values, ranks)
             if is_activation(node, module):
                 if module is not None and (module._forward_hooks or module._forward_pre_hooks):
@@ -344,12 +355,17 @@ def first(dim: int, rank: int | None) -> bool:
     return dim == 0 or isinstance(dim, int) and (dim == -rank if rank else dim < -1)
 
 
+def rank_that(name: str) -> int | None:
+    """How many dimensions a layer of that name takes and gives; None if its name does not tell."""
+    kind = re.search('(Conv|conv|BatchNorm).*([123])d$', name)
+    return int(kind[2]) + 2 if kind and name != 'BatchNorm1d' else None
+
+
 def rank_of(node: fx.Node, what: str, values: list[fx.Node], ranks: dict) -> int | None:
     """How many dimensions a node gives, as far as its name and what it is given tell."""
     given, name = ranks[values[0]], what.removesuffix('()')
-    kind = re.search('(Conv|conv|BatchNorm).*([123])d$', name)
-    if kind and name != 'BatchNorm1d':
-        return int(kind[2]) + 2
+    if known := rank_that(name):
+        return known
     if node.target in RESHAPES and len(node.args) > 1:
         sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
@@ -586,7 +602,7 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
     modules, used = dict(tree.named_modules()), set()
-    first = next(tree.parameters())
+    first = weight_of(tree)
     for call, module in [(call, modules.get(call.target)) for call in calls]:
         if isinstance(module, QCFS):
             used.add(call.target)
