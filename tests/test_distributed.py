@@ -128,6 +128,7 @@ def test_a_synchronised_batch_norm_has_the_names_and_values_of_one_that_is_not(m
     assert not any(isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d) for module in model.modules())
     assert list(before) == list(model.state_dict()) and same(dict(before), dict(model.state_dict()))
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]['params']}
+    monkeypatch.undo()
     assert torch.equal(model(x), logits) and convert(model, 4)(x).isfinite().all()
 
 

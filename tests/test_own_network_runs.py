@@ -531,7 +531,7 @@ def test_a_file_that_a_checkpoint_names_is_not_run(anns, given):
     ('stops', r"KeyError in line \d+: 'no\\nsuch key'"), ('quits', r'SystemExit in line \d+: 3'),
     ('gelu', '2: GELU has no spiking counterpart: put nn.ReLU or QCFS'), ('without_activation', 'no ReLU and no QCFS'),
     ('TwoInputs', 'takes 2 inputs'), ('TwoInTraining', 'gives a tuple in training, not a tensor'),
-    ('Uncopied', 'cannot be traced: Only Tensors created'),
+    ('Uncopied', 'cannot be traced: RuntimeError: Only Tensors created'),
     ('for_seven', r'\(2, 7\).*not \(2, 10\): the data have 10 classes'),
     ('maps', r'\(2, 10, 4, 4\).*not \(2, 10\)'),
     ('of_larger_images', r'forward fails on images of 1x8x8 \(channels, height, width\): RuntimeError: mat1 and mat2'),
