@@ -1039,9 +1039,8 @@ def test_optional_arguments_and_kept_activations():
     assert torch.equal(pickle.loads(pickle.dumps(snn))(x), snn(x)) and torch.equal(copy.deepcopy(snn)(x), snn(x))
     net = quantized(ann, 1, x)
     assert torch.allclose(quiet(net, 1)(x), net(x))
-    single = spiking(ann, 4, **DIRECT, **LEARNED)  # learned thresholds are float32 until .double()
     want = step_by_step.find_own_thresholds(ann, snn, x, 6)
-    assert find_thresholds(single, x, 6) == pytest.approx(want, rel=1e-6)
+    assert find_thresholds(spiking(ann, 4, **DIRECT, **LEARNED), x, 6) == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize('name, depth', [('residual', 2), ('stem', 0), ('views', 3), ('dense', 1), ('mobile', 5),
