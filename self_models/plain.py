@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler at once
 
 from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
@@ -74,7 +75,7 @@ class LIF(nn.Module):
         surrogate = SURROGATES[self.activation](**self.flags)
         return LIFParameters(self.threshold, self.leak, surrogate, self.backend, self.delay, self.initial_potential)
 
-    @torch.compiler.disable  # the scan over time writes into views, which a compiler does not follow
+    @_disable_dynamo  # the scan over time writes into views, which a compiler does not follow
     def forward(self, current: torch.Tensor) -> torch.Tensor:
         """(T * B, ...), or (B, ...) if once -> (T * B, ...) of the same type: theta at a spike, else 0."""
         if not self.once and len(current) % self.timesteps:

@@ -4,18 +4,20 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from test_distributed import close, start
+from torch import nn
 
 import ann
 import snn
 from conftest import CALIBRATION, ROOT, fails, load, run, same
-from experiment import UserError, data, distributed, engine, setup
+from experiment import UserError, data, distributed, engine, own, setup
 from experiment.sweeps import sweep
-from self_models import quantize, spiking
+from self_models import QCFS, quantize, spiking
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
@@ -184,6 +186,75 @@ def test_balanced_thresholds_bring_a_network_of_relu_near_its_ann_at_100_steps(c
     run(snn, *whole, '--pretrained_ann', 'trained_models/ann/ann_nets_chain_digits.pth', '--timesteps', 100,
         '--scaling_factor', 1, '--calibration_samples', 50, '--calibration_timesteps', 100, '--test_only')
     assert accuracy_of(capsys.readouterr().out, 'converted SNN') > ann_accuracy - 3
+
+
+DOCS = (ROOT / 'docs/own_network.md').read_text()
+
+
+def test_the_commands_of_its_page(capsys):
+    Path('examples').symlink_to(ROOT / 'examples')
+    for block in re.findall('```bash\n(.*?)```', DOCS, re.S):
+        for line in block.replace('\\\n', ' ').splitlines():
+            python, script, *flags = shlex.split(line)
+            assert python == 'python'
+            run({'ann.py': ann, 'snn.py': snn}[script], *flags, '--no-gpu')
+    out = capsys.readouterr().out
+    assert accuracy_of(out, 'loaded SNN') > 95  # T = 2, fine-tuned
+    assert accuracy_of(out, 'converted SNN') > 90  # ReLU, T = 100
+    table, = re.findall('```\n +test accuracy +time steps\n(.*?)```', DOCS, re.S)
+    shown = [float(value) for value in re.findall(r'([\d.]+)%', table)]
+    best = load('trained_models/snn/snn_network_small_digits_2.pth')
+    found = [best['history'][0][key] for key in ('ann_accuracy', 'test_accuracy')] + [best['accuracy']]
+    assert [100 * value for value in found] == pytest.approx(shown, abs=2)  # it differs between processors
+
+
+def test_the_python_of_its_page():
+    text, = re.findall('```python\n(.*?)```', DOCS, re.S)
+    sys.modules.pop('_own_network_network', None)
+    network = own.build(f'{ROOT}/examples/network.py:small', 10, (1, 8, 8))
+    images = torch.rand(4, 1, 8, 8)
+    known = {'network': network, 'images': images, 'batches': [(images, torch.arange(4))] * 2}
+    exec(text, known)
+    assert known['logits'].shape == (4, 10) and known['snn'].thresholds.tolist() == known['thresholds']
+    assert known['ann'] is not network and not any(isinstance(module, QCFS) for module in network.modules())
+
+
+def layers_of(heading):
+    """The nn.NAME in the table below a heading of the page, as modules that follow 8 channels."""
+    table = DOCS.split(f'## {heading}')[1].split('##')[0]
+    names = [name for line in table.splitlines() if line.startswith('|') for cell in line.split('|')[1:3 if heading ==
+             'What may stand in it' else 2] for name in re.findall(r'nn\.(\w+)', cell)]
+    given = {'Conv': (8, 8, 3), 'Linear': (8, 8), 'Batch': (8,), 'Adaptive': (1,), 'AvgPool': (2,), 'MaxPool': (2,),
+             'Unflatten': (1, (2, 4)), 'PixelS': (2,), 'ZeroPad': (1,), 'LayerNorm': (8,), 'Group': (2, 8),
+             'Instance': (8,), 'LocalR': (2,), 'Softmax': (1,), 'LogS': (1,), 'Multihead': (8, 2), 'LSTM': (8, 8)}
+    return [(name, next((value for key, value in given.items() if name.startswith(key)), ())) for name in names]
+
+
+@pytest.mark.parametrize('name, given', [layer for layer in layers_of('What may stand in it')
+                                         if layer[0] not in ('ReLU', 'Sequential')])
+def test_what_its_page_says_may_stand_in_it(name, given):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), getattr(nn, name)(*given), nn.Conv2d(8, 4, 1))
+    with warnings.catch_warnings(action='ignore'):  # of a max pool
+        assert len(spiking(network, 3).lifs) == 1
+
+
+@pytest.mark.parametrize('name, given', [layer for layer in layers_of('What is refused') if layer[0] != 'ReLU'])
+def test_what_its_page_says_is_refused(name, given):
+    layer = getattr(nn, name)(*given)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layer, self.last = nn.Linear(8, 8), layer, nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = {'MultiheadAttention': lambda: self.layer(x, x, x)[0], 'LSTM': lambda: self.layer(x)[0]}.get(
+                name, lambda: self.layer(x))()
+            return self.last(x)
+
+    with pytest.raises(ValueError, match='^layer: '):
+        spiking(Network(), 3)
 
 
 # -- the ways of a run ------------------------------------------------------------------------------------------------
@@ -460,7 +531,7 @@ def test_a_file_that_a_checkpoint_names_is_not_run(anns, given):
     ('stops', r"KeyError in line \d+: 'no\\nsuch key'"), ('quits', r'SystemExit in line \d+: 3'),
     ('gelu', '2: GELU has no spiking counterpart: put nn.ReLU or QCFS'), ('without_activation', 'no ReLU and no QCFS'),
     ('TwoInputs', 'takes 2 inputs'), ('TwoInTraining', 'gives a tuple in training, not a tensor'),
-    ('Uncopied', r'cannot be traced: RuntimeError'),
+    ('Uncopied', 'cannot be traced: Only Tensors created'),
     ('for_seven', r'\(2, 7\).*not \(2, 10\): the data have 10 classes'),
     ('maps', r'\(2, 10, 4, 4\).*not \(2, 10\)'),
     ('of_larger_images', r'forward fails on images of 1x8x8 \(channels, height, width\): RuntimeError: mat1 and mat2'),
@@ -499,12 +570,20 @@ def test_where_a_file_may_lie_and_what_its_name_may_be(called):
         assert Path('trained_models/ann', f'ann_{Path(file).stem}_shared_digits.pth').exists()
         del sys.modules['parts_of_it']
     Path('folder.py').mkdir()
-    for own, words in (('none.py:Net', 'there is no file none.py'), ('folder.py:Net', 'there is no file folder.py'),
+    for missing, words in (('none.py:Net', 'there is no file none.py'), ('folder.py:Net', 'there is no file folder.py'),
                        ('C:\\none\\net.py:Net', 'there is no file')):
-        fails(ann, words, '-a', own, *DIGITS)
-    for own in ('nets.py', 'nets.py:', 'nets.py:Shared.made', 'nets.py:Shared()', 'nets.py:a b', 'nets.pyc:Shared'):
-        done = called(ann, '-a', own)
+        fails(ann, words, '-a', missing, *DIGITS)
+    for unnamed in ('nets.py', 'nets.py:', 'nets.py:Shared.made', 'nets.py:Shared()', 'nets.py:a b', 'nets.pyc:Shared'):
+        done = called(ann, '-a', unnamed)
         assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'FILE.py:NAME' in done.stderr
+
+
+def test_weights_of_another_training(anns, capsys):
+    torch.save(load(anns['chain'])['state_dict'], 'weights.pt')
+    run(snn, *converted({'chain': 'weights.pt'}, 'chain', '--test_only'))
+    run(snn, *converted(anns, 'chain', '--test_only'))
+    said = re.findall('^(?:thresholds|converted SNN): .*', capsys.readouterr().out, re.M)
+    assert len(said) == 4 and said[:2] == said[2:]
 
 
 def test_other_weights_than_the_networks(anns):
