@@ -425,7 +425,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
     names, weight = [], weight_of(tree)
     for call, module in found.items():
         lif = _lif_of(module, options).to(weight.device).train(tree.training)
-        names.append(put(tree, call, lif, used))
+        names.append(put(tree, call, lif.double() if weight.dtype == torch.float64 else lif, used))
         replace(graph, call.node, names[-1])
     for node in list(graph.nodes):
         module = modules.get(node.target) if node.op == 'call_module' else None

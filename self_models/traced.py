@@ -194,7 +194,8 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 waiting += [user for user in alias.users if shares_memory(user, modules)]
                 waiting += [source_of(alias)] if shares_memory(alias, modules) else []
         later = [(alias, user) for alias in aliases for user in alias.users if order[alias] < order[node] < order[user]]
-        if changed is not None or any(alias is not written for alias, _ in later):
+        if changed is not None or any(alias is not written for alias, _ in later) or any(
+                alias.op == 'get_attr' for alias in aliases):
             raise Refused(f'{owner_of(node, modules) or "the network"}: {said(node, modules)[1]} changes in place what '
                           'is read elsewhere, too: leave out its inplace=True, or its _, or its out=')
         for _, user in later:
@@ -448,17 +449,23 @@ def check(node: fx.Node, module: nn.Module | None, what: str, kinds: dict, ranks
             refuse('rounds', 'keep floating-point numbers')
     elif target is F.pad and rank and len(argument(node, 1, 'pad')) >= 2 * rank:
         refuse('adds samples', 'pad from dimension 1 on')
-    elif target not in SUMS | FREE and not is_average_pool(name) and not is_max_pool(target):
+    elif target not in SUMS | FREE and not is_pool(target):
         refuse_by_name(name, refuse)
 
 
 def is_average_pool(name: str) -> bool:
-    """Whether a function averages; torch wraps some of its own, so that they are told by name."""
-    return 'avg_pool' in name
+    """Whether a function of torch of that name averages; torch wraps some of its own, so that they are told by name."""
+    return re.fullmatch('(adaptive_)?avg_pool[123]d', name) is not None
 
 
 def is_max_pool(target) -> bool:
     return re.fullmatch('(adaptive_)?max_pool[123]d', getattr(target, '__name__', '')) is not None
+
+
+def is_pool(target) -> bool:
+    """Whether a function is one of torch that pools."""
+    home = getattr(target, '__module__', None) or ''
+    return home.startswith('torch') and (is_average_pool(target.__name__) or is_max_pool(target))
 
 
 def refuse_by_name(name: str, refuse: Callable) -> None:
@@ -513,9 +520,8 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         found = [channels_of(each, modules) for each in source_of(node)]
         return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
     if module is None:
-        name = getattr(node.target, '__name__', '')
         keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | {'contiguous', 'clone', F.pad, F.interpolate} or (
-            is_average_pool(name) or is_max_pool(node.target))
+            is_pool(node.target))
     else:
         keeps = not isinstance(module, (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle))
     found = [channels_of(each, modules) for each in node.all_input_nodes] if keeps else []
@@ -598,7 +604,10 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     tree, graph = trace(ann)
     calls = activations_of(tree, graph)
     own = [call.target for call in calls]
-    plain = None not in own and len(set(own)) == len(own) and not any(call.node.meta.get('changes') for call in calls)
+    modules = dict(tree.named_modules())
+    names = [id(module) for _, module in tree.named_modules(remove_duplicate=False)]  # some have several
+    plain = None not in own and len(set(own)) == len(own) and not any(
+        call.node.meta.get('changes') or names.count(id(modules[call.target])) > 1 for call in calls)
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
     modules, used = dict(tree.named_modules()), set()
