@@ -43,7 +43,7 @@ from self_models.traced import (
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
 QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
-BLOCK = 2 ** 17  # neurons
+BLOCK, SHORTEST = 2 ** 19, 2 ** 15  # values of a tensor that a thread works on at once, and of one of its rows
 
 
 class LIF(nn.Module):
@@ -118,8 +118,8 @@ def strides_of(x: torch.Tensor) -> tuple:
 
 
 def blocks(x: torch.Tensor) -> list[slice]:
-    """Slices of the columns of x (n, M), of so many that each thread of a CPU has BLOCK; on a GPU one of all."""
-    size = x.shape[1] if x.is_cuda else BLOCK * torch.get_num_threads()
+    """Slices of the columns of x (n, M), of so many that they stay in a CPU's cache; on a GPU one of all."""
+    size = x.shape[1] if x.is_cuda else max(SHORTEST, BLOCK // len(x)) * torch.get_num_threads()
     return [slice(i, min(i + size, x.shape[1])) for i in range(0, x.shape[1], size)]
 
 
@@ -148,11 +148,14 @@ class _LIF(torch.autograd.Function):
         slices = blocks(spikes)
         work = torch.empty(slices[0].stop, dtype=dtype, device=current.device)
         for some in slices:
-            part, fires = given[:, some].to(dtype), spikes[:, some]
+            part, to = given[:, some].to(dtype), spikes[:, some]
+            fires = to if to.dtype == dtype else torch.empty(to.shape, dtype=dtype, device=to.device)
             u, _ = lif_forward(part[0] if once else part, fires, numbers,
                                potentials=work[:some.stop - some.start].expand(count, -1))
             faults.append(sum(0 * end for end in torch.aminmax(u)))
             fires.mul_(numbers.threshold + faults[-1])
+            if fires is not to:
+                to.copy_(fires)
         # a potential that is not finite stays so, and makes all that its layer gives NaN
         if len(faults) > 1 and sum(faults).isnan():
             spikes.fill_(torch.nan)

@@ -61,6 +61,8 @@ def test_arithmetic():
     assert networks.arithmetic(few, 'test') == 2 * (first + 4 * sum(hidden) + last)
     assert networks.arithmetic(few, 'train') == 2 * (2 * first + 12 * sum(hidden) + 3 * last)
     assert networks.arithmetic(many, 'train') == 3 * (70 * (2 * first + 3 * sum(hidden)) + 3 * last)
+    own = 1024 * (27 + 576) * 64 + 256 * (576 + 1152) * 128 + 64 * (1152 + 2304) * 256 + 2560
+    assert networks.arithmetic(compare.parse_row('network:1:5'), 'test') == 5 * own
     assert networks.arithmetic(few, 'train', ann=True) == 2 * (2 * first + 3 * sum(hidden) + 3 * last)
 
 
@@ -87,6 +89,30 @@ def test_the_networks_of_other_libraries_give_the_same_logits_and_memopt_the_sam
         gradients.append([p.grad for p in net.parameters()])
     for plain, recomputed in zip(gradients[0], gradients[1], strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_the_example_network_in_spikingjelly_gives_the_same_logits_and_gradients():
+    pytest.importorskip('spikingjelly')
+    model = networks.build_plain(compare.parse_row('network:3:2'), CPU).double()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    forward, net = networks.build_spikingjelly(model, CPU)
+    net.double().load_state_dict({key: value for key, value in model.state_dict().items()
+                                  if not key.endswith(('threshold', 'leak'))})
+    for run in (model.train(), forward):
+        run(images).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), forward(images))
+
+
+def test_what_a_row_compares():
+    def names(row, given=None):
+        return compare.names_of(compare.parse_row(row), argparse.Namespace(implementations=given))
+    assert [name for name in names('network:4:64') if name not in compare.PEERS] == ['plain', 'ann', 'limit']
+    assert names('VGG5:4:32')[0] == 'ours' and 'plain' not in names('VGG5:4:32')
+    assert names('VGG5:4:32', ['plain', 'ours']) == ['plain', 'ours']
+    assert names('network:4:64', ['plain', 'ours']) == ['plain']
 
 
 def test_a_worker(monkeypatch, capsys):

@@ -55,6 +55,15 @@ def test_float32_is_close_to_float64():
     assert torch.allclose(grad32[:, same].double(), grad[:, same], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_spikes_as_floats(dtype):
+    current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
+    plain, fused = torch.empty(2, 12, 50, dtype=dtype, device=DEVICE)
+    for backend, spikes in (('torch', plain), ('triton', fused)):
+        lif_forward(current, spikes, LIFParameters(0.7, 0.9, SURROGATES['STDB'](), backend))
+    assert torch.equal(plain, fused) and plain.any()
+
+
 def test_state_goes_on_from_call_to_call():
     neuron = LIFParameters(0.7, 0.9, SURROGATES['STDB'](beta=0.04), 'triton')
     current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)

@@ -51,6 +51,19 @@ def test_state_carries_a_scan_over_a_cut():
     assert torch.equal(part, fired) and fired.any()
 
 
+@pytest.mark.parametrize('delay', [0, 1])
+def test_spikes_as_floats(delay):
+    neuron = make(0.7, 0.9)._replace(delay=delay, initial_potential=0.5)
+    for current in (torch.randn(20, 7, dtype=torch.float64), torch.rand(7, dtype=torch.float64)):
+        fired = torch.empty(20, 7, dtype=torch.bool)
+        u, _ = lif_forward(current, fired, neuron)
+        for dtype in (torch.float64, torch.float32):
+            spikes = torch.full((20, 7), torch.nan, dtype=dtype)
+            last, before = lif_forward(current, spikes, neuron)
+            assert torch.equal(spikes, fired.to(dtype)) and torch.equal(before, fired[-1].double()) and fired.any()
+            assert torch.equal(last, u)
+
+
 def test_stdb_gradient_by_hand():
     z = torch.tensor([-1.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
     spikes = STDB.apply(z, torch.tensor([1.0, 10.0, 200.0]), 0.5, 0.1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import self_models.layers as layers
+import self_models.plain as plain_way
 import self_models.threshold_balancing as balancing
 import step_by_step
 from conftest import network, ternary
@@ -1023,6 +1024,39 @@ def test_the_curve_and_the_record(encoding, delay):
     for wrong in ([], [0], [2, 1], [7]):
         with pytest.raises(ValueError, match='ascend'):
             snn.curve(x, wrong)
+
+
+@pytest.mark.parametrize('once', [False, True])
+@pytest.mark.parametrize('options', [{}, LEARNED, {'activation': 'Linear'}, {'activation': 'Linear', **LEARNED}])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_neurons_in_blocks(options, once, dtype, monkeypatch):
+    lif = plain_way.LIF(5, 0.7, 0.9, delay=0, initial_potential=0.5, **options)
+    lif.once, results = once, []
+    x = torch.randn(2 if once else 10, 3, 4, 4, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for size in (1000, 7):  # of rows of 96 neurons
+        monkeypatch.setattr(plain_way, 'SHORTEST', 1)
+        monkeypatch.setattr(plain_way, 'BLOCK', 5 * size // torch.get_num_threads())
+        current = x.clone().requires_grad_()
+        y = lif(current)
+        lif.zero_grad()
+        (y * torch.arange(y.numel()).view(y.shape).sin().to(dtype)).sum().backward()
+        results.append([y, current.grad, *(value.grad for value in lif.parameters())])
+        broken = x.clone()
+        broken[0, 0, 0, 0] = torch.nan  # of one neuron
+        assert lif(broken).isnan().all()
+    for whole, part in zip(*results, strict=True):
+        assert whole.any() and torch.allclose(whole, part, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('once', [False, True])
+@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
+def test_neurons_keep_one_tensor_for_the_backward_pass(activation, once):
+    lif, kept = plain_way.LIF(5, activation=activation, delay=0), []
+    lif.once = once
+    current = torch.randn(2 if once else 10, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda each: each):
+        y = lif(current)
+    assert [each.data_ptr() for each in kept] == [(y if activation == 'STDB' else current).data_ptr()]
 
 
 def test_a_potential_that_is_not_finite_is_not_taken_for_silence():
