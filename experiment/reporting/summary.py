@@ -25,7 +25,7 @@ ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows th
 # Settings that the converted network does not depend on.
 TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
             'momentum', 'amsgrad', 'dropout', 'label_smoothing', 'activation', *FLAGS, 'output',
-            'learn_threshold', 'learn_leak'}
+            'learn_threshold', 'learn_leak', 'keep_batch_norm'}
 
 
 class Run(NamedTuple):
@@ -106,8 +106,11 @@ def _run(path, args, machine, epochs):
         former['threshold_percentile'] = 100.0
     for key, value in former.items():
         settings.setdefault(key, value)
-    if 'width' in without_effect(settings):  # files of former versions do not know it
+    if 'width' in without_effect(settings):  # files of former versions do not know it, nor the flags of the next line
         del settings['width']
+    for key, value in (('keep_batch_norm', False), ('balance_blocks', False), ('bounds', 'layer')):
+        if settings.get(key) == value:
+            del settings[key]
     if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
         settings['lr_reduce'] = _finite(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
