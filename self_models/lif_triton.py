@@ -30,7 +30,8 @@ def _forward(current, potentials, spikes, u, fired, scalars, steps, neurons, cur
         spike = potential > threshold
         if KEEP:
             tl.store(potentials + i, potential, inside)
-        tl.store(spikes + i, spike.to(spikes.dtype.element_ty), inside)
+        # by way of float32: Triton's interpreter turns a bool into the bits of a bfloat16
+        tl.store(spikes + i, spike.to(tl.float32).to(spikes.dtype.element_ty), inside)
         current += current_stride  # not k * stride, which can pass 2^31
         potentials += potentials_stride
         spikes += spikes_stride

