@@ -42,7 +42,7 @@ class SpikeTrain:
         return self.spikes.shape[1]
 
     def tensors(self) -> list:
-        """What of it is kept for the backward pass; without() is the rest, with() puts them together."""
+        """What of it is kept for the backward pass; without() is the rest, with_tensors() puts them together."""
         return [self.spikes, self.mask]
 
     def without(self) -> 'SpikeTrain':
@@ -176,17 +176,18 @@ class _Joined(torch.autograd.Function):
 
 
 class SpikeCounts(torch.autograd.Function):
-    """Sum over time of what a train gives, (B, N'), as a function of its proxy."""
+    """Sum of what a train gives in its first `steps` steps, (B, N'), as a function of its proxy."""
 
     @staticmethod
-    def forward(ctx, proxy: torch.Tensor, train: SpikeTrain, dtype: torch.dtype) -> torch.Tensor:
-        ctx.steps, ctx.dtype = train.steps, proxy.dtype
-        return train.total(slice(0, train.steps), dtype)
+    def forward(ctx, proxy: torch.Tensor, train: SpikeTrain, steps: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.steps, ctx.after, ctx.dtype = steps, train.steps - steps, proxy.dtype
+        return train.total(slice(0, steps), dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad.to(ctx.dtype).expand(ctx.steps, *grad.shape), None, None  # one copy, not one a step
+        grad = grad.to(ctx.dtype).expand(ctx.steps, *grad.shape)  # one copy, not one a step
+        return F.pad(grad, (0, 0, 0, 0, 0, ctx.after)) if ctx.after else grad, None, None, None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

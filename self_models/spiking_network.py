@@ -109,8 +109,8 @@ class SpikingNetwork(nn.Module):
     fire in the step of their input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak:
     make `thresholds`, `leaks` parameters.
 
-    initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike can be
-    at the output; no fewer time steps than latency + 1 give more than nothing.
+    initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike that
+    the images cause can be at the output; without biases, no fewer time steps than latency + 1 give more than nothing.
     """
 
     def __init__(self, activation: str, timesteps: int, leak: float, default_threshold: float, alpha: float,
@@ -151,7 +151,6 @@ class SpikingNetwork(nn.Module):
         """Set the number of time steps, 1 or more, and the leak of all layers, in (0, 1]; else raise ValueError."""
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.leak_update([leak] * len(self.leaks))
-
 
     def checked_curve(self, at: Sequence[float]) -> list[int]:
         """The time steps that curve() is to tell of, as a list. Raises ValueError for others than it can."""
@@ -274,13 +273,15 @@ class LayerByLayer(SpikingNetwork):
         In the weights' type, or in float32 if that is narrower, as are spike counts and membrane potentials.
         All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
         """
-        if self.timesteps <= self.latency or not len(x):
+        if self.is_silent(x):
             return self.silent_output(x, self.timesteps)
         train = self.last_spikes(x)
+        # if the images' own spikes come too late, the train holds some after the last time step
+        steps = min(train.steps, max(0, self.timesteps - train.start))
         if train.proxy is None:
-            counts = train.total(slice(0, train.steps), self.classifier[-1].weight.dtype)
+            counts = train.total(slice(0, steps), self.classifier[-1].weight.dtype)
         else:
-            counts = SpikeCounts.apply(train.proxy, train, self.classifier[-1].weight.dtype)
+            counts = SpikeCounts.apply(train.proxy, train, steps, self.classifier[-1].weight.dtype)
         return self.readout(unflatten(counts[None], train.pooled_shape), self.timesteps) + train.fault
 
     @torch.no_grad()
@@ -291,7 +292,7 @@ class LayerByLayer(SpikingNetwork):
         are those of the same network at timesteps = t, given the same random draws.
         """
         at = self.checked_curve(at)
-        if self.timesteps <= self.latency or not len(x):
+        if self.is_silent(x):
             return torch.stack([self.silent_output(x, steps) for steps in at])
         outputs, counts, row = [], 0, 0
         train = self.last_spikes(x)
@@ -301,6 +302,11 @@ class LayerByLayer(SpikingNetwork):
             outputs.append(self.readout(unflatten(counts[None], train.pooled_shape), steps))
             row = stop
         return torch.stack(outputs) + train.fault
+
+    def is_silent(self, x: torch.Tensor) -> bool:
+        """Whether no spike can reach the output: of no images, or in so few steps, if no bias makes a neuron fire."""
+        biased = any(getattr(synapse, 'bias', None) is not None for stage in self.stages() for _, synapse in stage.inputs)
+        return not len(x) or self.timesteps <= self.latency and not biased
 
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
@@ -333,8 +339,9 @@ class LayerByLayer(SpikingNetwork):
             yield LayerRecord(self.layer_names[index], self.lif_parameters(index), inputs, train)
 
     def input_train(self, x: torch.Tensor) -> SpikeTrain | DirectInput:
-        """What the first layer is given that can reach the output: of T steps the last `latency` cannot."""
-        return self.encode(x, self.timesteps - self.latency)
+        """What the first layer is given that can reach the output: of T steps the last `latency` cannot. It is one
+        step at least, for networks that only biases make fire."""
+        return self.encode(x, max(1, self.timesteps - self.latency))
 
     def largest_convolution(self, shape: tuple) -> int:
         """The most values that one of the convolutions takes and gives, of one sample at one step.
@@ -371,7 +378,7 @@ class LayerByLayer(SpikingNetwork):
 
 
 def last(layers: Layers) -> SpikeTrain:
-    """Run through a generator like SpikingNetwork.chain; returns the last train."""
+    """Run through a generator like LayerByLayer.layers; returns the last train."""
     while True:
         try:
             next(layers)  # what it yields is not held, so a layer's input can go when the next layer runs
