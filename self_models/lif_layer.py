@@ -1,12 +1,23 @@
 """An LIF layer with its synapses over all time steps, and its gradient.
 
 Layer by layer: a layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over
-T * B images and a scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever held;
-what training keeps of a layer is its spikes, one byte for each neuron and step, from which STDB's gradient follows.
-For other surrogates it also keeps the factor, for gradients of the threshold and the leak the potentials.
+T * B images and a scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever held.
+
+Spikes are bytes, and autograd knows only floats. So they travel outside autograd, and the proxy of their train, a
+tensor of the same shape that holds no data, stands for them in its graph:
+
+    spikes of layer k  --floats(), W s + b, scan over time-->  spikes of layer k + 1
+    proxy of layer k   <------- _LIFLayer.backward ----------  proxy of layer k + 1
+
+What training keeps of a layer is, for each neuron and step, one of these (see what_to_keep):
+
+    'spikes'      one byte, from which STDB's gradient follows
+    'factors'     the surrogate's, of the potential
+    'potentials'  of which the gradients of the threshold and the leak follow, and the factors
 """
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +189,36 @@ def input_current(inputs: list[SynapticInput], window: tuple[int, int], weights:
     return total
 
 
+def prepared(inputs: list[SynapticInput]) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """(weights, biases) of the inputs, as prepare() gives them: as autocast has them, if it is on here."""
+    compute_dtype = dtypes(next(each.weight for each in inputs if each.weight is not None))[1]
+    return ([prepare(each.weight, compute_dtype) for each in inputs],
+            [prepare(each.bias, compute_dtype) for each in inputs])
+
+
+def currents(inputs: list[SynapticInput], window: tuple[int, int],
+             ready: tuple[list, list]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield (samples, input_current() of them), for as many samples as fit into the working memory after others.
+
+    ready: prepared() of the inputs.
+    """
+    weights = [each.weight for each in inputs if each.weight is not None]
+    dtype, compute_dtype = at_least_float32(weights[0].dtype), next(each.dtype for each in ready[0] if each is not None)
+    for samples in chunks(inputs[0].train.batch, working_bytes(inputs, window[1], dtype), weights, dtype):
+        yield samples, input_current(inputs, window, *ready, samples, dtype, compute_dtype)
+
+
+def what_to_keep(inputs: list[SynapticInput], parameters: LIFParameters) -> str | None:
+    """'spikes', 'factors' or 'potentials', of which the gradients follow; None where none is wanted."""
+    given = [tensor for each in inputs for tensor in (each.weight, each.bias, each.train.proxy)]
+    wanted = parameters.learned or any(tensor is not None and tensor.requires_grad for tensor in given)
+    if not (torch.is_grad_enabled() and wanted):
+        return None
+    if parameters.learned:
+        return 'potentials'
+    return 'spikes' if parameters.surrogate.of_spikes else 'factors'
+
+
 def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: nn.Dropout | None = None,
               pools: int = 0) -> SpikeTrain:
     """Run an LIF layer over time: the SpikeTrain that the inputs' summed currents cause, `delay` steps later.
@@ -187,48 +228,78 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
     in the threshold and the leak where those are tensors.
     """
     (start, steps), shape = window(inputs, parameters), inputs[0].output_shape()
-    weights = [each.weight for each in inputs if each.weight is not None]
-    dtype, compute_dtype, device = *dtypes(weights[0]), weights[0].device
-    batch, size = inputs[0].train.batch, math.prod(shape)
+    weight = next(each.weight for each in inputs if each.weight is not None)
+    dtype, device, batch, size = dtypes(weight)[0], weight.device, inputs[0].train.batch, math.prod(shape)
     spikes = torch.empty(steps, batch, size, dtype=torch.bool, device=device)
     fault = sum(each.train.fault for each in inputs)
-    learns = torch.is_grad_enabled() and (parameters.learned or any(
-        tensor is not None and tensor.requires_grad
-        for each in inputs for tensor in (each.weight, each.bias, each.train.proxy)))
-    learned = learns and parameters.learned  # then the potentials are kept; factored: else the surrogate's factors
-    factored = learns and not learned and not parameters.surrogate.of_spikes
-    kept = torch.empty(spikes.shape, dtype=dtype, device=device) if learned or factored else spikes
-    numbers = parameters.detached()
+    keep, numbers = what_to_keep(inputs, parameters), parameters.detached()
+    kept = torch.empty(spikes.shape, dtype=dtype, device=device) if keep in ('potentials', 'factors') else spikes
+    ready = prepared(inputs)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        ready = [[prepare(getattr(each, kind), compute_dtype) for each in inputs] for kind in ('weight', 'bias')]
-        for samples in chunks(batch, working_bytes(inputs, steps, dtype), weights, dtype):
-            current = input_current(inputs, (start, steps), *ready, samples, dtype, compute_dtype).flatten(1)
-            potentials = current if len(current) == steps else None
-            if learned:
+        for samples, current in currents(inputs, (start, steps), ready):
+            current = current.flatten(1)
+            once = len(current) < steps  # the same at all steps; else the potentials may take its place
+            potentials = None if once else current
+            if keep == 'potentials':
                 potentials = kept[:, samples].flatten(1)
-            elif factored and potentials is None:
+            elif keep == 'factors' and once:
                 potentials = current.new_empty(steps, current.shape[1])
-            u, _ = lif_forward(current if len(current) == steps else current[0], spikes[:, samples].flatten(1), numbers,
+            u, _ = lif_forward(current[0] if once else current, spikes[:, samples].flatten(1), numbers,
                                potentials=potentials)
             # A potential that is not finite stays so: the last ones tell. Spikes do not, as NaN exceeds no threshold.
             fault = fault + sum(0 * end for end in torch.aminmax(u))
-            if factored:
+            if keep == 'factors':
                 kept[:, samples] = surrogate_state(potentials, numbers).view(kept[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
             mask = dropout_factors(torch.empty(batch, size, dtype=dtype, device=device), dropout.p)
     train = SpikeTrain(spikes, shape, start + parameters.delay, mask=mask, pools=pools, fault=fault)
-    if learns:
+    if keep:
         given = [tensor for each in inputs for tensor in (each.train.proxy, each.weight, each.bias)]
-        values = [value if isinstance(value, torch.Tensor) else None for value in parameters[:2]]
-        train.proxy = _LIFLayer.apply(train, kept, inputs, numbers, ready[0], *values, *given)
+        learned = [value if isinstance(value, torch.Tensor) else None for value in parameters[:2]]
+        train.proxy = _LIFLayer.apply(train, kept, inputs, numbers, ready[0], *learned, *given)
     return train
+
+
+class _InputGradients:
+    """The gradients of one input, (proxy, weight, bias), each None unless wanted, added up over chunks of samples.
+
+    weight: as prepare() gives it. grad: of the layer's train. window: of the layer.
+    """
+
+    def __init__(self, given: SynapticInput, weight: torch.Tensor | None, wanted: tuple[bool, bool, bool],
+                 grad: torch.Tensor, window: tuple[int, int]):
+        self.given, self.wanted, train = given, wanted, given.train
+        self.delay = train.start - window[0]
+        self.rows = 1 if train.constant else max(0, window[1] - self.delay)  # of its steps, those in the window
+        self.proxy = self.weight = self.bias = None
+        if wanted[0]:
+            self.turned = given.turned(weight)
+            steps = 1 if train.constant else train.steps
+            self.proxy = grad.new_empty(steps, train.batch, math.prod(train.pooled_shape))
+            self.proxy[self.rows:] = 0  # spikes after the window reach nothing
+
+    def add(self, g: torch.Tensor, lowered: torch.Tensor, samples: slice, shape: tuple) -> None:
+        """g: the gradient (n, b, N) of the layer's current over the window; lowered: the same as autocast has it."""
+        if self.wanted[2]:
+            part = g.reshape(-1, shape[0]).sum(0)
+            self.bias = part if self.bias is None else self.bias + part
+        if not self.rows:
+            return
+        train = self.given.train
+        out = g.sum(0, keepdim=True).to(lowered.dtype) if train.constant else lowered[self.delay:]
+        out = unflatten(out, shape)
+        if self.wanted[1]:
+            x = train.floats(samples, slice(0, self.rows), lowered.dtype)
+            self.weight = self.given.weight_gradient(x, out, self.weight)
+        if self.wanted[0]:
+            self.proxy[:self.rows, samples] = flatten(self.given.input_gradient(out, self.turned), self.rows)
 
 
 class _LIFLayer(torch.autograd.Function):
     """The gradient of lif_layer. Forward gives the proxy of its train; the spikes themselves are there already."""
 
-    FIRST = 7  # of forward's arguments, the first input's proxy
+    LEARNED, GIVEN = slice(5, 7), slice(7, None)  # of forward's arguments: threshold and leak; the inputs' tensors
 
     @staticmethod
     def forward(ctx, train, kept, inputs, parameters, ready, threshold, leak, *given):
@@ -246,53 +317,28 @@ class _LIFLayer(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        parameters, dtype, count = ctx.parameters, ctx.dtype, len(ctx.inputs)
+        parameters, dtype = ctx.parameters, ctx.dtype
         kept, mask, *saved = ctx.saved_tensors
         train = ctx.train.with_tensors(None, mask)
         inputs = [SynapticInput(each.train.with_tensors(*saved[2 * i:2 * i + 2]), each.synapse)
                   for i, each in enumerate(ctx.inputs)]
-        ready = saved[2 * count:]
-        known = [weight for weight in ready if weight is not None]
-        compute_dtype = known[0].dtype
-        (start, steps), given = window(inputs, parameters), ctx.needs_input_grad[_LIFLayer.FIRST:]
-        wanted = list(zip(given[::3], given[1::3], given[2::3], strict=True))
-        learned = any(ctx.needs_input_grad[_LIFLayer.FIRST - 2:_LIFLayer.FIRST])
-        turned = [each.turned(weight) if wanted[i][0] else None
-                  for i, (each, weight) in enumerate(zip(inputs, ready, strict=True))]
-        proxy_grads, weight_grads, bias_grads = [None] * count, [None] * count, [None] * count
-        own_grads = [None, None]
-        for i, each in enumerate(inputs):
-            if wanted[i][0]:
-                rows = 1 if each.train.constant else each.train.steps
-                proxy_grads[i] = grad.new_empty(rows, each.train.batch, math.prod(each.train.pooled_shape))
-                # spikes after the window reach nothing
-                proxy_grads[i][max(0, steps - (each.train.start - start)):] = 0
-        for samples in chunks(grad.shape[1], working_bytes(inputs, steps, dtype), known, dtype):
+        ready = saved[2 * len(inputs):]
+        weights = [weight for weight in ready if weight is not None]
+        span, given = window(inputs, parameters), ctx.needs_input_grad[_LIFLayer.GIVEN]
+        of_inputs = [_InputGradients(each, weight, wanted, grad, span) for each, weight, wanted in zip(
+            inputs, ready, zip(given[::3], given[1::3], given[2::3], strict=True), strict=True)]
+        learned, own = any(ctx.needs_input_grad[_LIFLayer.LEARNED]), [0, 0]
+        for samples in chunks(grad.shape[1], working_bytes(inputs, span[1], dtype), weights, dtype):
             g = train.pull_back(grad[:, samples], samples, dtype, parameters.height)
             state = kept[:, samples].flatten(1)
-            factors = surrogate_state(state, parameters) if learned else state
-            lif_backward(g.flatten(1), factors, train.start, parameters)
+            lif_backward(g.flatten(1), surrogate_state(state, parameters) if learned else state, train.start,
+                         parameters)
             if learned:
-                parts = parameter_gradients(g.flatten(1), state, parameters)
-                own_grads = [part if total is None else total + part for part, total in zip(parts, own_grads)]
-            for i in range(count):
-                if wanted[i][2]:
-                    part = g.reshape(-1, train.shape[0]).sum(0)
-                    bias_grads[i] = part if bias_grads[i] is None else bias_grads[i] + part
-            once = g.sum(0, keepdim=True).to(compute_dtype) if inputs[0].train.constant else None
-            g = g.to(compute_dtype)
-            for i, (each, weight) in enumerate(zip(inputs, turned, strict=True)):
-                delay = each.train.start - start
-                rows = slice(0, 1 if each.train.constant else max(0, steps - delay))
-                if not rows.stop:
-                    continue
-                out = unflatten(g[delay:] if once is None else once, train.shape)
-                if wanted[i][1]:
-                    x = each.train.floats(samples, rows, compute_dtype)
-                    weight_grads[i] = each.weight_gradient(x, out, weight_grads[i])
-                if wanted[i][0]:
-                    proxy_grads[i][rows, samples] = flatten(each.input_gradient(out, weight), rows.stop)
-        own_grads = [part if wants else None
-                     for part, wants in zip(own_grads, ctx.needs_input_grad[_LIFLayer.FIRST - 2:], strict=False)]
-        return (None, None, None, None, None, *own_grads,
-                *(part for parts in zip(proxy_grads, weight_grads, bias_grads, strict=True) for part in parts))
+                own = [a + b for a, b in zip(own, parameter_gradients(g.flatten(1), state, parameters), strict=True)]
+            lowered = g.to(weights[0].dtype)
+            for each in of_inputs:
+                each.add(g, lowered, samples, train.shape)
+        own = [value if wanted else None
+               for value, wanted in zip(own, ctx.needs_input_grad[_LIFLayer.LEARNED], strict=True)]
+        return (*[None] * 5, *own,
+                *(value for each in of_inputs for value in (each.proxy, each.weight, each.bias)))

@@ -16,14 +16,8 @@ from torch._compile import _disable_dynamo  # torch.compiler.disable, without im
 from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
 from self_models.published import PoissonGenerator
-from self_models.qcfs import QCFS
-from self_models.spiking_network import (
-    SMALLEST,
-    SpikingNetwork,
-    check_leak,
-    check_threshold,
-    check_timesteps,
-)
+from self_models.qcfs import QCFS, SMALLEST
+from self_models.spiking_network import SpikingNetwork, check_leak, check_threshold, check_timesteps
 from self_models.surrogate import FLAGS, SURROGATES
 from self_models.traced import (
     DROPOUTS,

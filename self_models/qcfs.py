@@ -5,7 +5,7 @@ Bu et al., "Optimal ANN-SNN conversion for high-accuracy and ultra-low-latency s
 import torch
 from torch import nn
 
-SMALLEST = 1e-4  # that a bound becomes
+SMALLEST = 1e-4  # that a learned bound, threshold or leak becomes
 BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay in a CPU's cache
 
 

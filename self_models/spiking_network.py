@@ -15,22 +15,13 @@ from torch import nn
 from self_models.encoding import ENCODINGS
 from self_models.layers import Scale, initialize
 from self_models.lif import LIFParameters, lif_forward
-from self_models.lif_layer import (
-    SynapticInput,
-    chunks,
-    dtypes,
-    input_current,
-    lif_layer,
-    prepare,
-    window,
-    working_bytes,
-)
+from self_models.lif_layer import SynapticInput, currents, lif_layer, prepared, window
 from self_models.published import PoissonGenerator
+from self_models.qcfs import SMALLEST
 from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, at_least_float32, flatten, join, unflatten
 from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
-SMALLEST = 1e-4  # that a learned threshold or leak becomes
 # yields inputs and spikes of one LIF layer after another, returns the last spikes
 Layers = Generator[tuple[list[SynapticInput], SpikeTrain], None, SpikeTrain]
 
@@ -59,14 +50,9 @@ class LayerRecord:
         The potential is the one after the input of each of the window's n steps, which the neuron fires on (p of
         lif.py); N is stored as in SpikeTrain. They are computed anew.
         """
-        weights = [each.weight for each in self.inputs if each.weight is not None]
-        dtype, compute_dtype = dtypes(weights[0])
-        steps = self.window[1]
-        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
-            ready = [[prepare(getattr(each, kind), compute_dtype) for each in self.inputs]
-                     for kind in ('weight', 'bias')]
-            for samples in chunks(self.spikes.batch, working_bytes(self.inputs, steps, dtype), weights, dtype):
-                current = input_current(self.inputs, self.window, *ready, samples, dtype, compute_dtype)
+        steps, ready = self.window[1], prepared(self.inputs)
+        with torch.no_grad(), torch.autocast(self.inputs[0].train.tensors()[0].device.type, enabled=False):
+            for samples, current in currents(self.inputs, self.window, ready):
                 current = current.expand(steps, -1, -1)
                 potentials = torch.empty_like(current, memory_format=torch.contiguous_format)
                 lif_forward(current.flatten(1), torch.empty_like(potentials, dtype=torch.bool).flatten(1),
@@ -305,7 +291,8 @@ class LayerByLayer(SpikingNetwork):
 
     def is_silent(self, x: torch.Tensor) -> bool:
         """Whether no spike can reach the output: of no images, or in so few steps, if no bias makes a neuron fire."""
-        biased = any(getattr(synapse, 'bias', None) is not None for stage in self.stages() for _, synapse in stage.inputs)
+        synapses = [synapse for stage in self.stages() for _, synapse in stage.inputs]
+        biased = any(getattr(synapse, 'bias', None) is not None for synapse in synapses)
         return not len(x) or self.timesteps <= self.latency and not biased
 
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:

@@ -169,8 +169,9 @@ def _balance_all(model, images, timesteps, percentile, progress):
             block = max(1, memory // (size * dtype.itemsize * values))
             pieces = Pieces(groups, [(i, min(i + block, steps)) for i in range(0, steps, block)])
             neuron = model.lif_parameters(index).detached()
-            narrow = source if len(inputs) == 1 else None
-            threshold = balance(source(), pieces, neuron, percentile, output, bar, narrow, shape[0])
+            current, narrow = source(), source if len(inputs) == 1 else None
+            guess = partial(likely_threshold, current, pieces, narrow, shape[0])
+            threshold = balance(current, pieces, neuron, percentile, output, bar, guess)
             store = inputs[0][0].store
             check_found(threshold, model.layer_names[index], timesteps, percentile,
                         store is not None and not store.spiked and all(
@@ -252,7 +253,8 @@ def _balance_plain(model, images, timesteps, percentile, progress):
             output = SpikeStore(timesteps, size, model.delay) if name in needed else None
             block = max(1, CHUNK_BYTES[weight.device.type] // (groups[0].stop * weight.itemsize * values[number]))
             pieces = Pieces(groups, [(i, min(i + block, timesteps)) for i in range(0, timesteps, block)])
-            threshold = balance(current, pieces, lif.parameters_of().detached(), percentile, output, bar)
+            guess = partial(likely_threshold, current, pieces)
+            threshold = balance(current, pieces, lif.parameters_of().detached(), percentile, output, bar, guess)
             silent = any(source in stores for source in way.sources) and threshold == 0 and not any(
                 stores[source].spiked for source in way.sources if source in stores)
             check_found(threshold, name, timesteps, percentile, silent)
@@ -298,10 +300,10 @@ def current_source(inputs: list[tuple[Source, nn.Module | None]], images: torch.
 
 
 def balance(current: Callable, pieces: Pieces, neuron: LIFParameters, percentile: float, output: SpikeStore | None,
-            bar: tqdm, narrow: Callable | None = None, channels: int = 1) -> float:
+            bar: tqdm, guess: Callable) -> float:
     """The largest of the currents over all pieces, or a percentile of them; `output` is given the spikes at that.
 
-    current: (group, first, stop) -> (m, b, N). narrow: gives the same function of some of the layer's `channels` alone.
+    current: (group, first, stop) -> (m, b, N). guess: gives one of the currents that is likely the largest.
 
     Spikes need the threshold, and the threshold needs every current. So that currents need not be found twice, spikes
     are found along with the maximum, at the maximum so far; a group's are valid if it did not grow since. It seldom
@@ -314,7 +316,7 @@ def balance(current: Callable, pieces: Pieces, neuron: LIFParameters, percentile
     else:
         threshold, last_growth = 0.0, 0
         if output is not None:
-            threshold = likely_threshold(current, pieces, narrow, channels)
+            threshold = guess()
         for number, group in enumerate(pieces.groups):
             before, threshold = threshold, largest_current(current, group, pieces, neuron, threshold, output)
             if threshold > before:
@@ -388,7 +390,7 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
     return (index + 1) / BINS * top if index > 0 else 0.0
 
 
-def likely_threshold(current: Callable, pieces: Pieces, narrow: Callable | None, channels: int) -> float:
+def likely_threshold(current: Callable, pieces: Pieces, narrow: Callable | None = None, channels: int = 1) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
     It is where the eighth of the channels that is the largest in the last few steps has its own largest current, which

@@ -394,15 +394,7 @@ def check(node: fx.Node, module: nn.Module | None, what: str, kinds: dict, ranks
     if counts and target not in RESHAPES:
         refuse('computes with the number of samples', 'write it without')
     if module is not None:
-        if not isinstance(module, LINEAR_MODULES):
-            refuse_by_name(name, refuse)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
-            refuse('has no running statistics', 'build it with track_running_stats=True')
-        if getattr(module, 'return_indices', False):
-            refuse('gives more than one output', 'build it without return_indices')
-        if isinstance(module, (nn.Flatten, nn.Unflatten)):
-            if first(getattr(module, 'start_dim', getattr(module, 'dim', None)), rank):
-                refuse('mixes samples', 'flatten from dimension 1 on')
+        check_module(module, name, rank, refuse)
     elif target in PRODUCTS:
         if len(of_values) > 1:
             refuse('is a product of activations', 'product')
@@ -451,6 +443,19 @@ def check(node: fx.Node, module: nn.Module | None, what: str, kinds: dict, ranks
         refuse('adds samples', 'pad from dimension 1 on')
     elif target not in SUMS | FREE and not is_pool(target):
         refuse_by_name(name, refuse)
+
+
+def check_module(module: nn.Module, name: str, rank: int | None, refuse: Callable) -> None:
+    """Refuse a module unless it is linear in its input and keeps the samples apart."""
+    if not isinstance(module, LINEAR_MODULES):
+        refuse_by_name(name, refuse)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        refuse('has no running statistics', 'build it with track_running_stats=True')
+    if getattr(module, 'return_indices', False):
+        refuse('gives more than one output', 'build it without return_indices')
+    if isinstance(module, (nn.Flatten, nn.Unflatten)):
+        if first(getattr(module, 'start_dim', getattr(module, 'dim', None)), rank):
+            refuse('mixes samples', 'flatten from dimension 1 on')
 
 
 def is_average_pool(name: str) -> bool:
