@@ -153,6 +153,13 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def small_classifiers(monkeypatch, request):
+    """VGGs' classifiers of 64 in place of 4096 neurons, which no test but those of stored numbers needs."""
+    if 'numbers' not in request.node.name:
+        monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)
+
+
+@pytest.fixture
 def published_class(tmp_path, monkeypatch):
     """A class of the published code whose module is gone when its file is read, and leaves a folder if imported."""
     monkeypatch.chdir(tmp_path)

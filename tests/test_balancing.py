@@ -10,6 +10,8 @@ import step_by_step
 from conftest import fill, ternary
 from self_models import RESNET_SNN_STDB, VGG_SNN_STDB, find_thresholds
 
+pytestmark = pytest.mark.usefixtures('small_classifiers')
+
 
 def vgg5(**options):
     return fill(VGG_SNN_STDB('VGG5', dataset='DIGITS', **options).double(), 4)
@@ -31,7 +33,8 @@ def test_a_percentile_of_the_currents(percentile):
     model, x = vgg5(), ternary((9, 1, 8, 8), 1, low=0)
     want = step_by_step.find_thresholds(model, x, 30, percentile)
     found = find_thresholds(model, x, 30, percentile=percentile)
-    assert found[0] == pytest.approx(want[0], rel=1e-4) and found == pytest.approx(want, rel=5e-3)
+    assert found[0] == pytest.approx(want[0], rel=1e-4) and found[:3] == pytest.approx(want[:3], rel=5e-3)
+    assert found[3:] == pytest.approx(want[3:], rel=1e-2)  # of 64 neurons each
     assert (found[0] < find_thresholds(model, x, 30)[0]) == (percentile < 100)
 
 
@@ -76,18 +79,18 @@ def test_thresholds_of_a_network_of_a_narrow_type(dtype):
 
 @pytest.mark.slow
 def test_groups_blocks_and_files_do_not_change_the_result(monkeypatch):
-    model, x = vgg5(), ternary((70, 1, 8, 8), 1, low=0)
+    model, x = vgg5(), ternary((40, 1, 8, 8), 1, low=0)
     want = step_by_step.find_thresholds(model, x, 25)
     monkeypatch.setattr(balancing, 'SPOOL_BYTES', 1000)   # spikes go to a temporary file
     monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 200_000})  # a few steps at a time
     assert find_thresholds(model, x, 25) == pytest.approx(want, rel=1e-9)
     want = step_by_step.find_thresholds(model, x, 25, 99)
-    assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=5e-3)
+    assert find_thresholds(model, x, 25, percentile=99) == pytest.approx(want, rel=1e-2)
 
 
 @pytest.mark.slow
 def test_memory_grows_neither_with_images_nor_with_steps(monkeypatch):
-    model, x = vgg5(), ternary((130, 1, 8, 8), 1, low=0)
+    model, x = vgg5(), ternary((40, 1, 8, 8), 1, low=0)
     sizes, original = [], balancing.SynapticInput.output
 
     def output(synapse, spikes, *weights):
@@ -99,7 +102,7 @@ def test_memory_grows_neither_with_images_nor_with_steps(monkeypatch):
     # the largest convolution takes and gives 64 * 64 + 64 values of 8 bytes: 33 kB an image and step
     monkeypatch.setattr(balancing, 'BLOCK_BYTES', 200_000)
     monkeypatch.setattr(balancing, 'CHUNK_BYTES', {'cpu': 100_000})
-    find_thresholds(model, x, 64)
+    find_thresholds(model, x, 24)
     assert max(sizes) <= 200_000
 
 

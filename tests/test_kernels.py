@@ -14,6 +14,8 @@ if DEVICE == 'cpu':
     os.environ['TRITON_INTERPRET'] = '1'  # read when the kernels are imported, which their first use does
 pytest.importorskip('triton')
 
+pytestmark = pytest.mark.usefixtures('small_classifiers')
+
 
 def both(steps, neurons, dtype=torch.float64, **options):
     """(torch, triton), of each: potentials, spikes and gradient of the currents of one run, and its last state."""
@@ -78,8 +80,7 @@ def test_state_goes_on_from_call_to_call():
 @pytest.mark.parametrize('kind, architecture, activation', [
     *((VGG_SNN_STDB, 'VGG5', activation) for activation in SURROGATES),
     *((RESNET_SNN_STDB, 'RESNET6', activation) for activation in ('STDB', 'Linear'))])
-def test_networks_agree(kind, architecture, activation, monkeypatch):
-    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+def test_networks_agree(kind, architecture, activation):
     results = []
     x = ternary((2, 1, 8, 8), 5, 1.25, low=0).to(DEVICE)
     for backend in ('torch', 'triton'):

@@ -28,12 +28,7 @@ from self_models.surrogate import SURROGATES
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
 
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch, request):
-    """Classifiers of 64 in place of 4096, which no test but that of stored numbers needs."""
-    if 'numbers' not in request.node.name:
-        monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)
+pytestmark = pytest.mark.usefixtures('small_classifiers')
 
 
 def weights_only(model):

@@ -17,6 +17,8 @@ from self_models import ARCHITECTURES, INPUT_SHAPES, VGG, ResNet, find_threshold
 from self_models.architectures import RESNET_STAGES
 from self_models.spike_train import SpikeTrain
 
+pytestmark = pytest.mark.usefixtures('small_classifiers')
+
 
 def ann(architecture, **options):
     return VGG(architecture, **options) if architecture.startswith('VGG') else ResNet(architecture, **options)
@@ -320,12 +322,12 @@ def narrow(monkeypatch):
 SIZES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 19, 22, 23, 24, 25, 31, 32, 33, 39, 40]
 
 
-@pytest.mark.parametrize('activation', ['STDB', 'Linear'])
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
-def test_every_image_size_that_builds_trains(architecture, activation, narrow):
-    built = learning = 0
-    for number, size in enumerate(SIZES):
-        shape = (3, size, size + (0, 3)[number % 2])
+def test_every_image_size_that_builds_trains(architecture, narrow):
+    sizes = SIZES[::3] if architecture in ('RESNET20', 'RESNET34') else SIZES  # whose strides are those of RESNET12
+    built, learning = 0, []
+    for number, size in enumerate(sizes):
+        shape, activation = (3, size, size + (0, 3)[number % 2]), ('STDB', 'Linear')[number // 2 % 2]
         try:
             model = network(architecture, input_shape=shape, activation=activation, gamma=0.9, alpha=0.9, beta=0.1)
         except ValueError as error:
@@ -341,12 +343,13 @@ def test_every_image_size_that_builds_trains(architecture, activation, narrow):
         assert all(grad.isfinite().all() for grad in got.values())
         model.zero_grad()
         F.cross_entropy(step_by_step.run(model, x)[0], labels).backward()
-        learning += all(p.grad.any() for p in model.parameters())
+        if activation == 'STDB':  # whose gradient reaches every neuron that fired; Linear's those near their thresholds
+            learning.append(all(p.grad.any() for p in model.parameters()))
         for name, p in model.named_parameters():
             assert (got[name] - p.grad).norm() <= 1e-9 * p.grad.norm(), (size, name)
     smallest = 2 if architecture.startswith('RESNET') else 4 if architecture == 'VGG5' else 16
-    assert built == sum(size >= smallest for size in SIZES)
-    assert learning > built / 2 or activation == 'Linear'  # whose gradient few potentials are near enough to have
+    assert built == sum(size >= smallest for size in sizes)
+    assert sum(learning) > len(learning) / 2
 
 
 @pytest.mark.parametrize('part', ['weight', 'potential'])
