@@ -101,7 +101,7 @@ def work(args):
     import networks
     import torch
 
-    from experiment.setup import keep_memory
+    from self_models.cpu import keep_memory
     name, task, row = args.worker
     torch.set_flush_denormal(True)
     device = torch.device(args.device)

@@ -200,7 +200,7 @@ def build(name, row, device):
     if not name.startswith('ours'):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
-                module.__class__ = nn.Conv2d  # torch's own, not patches.py's
+                module.__class__ = nn.Conv2d  # torch's own, not cpu.py's
     return {'step_by_step': lambda: ((lambda x: step_by_step.run(model, x)[0]), model),
             'spikingjelly': lambda: build_spikingjelly(model, device),
             'spikingjelly_memopt': lambda: build_spikingjelly(model, device, memopt=True),

@@ -1,6 +1,4 @@
 """What the flags of a run ask for: its device, data and networks."""
-import ctypes
-import platform
 import shlex
 import sys
 import warnings
@@ -10,6 +8,7 @@ import torch
 
 import self_models
 from experiment import UserError, checkpoint, data, distributed, options, own
+from self_models import cpu
 from self_models.surrogate import FLAGS
 
 
@@ -22,25 +21,13 @@ def set_up_device(args):
     """
     # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
-    keep_memory()
+    cpu.keep_memory()
     device = _device(args)
     if device.type == 'cuda':
         torch.cuda.set_device(device)  # Triton starts its kernels on the current device, wherever the tensors are
     if distributed.wanted():
         distributed.start(device)
     return device
-
-
-def keep_memory():
-    """Have the C library keep freed memory for what comes next, where that is glibc; elsewhere nothing is done.
-
-    By itself it gives tensors above 32 MB back to the system, which then has to clear each page of the next one: at
-    B = 128 that is 100,000 page faults a training step of VGG5 with batch norm, and a fifth of its time.
-    """
-    if platform.libc_ver()[0] == 'glibc':
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)
-        for parameter, value in ((trim_threshold, -1), (top_pad, 64 << 20), (mmap_max, 0)):
-            ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def _device(args):

@@ -18,8 +18,7 @@ from self_models.architectures import (
     VGG_LAYOUTS,
     input_shape_of,
 )
-from self_models.dropout import Dropout
-from self_models.patches import Conv2d
+from self_models.cpu import Conv2d, Dropout
 from self_models.qcfs import QCFS
 
 ACTIVATIONS = ('ReLU', 'QCFS')

@@ -43,7 +43,7 @@ class LIFParameters(NamedTuple):
         return self.surrogate.height / self.threshold
 
     @property
-    def reset(self) -> float | torch.Tensor:
+    def reset_by(self) -> float | torch.Tensor:
         """What a spike takes off the next row's potential."""
         return self.threshold if self.delay else self.leak * self.threshold
 
@@ -80,7 +80,7 @@ def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFPara
         u, fired = state or parameters.initial_state(current[0] if current.dim() == 2 else current)
         lif_triton.forward(current, potentials, spikes, u, fired, parameters)
         return u, fired
-    leak, reset, threshold = parameters.leak, parameters.reset, parameters.threshold
+    leak, reset, threshold = parameters.leak, parameters.reset_by, parameters.threshold
     u, fired = state or (current.new_full((1,), parameters.initial_potential * threshold), None)
     inputs = current.unbind() if current.dim() == 2 else [current] * len(spikes)
     outputs = [None] * len(spikes) if potentials is None else potentials.unbind()
@@ -144,6 +144,6 @@ def parameter_gradients(grad: torch.Tensor, potentials: torch.Tensor,
         own = own + (row - p.leak * later) @ potential
         carried, spiked = carried + later @ potential, spiked + later @ (potential > p.threshold).to(later.dtype)
     first = p.initial_potential * grad[0].sum()
-    threshold = -own / p.threshold - (p.reset / p.threshold) * spiked + p.leak * first
+    threshold = -own / p.threshold - (p.reset_by / p.threshold) * spiked + p.leak * first
     leak = carried - (0 if p.delay else p.threshold) * spiked + p.threshold * first
     return threshold, leak

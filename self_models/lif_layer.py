@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from self_models import patches
-from self_models.dropout import dropout_factors
+from self_models import cpu
 from self_models.layers import Scale
 from self_models.lif import (
     LIFParameters,
@@ -66,8 +65,8 @@ class SynapticInput:
         return (self.synapse.out_channels, *((size + 2 * p - k) // s + 1 for size, p, k, s in sizes))
 
     def takes_patches(self, device: torch.device) -> bool:
-        """Whether it is a convolution that is computed as a matrix product, see patches.py."""
-        return patches.takes_patches(self.synapse, self.train.pooled_shape, device)
+        """Whether it is a convolution that is computed as a matrix product, see cpu.py."""
+        return cpu.takes_patches(self.synapse, self.train.pooled_shape, device)
 
     def patch_values(self) -> int:
         """How many values the patches of one image are, of input or gradient; 0 where none are taken."""
@@ -85,12 +84,12 @@ class SynapticInput:
         if isinstance(self.synapse, nn.Linear):
             return F.linear(x.flatten(1), weight, bias)
         if self.takes_patches(x.device):
-            return patches.convolve(x, weight, bias)
+            return cpu.convolve(x, weight, bias)
         return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
     def turned(self, weight: torch.Tensor | None) -> torch.Tensor | None:
         """A weight as input_gradient() takes it; to be called once for all samples, as it may copy."""
-        return patches.turn(weight) if weight is not None and self.takes_patches(weight.device) else weight
+        return cpu.turn(weight) if weight is not None and self.takes_patches(weight.device) else weight
 
     def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """The gradient of x (m * b, C, H, W) or (m * b, features) from that of output(x, ...); weight: turned()."""
@@ -101,7 +100,7 @@ class SynapticInput:
         if isinstance(self.synapse, nn.Linear):
             return (grad @ weight).view(-1, *self.train.pooled_shape)
         if self.takes_patches(grad.device):
-            return patches.input_gradient(grad, weight, self.synapse.kernel_size)
+            return cpu.input_gradient(grad, weight, self.synapse.kernel_size)
         shape = (len(grad), *self.train.pooled_shape)
         return nn.grad.conv2d_input(shape, weight, grad, stride=self.synapse.stride, padding=self.synapse.padding)
 
@@ -109,7 +108,7 @@ class SynapticInput:
         """The gradient of the weight from x and that of output(x, weight), added to `total` unless that is None."""
         dtype = at_least_float32(self.weight.dtype)
         if self.takes_patches(x.device):
-            part = patches.weight_gradient(x, grad, self.weight.shape)
+            part = cpu.weight_gradient(x, grad, self.weight.shape)
         elif isinstance(self.synapse, nn.Linear):
             x = x.flatten(1)
             if total is not None and grad.dtype == dtype:
@@ -142,7 +141,7 @@ def prepare(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
 
 def dtypes(weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """(type of the potentials, type of the convolutions): autocast lowers the latter, of a float32 network."""
-    return at_least_float32(weight.dtype), patches.compute_dtype(weight)
+    return at_least_float32(weight.dtype), cpu.compute_dtype(weight)
 
 
 def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int, int]:
@@ -252,7 +251,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
                 kept[:, samples] = surrogate_state(potentials, numbers).view(kept[:, samples].shape)
         mask = None
         if dropout is not None and dropout.training and dropout.p > 0:
-            mask = dropout_factors(torch.empty(batch, size, dtype=dtype, device=device), dropout.p)
+            mask = cpu.dropout_factors(torch.empty(batch, size, dtype=dtype, device=device), dropout.p)
     train = SpikeTrain(spikes, shape, start + parameters.delay, mask=mask, pools=pools, fault=fault)
     if keep:
         given = [tensor for each in inputs for tensor in (each.train.proxy, each.weight, each.bias)]

@@ -90,7 +90,7 @@ def forward(current: torch.Tensor, potentials: torch.Tensor | None, spikes: torc
     with torch.cuda.device_of(current):
         _forward[(triton.cdiv(neurons, BLOCK),)](
             current, target, spikes.view(torch.uint8) if spikes.dtype == torch.bool else spikes, u, fired,
-            _scalars(u, parameters.leak, parameters.threshold, parameters.reset), steps, neurons,
+            _scalars(u, parameters.leak, parameters.threshold, parameters.reset_by), steps, neurons,
             current.stride(0) if current.dim() == 2 else 0, target.stride(0) if keep else 0, spikes.stride(0),
             KEEP=keep, BLOCK=BLOCK)
 

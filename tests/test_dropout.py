@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from self_models.dropout import Dropout
+from self_models.cpu import Dropout
 
 
 @pytest.mark.parametrize('p', [0.1, 0.5, 0.9])

@@ -17,6 +17,7 @@ import snn
 from conftest import CALIBRATION, ROOT, SMALL, SPIKING, load, metrics_of, run
 from experiment import engine, setup
 from experiment.reporting import metrics
+from self_models import cpu as cpu_ways
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
@@ -235,7 +236,7 @@ def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')
 def test_memory_that_was_freed_is_not_cleared_anew():
-    setup.keep_memory()
+    cpu_ways.keep_memory()
     faults = []
     for _ in range(30):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from self_models import patches
+from self_models import cpu
 from self_models.layers import conv
 
 CPU = torch.device('cpu')
@@ -17,7 +17,7 @@ def test_they_are_convolutions(kernel_size, height, width, layout):
     ours = conv(3, 5, kernel_size, bias=True).double().to(memory_format=layout)
     nn.init.normal_(ours.bias)
     x = torch.randn(4, 3, height, width, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
-    assert patches.takes_patches(ours, x.shape[1:], CPU)
+    assert cpu.takes_patches(ours, x.shape[1:], CPU)
     want = F.conv2d(x, ours.weight, ours.bias, padding=kernel_size // 2)
     down = torch.randn_like(want)
     given = (x, ours.weight, ours.bias)
@@ -39,7 +39,7 @@ def test_second_derivatives_and_empty_batches():
     (conv(3, 5, 3), (3, 4, 4), 'cuda', False), (nn.Linear(48, 5), (48,), 'cpu', False),
     (None, (3, 4, 4), 'cpu', False)])
 def test_where_they_are_taken(layer, shape, device, answer):
-    assert patches.takes_patches(layer, shape, torch.device(device)) is answer
+    assert cpu.takes_patches(layer, shape, torch.device(device)) is answer
 
 
 @pytest.mark.parametrize('pixels', [4, 5])  # with patches and without
