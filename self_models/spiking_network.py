@@ -316,8 +316,8 @@ class LayerByLayer(SpikingNetwork):
             size = max(1, GROUP_BYTES[x.device.type]
                        // (train.steps * self.largest_convolution(train.shape) * x.itemsize))
         groups = [slice(i, i + size) for i in range(0, len(x), size)]
-        train = join([last(self.layers(train.part(samples), 0, dense)) for samples in groups])
-        return last(self.layers(train, dense, len(stages)))
+        train = join([run_through(self.layers(train.part(samples), 0, dense)) for samples in groups])
+        return run_through(self.layers(train, dense, len(stages)))
 
     def record(self, x: torch.Tensor) -> Iterator[LayerRecord]:
         """Yield what every LIF layer is given and does, in the order of `layer_names`, as images x (B, C, H, W) go
@@ -364,7 +364,7 @@ class LayerByLayer(SpikingNetwork):
             return F.linear(counts.flatten(1), weight, None if bias is None else steps * bias)
 
 
-def last(layers: Layers) -> SpikeTrain:
+def run_through(layers: Layers) -> SpikeTrain:
     """Run through a generator like LayerByLayer.layers; returns the last train."""
     while True:
         try:
