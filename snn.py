@@ -99,8 +99,8 @@ def main(args):
     optimizer = engine.make_optimizer(model, args)
     if start.kind in ('snn', 'resume'):
         checkpoint.load_snn(model, start.state, start.path, leaks='leak' not in args.given)
-    if start.resumed:
-        engine.resume_optimizer(optimizer, start.state, start.path, args)
+    if start.resumed and not args.test_only:
+        engine.load_optimizer(optimizer, start.state, start.path)
     start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
@@ -128,7 +128,7 @@ def main(args):
     if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0
         results.test_start(model, optimizer)
     if not args.test_only:
-        engine.fit(model, optimizer, data, run, progress, chance_epochs=5)
+        engine.train(model, optimizer, data, run, progress, chance_epochs=5)
     results.say_table()
     if args.keep_batch_norm and not args.test_only:
         model = convert.fold_batch_norm(model, data, run)

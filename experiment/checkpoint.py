@@ -14,6 +14,7 @@ from torch import nn
 
 from experiment import UserError, unpickling
 from experiment.files import replacing, set_aside, write_atomically
+from experiment.options import FORMER
 from self_models.surrogate import SURROGATES
 
 
@@ -47,6 +48,28 @@ def load(path, kind):
         other = 'snn' if is_snn else 'ann'
         raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
                         f'give it to snn.py with --pretrained_{other}')
+    return upgrade(state)
+
+
+PRETRAINED = ('pretrained_ann', 'pretrained_snn')
+
+
+def upgrade(state):
+    """What a file of a former version or of the published code holds, in today's form; the one place that knows them.
+
+    args is a dict, {} where the file has none, and without the flags that it does not know.
+    """
+    args = dict(state['args']) if isinstance(state.get('args'), dict) else {}
+    if 'trained_on' not in state:  # runs that were resumed forgot what they had begun with
+        args = {flag: value for flag, value in args.items() if flag not in PRETRAINED or value}
+    if 'scaling_factor' in args:
+        args.setdefault('threshold_percentile', 100.0)
+    state = {**state, 'args': args}
+    if 'timesteps' in state:
+        state['args'] = {**FORMER, 'output': 'mean', **args}  # only a conversion fits the output
+        state.setdefault('leak', state.get('leak_mem'))
+        if state.get('activation') in ('STDPSpike', 'LinearSpike'):  # classes that published files name
+            state['activation'] = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}[state['activation']]
     return state
 
 
@@ -54,7 +77,7 @@ def load_training(path, kind):
     """load() of a checkpoint that training can go on from. Raises UserError."""
     state = load(path, kind)
     best = state.get('best')
-    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(state.get('args'), dict)
+    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and 'epochs' in state['args']
             and isinstance(best, list) and len(best) == 2
             and all(isinstance(value, (int, float)) for value in (*best, state.get('accuracy')))
             and isinstance(state.setdefault('history', []), list)
@@ -154,7 +177,7 @@ def fitting(model, state, path, may_differ=()):
         elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
             problems.append(f'{key} is not finite')
     if problems:
-        known = state.get('args') if isinstance(state.get('args'), dict) else {}
+        known = state.get('args', {})
         known = (f' (it holds a {known["architecture"]} for {known["dataset"]})'
                  if {'architecture', 'dataset'} <= known.keys() else '')
         raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
@@ -179,7 +202,6 @@ def shape(tensor):
 
 
 NEURONS = ('thresholds', 'leaks')
-SPIKES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # classes that published files name
 
 
 def snn_state(model):
@@ -195,7 +217,7 @@ def ann_layers(state):
     network from scratch, which has ReLU.
     """
     state = state or {'state_dict': {}}
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    saved = state.get('args', {})
     ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
     channel = any(getattr(value, 'ndim', 0) for key, value in state['state_dict'].items()
                   if str(key).rsplit('.', 1)[-1] in ('bound', 'bounds'))
@@ -216,7 +238,7 @@ def has_scales(state):
 
 
 def snn_settings(state, path):
-    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, the published code's older keys included.
+    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, thresholds as used, that is scaled.
 
     leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that
     make no network.
@@ -225,11 +247,11 @@ def snn_settings(state, path):
         scale = float(state.get('scaling_threshold', 1.0))
         settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
                     'timesteps': int(state['timesteps']),
-                    'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
+                    'leak': float(state['leak'])}
         if 'leaks' in state:
             settings['leaks'] = [float(value) for value in state['leaks']]
         if 'activation' in state:
-            settings['activation'] = SPIKES.get(state['activation'], state['activation'])
+            settings['activation'] = state['activation']
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
                  and all(0 < value <= 1 for value in settings.get('leaks', ()))
@@ -279,9 +301,8 @@ def cached_thresholds(path, key, count):
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        for name, value in FORMER_KEY.items():
-            entry['key'].setdefault(name, value)
-        differing = [name for name in key if entry['key'].get(name) != key[name]]
+        known = {**FORMER_KEY, **entry['key']}
+        differing = [name for name in key if known.get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
             raise ValueError
