@@ -14,8 +14,11 @@ from torch import nn
 
 from experiment import UserError, unpickling
 from experiment.files import replacing, set_aside, write_atomically
-from experiment.options import FORMER
+from experiment.options import FORMER, is_own_network
+from self_models import VGG, ResNet
+from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
+from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
 
 
 def save(state, path):
@@ -37,7 +40,7 @@ def load(path, kind):
     check_there(path, kind)
     state = read(path)
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
-        if kind == 'snn' or any(plain_name(key) in NEURONS for key in state):
+        if kind == 'snn' or {'thresholds', 'leaks'} <= set(map(plain_name, state)):
             raise UserError(f'{path}: is a bare state_dict; an SNN also needs thresholds, timesteps and a leak: give '
                             'a file that snn.py wrote, or weights of an ANN with --pretrained_ann')
         state = {'state_dict': state}
@@ -159,9 +162,9 @@ def fitting(model, state, path, may_differ=()):
     names = {plain_name(key): key for key in model.state_dict()}  # a network of one's own may have a child 'module'
     weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
-    # those of an SNN that learns them; they stand elsewhere in its file, learned or not
-    wanted = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
-    weights = {key: value for key, value in weights.items() if key not in NEURONS}
+    neurons = neuron_keys(model)  # which stand elsewhere in its file, learned or not
+    wanted = {key: value for key, value in model.state_dict().items() if key not in neurons}
+    weights = {key: value for key, value in weights.items() if key not in neurons}
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
     kept = []
@@ -178,17 +181,29 @@ def fitting(model, state, path, may_differ=()):
             problems.append(f'{key} is not finite')
     if problems:
         known = state.get('args', {})
-        known = (f' (it holds a {known["architecture"]} for {known["dataset"]})'
-                 if {'architecture', 'dataset'} <= known.keys() else '')
-        raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
-                        f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
+        of = str(known.get('architecture'))
+        holds = f' (it holds a {of} for {known["dataset"]})' if {'architecture', 'dataset'} <= known.keys() else ''
+        published = not is_own_network(of) and isinstance(model, (VGG, ResNet, SpikingNetwork))
+        flags = ', --image_size and --kernel_size' if published else ' and --image_size'
+        raise UserError(f'{path}: does not fit this network{holds}; set --architecture, --dataset{flags} '
+                        f'as it was trained: {", ".join(sorted(problems))}')
     return {key: value for key, value in weights.items() if key not in kept}, kept
 
 
 def last_layer(model):
-    """The names of the weight and, if it has one, the bias of a network's last layer."""
-    name = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
-    return [key for key in model.state_dict() if key.rpartition('.')[0] == name[-1]] if name else []
+    """The names of the weights that give a network's output: of its last layer, or layers, and what follows them."""
+    tree, graph = trace(model)
+    modules, names = dict(tree.named_modules()), []
+    nodes = [node for node in graph.nodes if node.op == 'output']
+    for node in nodes:  # from the output back
+        module = modules[node.target] if node.op == 'call_module' else nn.Identity()
+        names += [node.target] if node.op == 'get_attr' else [
+            f'{node.target}.{name}' for name, _ in module.named_parameters()]
+        if isinstance(module, SYNAPSES):
+            continue
+        of_weights = node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS
+        nodes += [source for source in node.all_input_nodes if not of_weights or source.op == 'get_attr']
+    return names
 
 
 def is_dense(value, floats=True):
@@ -201,7 +216,12 @@ def shape(tensor):
     return 'x'.join(str(size) for size in tensor.shape)
 
 
-NEURONS = ('thresholds', 'leaks')
+def neuron_keys(model):
+    """The names of a spiking network's thresholds and leaks in its state_dict; of an ANN's none."""
+    if isinstance(model, LayerByLayer):
+        return {'thresholds', 'leaks'}
+    layers = model.layer_names if isinstance(model, SpikingNetwork) else []
+    return {f'{layer}.{what}' for layer in layers for what in ('threshold', 'leak')}
 
 
 def snn_state(model):
@@ -216,14 +236,19 @@ def ann_layers(state):
     The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
     network from scratch, which has ReLU.
     """
-    state = state or {'state_dict': {}}
-    saved = state.get('args', {})
-    ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
-    channel = any(getattr(value, 'ndim', 0) for key, value in state['state_dict'].items()
-                  if str(key).rsplit('.', 1)[-1] in ('bound', 'bounds'))
-    return {'activation': 'QCFS' if ends & {'bound', 'bounds'} else 'ReLU', 'batch_norm': 'running_var' in ends,
-            'bounds': 'channel' if channel else 'layer',
-            'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else None}
+    weights, saved = (state['state_dict'], state.get('args', {})) if state else ({}, {})
+    names = {str(key): value for key, value in weights.items()}
+    # an SNN's neurons have bounds, of channels, beside their threshold; other weights may be called so in any network
+    bounds = [value for key, value in names.items() if key.endswith('.bounds') and f'{key[:-7]}.threshold' in names]
+    if not state or 'timesteps' not in state:
+        bounds += [value for key, value in names.items() if key.rsplit('.', 1)[-1] == 'bound']
+    activation, levels = saved.get('activation'), saved.get('levels')
+    if activation not in ('ReLU', 'QCFS'):
+        activation = 'QCFS' if bounds else 'ReLU'
+    channel = activation == 'QCFS' and any(getattr(value, 'ndim', 0) for value in bounds)
+    return {'activation': activation, 'bounds': 'channel' if channel else 'layer',
+            'batch_norm': 'running_var' in {key.rsplit('.', 1)[-1] for key in names},
+            'levels': levels if type(levels) is int and levels > 0 else None}
 
 
 def has_biases(state):
@@ -278,8 +303,8 @@ def load_snn(model, state, path, leaks=True):
 
 def thresholds_key(model, settings):
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
-    weights = {key: value for key, value in model.state_dict().items()
-               if key.rsplit('.', 1)[-1] not in (*NEURONS, 'threshold', 'leak')}
+    neurons = neuron_keys(model)
+    weights = {key: value for key, value in model.state_dict().items() if key not in neurons}
     return {'weights': digest(weights), **settings}
 
 

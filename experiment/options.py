@@ -248,6 +248,9 @@ FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
+# what a test does not heed
+TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
+            'weight_decay', 'momentum', 'amsgrad', 'cutout', 'train_acc_batches')
 # what --predict heeds: the network, what runs it, and the draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
@@ -282,6 +285,8 @@ def without_effect(settings):
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
                   or 'default_threshold' not in settings.get('given', ()),
                   'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
+    if settings.get('test_only'):
+        effective |= dict.fromkeys(TRAINING, (False, 'training'))
     if predict:
         effective |= dict.fromkeys(settings.keys() - PREDICTING, (False, 'runs that train or test'))
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}

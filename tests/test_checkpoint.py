@@ -230,6 +230,18 @@ def test_a_bare_state_dict_is_an_anns(tmp_path):
     refused(tmp_path / 'empty.pth', "there is no 'state_dict' in it")
 
 
+def test_weights_of_a_network_of_ones_own_may_be_called_thresholds_or_leaks(tmp_path):
+    def network():
+        made = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        made.thresholds = torch.nn.Parameter(torch.rand(3))
+        return made
+
+    source, model = network(), network()
+    torch.save(source.state_dict(), tmp_path / 'bare.pth')
+    checkpoint.load_weights(model, checkpoint.load(tmp_path / 'bare.pth', 'ann'), 'bare.pth')
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
+
+
 def test_an_snn_is_not_an_ann(tmp_path):
     refused(saved(tmp_path / 'ann.pth'), '--pretrained_ann', 'snn')
     refused(saved(tmp_path / 'snn.pth', timesteps=10), '--pretrained_snn', 'ann')

@@ -484,6 +484,14 @@ def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch,
     assert load('trained_models/snn/v.last.pth')['args']['default_threshold'] == 1.0
 
 
+def test_a_test_says_that_it_heeds_no_flag_of_training(trained, capsys):
+    flags = ['--epochs', 3, '-lr', 0.1, '--label_smoothing', 0.1]
+    for module, more in ((ann, []), (snn, [*FEW_STEPS, *CALIBRATION])):
+        run(module, *SMALL, *more, '--pretrained_ann', trained, '--test_only', *flags)
+        said = re.findall(r'^--(\w+) has no effect here: it is of training$', capsys.readouterr().out, re.M)
+        assert said == ['epochs', 'label_smoothing', 'learning_rate']
+
+
 @pytest.mark.parametrize('optimizer, flags', [('SGD', ['--no-amsgrad']), ('SGD', ['--image_size', 16]),
                                               ('Adam', ['--momentum', 0.1])])
 def test_resume_refuses_no_flag_that_means_nothing(optimizer, flags):
