@@ -18,7 +18,7 @@ def get_args_parser():
     add('--bounds', default='layer', choices=['layer', 'channel'],
         help='of QCFS: one bound a layer, or one a channel; default %(default)s')
     add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
-    parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
+    parser.add_argument('--pretrained_ann', type=options.not_empty, metavar='FILE',
                         help='start from the weights of this checkpoint, which says network and data set if no flag '
                              'does')
     return parser

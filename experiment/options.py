@@ -94,7 +94,7 @@ def name(text):
     return text
 
 
-def file(text):
+def not_empty(text):
     if not text:
         raise argparse.ArgumentTypeError('is empty; give a path, or leave the flag out')
     return text
@@ -237,7 +237,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--tensorboard', action=Switch, help='write scalars for TensorBoard too')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
-    add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',
+    add('--resume', type=not_empty, nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
@@ -342,7 +342,8 @@ def fail(script, message, status=1, wait=None):
     line = f'{script}: error: {" ".join(message.split())}'
     output_fails()
     if several_processes():
-        if os.environ.get('RANK') != '0' if wait is None else wait:
+        waits = os.environ.get('RANK') != '0' if wait is None else wait
+        if waits:
             _end_on_signals()
             time.sleep(5)
         print(line, file=sys.stderr, flush=True)
