@@ -18,7 +18,7 @@ def get_args_parser():
     add('--bounds', default='layer', choices=['layer', 'channel'],
         help='of QCFS: one bound a layer, or one a channel; default %(default)s')
     add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
-    parser.add_argument('--pretrained_ann', type=options.file, metavar='FILE',
+    parser.add_argument('--pretrained_ann', type=options.not_empty, metavar='FILE',
                         help='start from the weights of this checkpoint, which says network and data set if no flag '
                              'does')
     return parser
@@ -40,7 +40,8 @@ def main(args):
     optimizer = engine.make_optimizer(model, args)
     if start.resumed:
         checkpoint.load_weights(model, start.state, start.path)
-        engine.resume_optimizer(optimizer, start.state, start.path, args)
+        if not args.test_only:
+            engine.load_optimizer(optimizer, start.state, start.path)
     elif start.state:
         new = checkpoint.load_weights(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
         start.said.append(f'weights from {start.path}' + (
@@ -52,7 +53,7 @@ def main(args):
         run.say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     progress = start.progress()
-    engine.fit(model, optimizer, data, run, progress, chance_epochs=30)
+    engine.train(model, optimizer, data, run, progress, chance_epochs=30)
     accuracy, epoch = progress.best
     run.say(f'best {data.selection} accuracy {accuracy:.2%}, of epoch {epoch}: {run.paths.best}')
 

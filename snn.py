@@ -17,9 +17,9 @@ def get_args_parser():
     parser = options.Parser(prog='snn.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
-    add('--pretrained_ann', type=options.file, metavar='FILE',
+    add('--pretrained_ann', type=options.not_empty, metavar='FILE',
         help='convert the ANN of this checkpoint, which says network and data set if no flag does')
-    add('--pretrained_snn', type=options.file, metavar='FILE',
+    add('--pretrained_snn', type=options.not_empty, metavar='FILE',
         help='go on from, or evaluate, the SNN of this checkpoint')
     add = parser.add_argument_group('spiking').add_argument
     add('--timesteps', type=options.positive_int, default=100, metavar='T', help='default %(default)s')
@@ -66,18 +66,18 @@ def get_args_parser():
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
         help='say training accuracy after every N batches; default %(default)s')
     add = parser.add_argument_group('results').add_argument
-    add('--report', type=options.file, metavar='DIR',
+    add('--report', type=options.not_empty, metavar='DIR',
         help='write figures and report.json of the network tested, or of the best epoch, into this folder')
-    add('--predict', type=options.file, nargs='+', metavar='IMAGE',
+    add('--predict', type=options.not_empty, nargs='+', metavar='IMAGE',
         help='say what the network of --pretrained_snn takes these pictures for, and do nothing else')
-    add('--export_nir', type=options.file, metavar='FILE',
+    add('--export_nir', type=options.not_empty, metavar='FILE',
         help='write the network tested, or of the best epoch, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
     # not above: --help and the sweeps need not wait for torch
-    from experiment import checkpoint, convert, distributed, engine, nir_export, predict, setup, table
+    from experiment import checkpoint, distributed, engine, from_ann, nir_export, predict, setup, table
     from experiment.reporting import report
     from experiment.run import open_run
     from experiment.start import find_snn
@@ -89,9 +89,9 @@ def main(args):
         print('\n'.join(predict.lines(args, device)))
         return
     start = find_snn(args, device)  # the run's name is taken for as long as this is held
-    balances = convert.balances(args, start)
+    balances = from_ann.balances(args, start)
     if balances:
-        convert.check_temporary_folder()
+        from_ann.check_temporary_folder()
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -99,8 +99,8 @@ def main(args):
     optimizer = engine.make_optimizer(model, args)
     if start.kind in ('snn', 'resume'):
         checkpoint.load_snn(model, start.state, start.path, leaks='leak' not in args.given)
-    if start.resumed:
-        engine.resume_optimizer(optimizer, start.state, start.path, args)
+    if start.resumed and not args.test_only:
+        engine.load_optimizer(optimizer, start.state, start.path)
     start.said.extend(setup.check_steps(model, args))
     if args.report:
         report.check(args.report, model)
@@ -113,14 +113,14 @@ def main(args):
 
     if start.kind == 'ann':
         # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
-        ann = convert.copy_ann(model, start.state, data, run)
-        found = convert.measure_ann(ann, start.state, data, run)
+        ann = from_ann.copy_ann(model, start.state, data, run)
+        found = from_ann.measure_ann(ann, start.state, data, run)
         if balances:
-            thresholds = convert.balanced_thresholds(model, data, run)
-            found |= convert.scale_thresholds(model, thresholds, data, run)
-            found |= convert.fit_output(model, ann, data, run)
+            thresholds = from_ann.balanced_thresholds(model, data, run)
+            found |= from_ann.scale_thresholds(model, thresholds, data, run)
+            found |= from_ann.fit_output(model, ann, data, run)
     elif balances:
-        convert.set_thresholds(model, convert.balanced_thresholds(model, data, run), args.scaling_factor)
+        from_ann.set_thresholds(model, from_ann.balanced_thresholds(model, data, run), args.scaling_factor)
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
         run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
 
@@ -128,10 +128,10 @@ def main(args):
     if args.test_only or start.kind in ('ann', 'snn'):  # accuracy over time before training: epoch 0
         results.test_start(model, optimizer)
     if not args.test_only:
-        engine.fit(model, optimizer, data, run, progress, chance_epochs=5)
+        engine.train(model, optimizer, data, run, progress, chance_epochs=5)
     results.say_table()
     if args.keep_batch_norm and not args.test_only:
-        model = convert.fold_batch_norm(model, data, run)
+        model = from_ann.fold_batch_norm(model, data, run)
 
     if args.report:
         results.report(model)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import snn  # noqa: E402
-from experiment import UserError, convert, engine, options, setup  # noqa: E402
+from experiment import UserError, engine, from_ann, options, setup  # noqa: E402
 from experiment.data import epoch_loader  # noqa: E402
 from experiment.run import Run  # noqa: E402
 from experiment.start import find_snn  # noqa: E402
@@ -33,8 +33,8 @@ def main(args):
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data, start.state).to(device)
     run = Run(args, device, start.paths, print, None, engine.cross_entropy, {})
-    convert.copy_ann(model, start.state, data, run)
-    convert.scale_thresholds(model, convert.balanced_thresholds(model, data, run), data, run)
+    from_ann.copy_ann(model, start.state, data, run)
+    from_ann.scale_thresholds(model, from_ann.balanced_thresholds(model, data, run), data, run)
     model.train()
     seed = engine.seed_for(args.seed, 1)
     engine.seed_all(seed)

@@ -14,7 +14,11 @@ from torch import nn
 
 from experiment import UserError, unpickling
 from experiment.files import replacing, set_aside, write_atomically
+from experiment.options import FORMER, is_own_network
+from self_models import VGG, ResNet
+from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
+from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
 
 
 def save(state, path):
@@ -36,7 +40,7 @@ def load(path, kind):
     check_there(path, kind)
     state = read(path)
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
-        if kind == 'snn' or any(plain_name(key) in NEURONS for key in state):
+        if kind == 'snn' or {'thresholds', 'leaks'} <= set(map(plain_name, state)):
             raise UserError(f'{path}: is a bare state_dict; an SNN also needs thresholds, timesteps and a leak: give '
                             'a file that snn.py wrote, or weights of an ANN with --pretrained_ann')
         state = {'state_dict': state}
@@ -47,6 +51,28 @@ def load(path, kind):
         other = 'snn' if is_snn else 'ann'
         raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
                         f'give it to snn.py with --pretrained_{other}')
+    return upgrade(state)
+
+
+PRETRAINED = ('pretrained_ann', 'pretrained_snn')
+
+
+def upgrade(state):
+    """What a file of a former version or of the published code holds, in today's form; the one place that knows them.
+
+    args is a dict, {} where the file has none, and without the flags that it does not know.
+    """
+    args = dict(state['args']) if isinstance(state.get('args'), dict) else {}
+    if 'trained_on' not in state:  # runs that were resumed forgot what they had begun with
+        args = {flag: value for flag, value in args.items() if flag not in PRETRAINED or value}
+    if 'scaling_factor' in args:
+        args.setdefault('threshold_percentile', 100.0)
+    state = {**state, 'args': args}
+    if 'timesteps' in state:
+        state['args'] = {**FORMER, 'output': 'mean', **args}  # only a conversion fits the output
+        state.setdefault('leak', state.get('leak_mem'))
+        if state.get('activation') in ('STDPSpike', 'LinearSpike'):  # classes that published files name
+            state['activation'] = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}[state['activation']]
     return state
 
 
@@ -54,7 +80,7 @@ def load_training(path, kind):
     """load() of a checkpoint that training can go on from. Raises UserError."""
     state = load(path, kind)
     best = state.get('best')
-    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and isinstance(state.get('args'), dict)
+    if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and 'epochs' in state['args']
             and isinstance(best, list) and len(best) == 2
             and all(isinstance(value, (int, float)) for value in (*best, state.get('accuracy')))
             and isinstance(state.setdefault('history', []), list)
@@ -136,9 +162,9 @@ def fitting(model, state, path, may_differ=()):
     names = {plain_name(key): key for key in model.state_dict()}  # a network of one's own may have a child 'module'
     weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
-    # those of an SNN that learns them; they stand elsewhere in its file, learned or not
-    wanted = {key: value for key, value in model.state_dict().items() if key not in NEURONS}
-    weights = {key: value for key, value in weights.items() if key not in NEURONS}
+    neurons = neuron_keys(model)  # which stand elsewhere in its file, learned or not
+    wanted = {key: value for key, value in model.state_dict().items() if key not in neurons}
+    weights = {key: value for key, value in weights.items() if key not in neurons}
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
     kept = []
@@ -154,18 +180,30 @@ def fitting(model, state, path, may_differ=()):
         elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
             problems.append(f'{key} is not finite')
     if problems:
-        known = state.get('args') if isinstance(state.get('args'), dict) else {}
-        known = (f' (it holds a {known["architecture"]} for {known["dataset"]})'
-                 if {'architecture', 'dataset'} <= known.keys() else '')
-        raise UserError(f'{path}: does not fit this network{known}; set --architecture, --dataset, --image_size and '
-                        f'--kernel_size as it was trained: {", ".join(sorted(problems))}')
+        known = state.get('args', {})
+        of = str(known.get('architecture'))
+        holds = f' (it holds a {of} for {known["dataset"]})' if {'architecture', 'dataset'} <= known.keys() else ''
+        published = not is_own_network(of) and isinstance(model, (VGG, ResNet, SpikingNetwork))
+        flags = ', --image_size and --kernel_size' if published else ' and --image_size'
+        raise UserError(f'{path}: does not fit this network{holds}; set --architecture, --dataset{flags} '
+                        f'as it was trained: {", ".join(sorted(problems))}')
     return {key: value for key, value in weights.items() if key not in kept}, kept
 
 
 def last_layer(model):
-    """The names of the weight and, if it has one, the bias of a network's last layer."""
-    name = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
-    return [key for key in model.state_dict() if key.rpartition('.')[0] == name[-1]] if name else []
+    """The names of the weights that give a network's output: of its last layer, or layers, and what follows them."""
+    tree, graph = trace(model)
+    modules, names = dict(tree.named_modules()), []
+    nodes = [node for node in graph.nodes if node.op == 'output']
+    for node in nodes:  # from the output back
+        module = modules[node.target] if node.op == 'call_module' else nn.Identity()
+        names += [node.target] if node.op == 'get_attr' else [
+            f'{node.target}.{name}' for name, _ in module.named_parameters()]
+        if isinstance(module, SYNAPSES):
+            continue
+        of_weights = node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS
+        nodes += [source for source in node.all_input_nodes if not of_weights or source.op == 'get_attr']
+    return names
 
 
 def is_dense(value, floats=True):
@@ -178,8 +216,12 @@ def shape(tensor):
     return 'x'.join(str(size) for size in tensor.shape)
 
 
-NEURONS = ('thresholds', 'leaks')
-SPIKES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # classes that published files name
+def neuron_keys(model):
+    """The names of a spiking network's thresholds and leaks in its state_dict; of an ANN's none."""
+    if isinstance(model, LayerByLayer):
+        return {'thresholds', 'leaks'}
+    layers = model.layer_names if isinstance(model, SpikingNetwork) else []
+    return {f'{layer}.{what}' for layer in layers for what in ('threshold', 'leak')}
 
 
 def snn_state(model):
@@ -194,14 +236,19 @@ def ann_layers(state):
     The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
     network from scratch, which has ReLU.
     """
-    state = state or {'state_dict': {}}
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    ends = {str(key).rsplit('.', 1)[-1] for key in state['state_dict']}
-    channel = any(getattr(value, 'ndim', 0) for key, value in state['state_dict'].items()
-                  if str(key).rsplit('.', 1)[-1] in ('bound', 'bounds'))
-    return {'activation': 'QCFS' if ends & {'bound', 'bounds'} else 'ReLU', 'batch_norm': 'running_var' in ends,
-            'bounds': 'channel' if channel else 'layer',
-            'levels': saved['levels'] if type(saved.get('levels')) is int and saved['levels'] > 0 else None}
+    weights, saved = (state['state_dict'], state.get('args', {})) if state else ({}, {})
+    names = {str(key): value for key, value in weights.items()}
+    # an SNN's neurons have bounds, of channels, beside their threshold; other weights may be called so in any network
+    bounds = [value for key, value in names.items() if key.endswith('.bounds') and f'{key[:-7]}.threshold' in names]
+    if not state or 'timesteps' not in state:
+        bounds += [value for key, value in names.items() if key.rsplit('.', 1)[-1] == 'bound']
+    activation, levels = saved.get('activation'), saved.get('levels')
+    if activation not in ('ReLU', 'QCFS'):
+        activation = 'QCFS' if bounds else 'ReLU'
+    channel = activation == 'QCFS' and any(getattr(value, 'ndim', 0) for value in bounds)
+    return {'activation': activation, 'bounds': 'channel' if channel else 'layer',
+            'batch_norm': 'running_var' in {key.rsplit('.', 1)[-1] for key in names},
+            'levels': levels if type(levels) is int and levels > 0 else None}
 
 
 def has_biases(state):
@@ -216,7 +263,7 @@ def has_scales(state):
 
 
 def snn_settings(state, path):
-    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, the published code's older keys included.
+    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, thresholds as used, that is scaled.
 
     leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that
     make no network.
@@ -225,11 +272,11 @@ def snn_settings(state, path):
         scale = float(state.get('scaling_threshold', 1.0))
         settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
                     'timesteps': int(state['timesteps']),
-                    'leak': float(state['leak'] if 'leak' in state else state['leak_mem'])}
+                    'leak': float(state['leak'])}
         if 'leaks' in state:
             settings['leaks'] = [float(value) for value in state['leaks']]
         if 'activation' in state:
-            settings['activation'] = SPIKES.get(state['activation'], state['activation'])
+            settings['activation'] = state['activation']
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
                  and all(0 < value <= 1 for value in settings.get('leaks', ()))
@@ -256,8 +303,8 @@ def load_snn(model, state, path, leaks=True):
 
 def thresholds_key(model, settings):
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
-    weights = {key: value for key, value in model.state_dict().items()
-               if key.rsplit('.', 1)[-1] not in (*NEURONS, 'threshold', 'leak')}
+    neurons = neuron_keys(model)
+    weights = {key: value for key, value in model.state_dict().items() if key not in neurons}
     return {'weights': digest(weights), **settings}
 
 
@@ -279,9 +326,8 @@ def cached_thresholds(path, key, count):
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        for name, value in FORMER_KEY.items():
-            entry['key'].setdefault(name, value)
-        differing = [name for name in key if entry['key'].get(name) != key[name]]
+        known = {**FORMER_KEY, **entry['key']}
+        differing = [name for name in key if known.get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
             raise ValueError

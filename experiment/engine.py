@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from experiment import UserError, checkpoint, distributed, files, log, options
+from experiment import UserError, checkpoint, distributed, files, log
 from experiment.data import NO_IMAGE, epoch_loader
 from experiment.reporting import metrics
 from self_models.spiking_network import SpikingNetwork
@@ -163,6 +163,46 @@ def read_later(values):
     return wait
 
 
+class Meter:
+    """Loss and accuracy of a training pass so far.
+
+    A batch's numbers are read when the next one is on its way, so that the host does not wait for a GPU within a step.
+    """
+
+    def __init__(self, model, along):
+        self.model, self.along, self.waiting = model, along, None
+        self.loss, self.correct, self.seen = 0.0, 0, 0
+
+    def add(self, number, images, labels, logits, loss):
+        """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
+        hits = (logits.detach().argmax(1) == labels).sum()
+        measured = read_later(torch.stack([loss, hits.to(loss.dtype), (labels != NO_IMAGE).sum().to(loss.dtype)]))
+        self.read()
+        self.waiting = number, images, measured
+
+    def read(self):
+        """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
+        if not self.waiting:
+            return
+        (number, images, measured), self.waiting = self.waiting, None
+        loss, hits, size = measured()
+        if not math.isfinite(loss):
+            check_finite(loss, f'at batch {number}', self.model, images)
+        self.loss, self.correct, self.seen = self.loss + loss, self.correct + int(hits), self.seen + int(size)
+        if self.seen and self.along.every and number % self.along.every == 0:
+            self.along.say(f'  batch {number}: train loss {self.loss / self.seen:.4f}, train accuracy '
+                           f'{self.correct / self.seen:.2%}')
+
+    def __str__(self):
+        return f'loss {self.loss / self.seen:.4f}, accuracy {self.correct / self.seen:.2%}' if self.seen else ''
+
+    def metrics(self, device):
+        """The Metrics of all processes."""
+        self.read()
+        loss, correct, seen = distributed.total([self.loss, self.correct, self.seen], device)
+        return Metrics(loss / seen, correct / seen)
+
+
 def train_epoch(model, loader, optimizer, loss_function, device, amp=False, along=None):
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
@@ -172,26 +212,11 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, alon
     Raises UserError at the first loss that is not finite; the step that it would lead to is not taken.
     """
     model.train()
-    total_loss, correct, seen = 0.0, 0, 0
     world_size, along = distributed.process().world_size, along or Along()
     constrained = [module for module in model.modules() if hasattr(module, 'constrain')]
-
-    def account(number, images, size, measured):
-        nonlocal total_loss, correct, seen
-        loss, hits = measured()
-        if not math.isfinite(loss):
-            check_finite(loss, f'at batch {number}', getattr(model, 'module', model), images)  # not DDP's wrapping
-        total_loss, correct, seen = total_loss + loss, correct + int(hits), seen + size
-        if not seen:
-            return
-        bar.set_postfix_str(f'loss {total_loss / seen:.4f}, accuracy {correct / seen:.2%}', refresh=False)
-        if along.every and number % along.every == 0:
-            along.say(f'  batch {number}: train loss {total_loss / seen:.4f}, train accuracy {correct / seen:.2%}')
-
-    last = None
+    meter = Meter(model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model, along)
     bar = tqdm(loader, desc='train', leave=False, disable=None if distributed.is_main() else True)
     for number, (images, labels) in enumerate(bar, 1):
-        size = (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         optimizer.zero_grad()
         if along.rate:
@@ -209,13 +234,9 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, alon
         optimizer.step()
         for module in constrained:  # thresholds and bounds above 0, leaks in (0, 1]
             module.constrain()
-        measured = read_later(torch.stack([loss, (logits.detach().argmax(1) == labels).sum().to(loss.dtype)]))
-        if last:  # read a batch later, so that the host does not wait for a GPU within a step
-            account(*last)
-        last = number, images, size, measured
-    account(*last)
-    total_loss, correct, seen = distributed.total([total_loss, correct, seen], device)
-    return Metrics(total_loss / seen, correct / seen)
+        meter.add(number, images, labels, logits, loss)
+        bar.set_postfix_str(str(meter), refresh=False)
+    return meter.metrics(device)
 
 
 @torch.no_grad()
@@ -262,53 +283,71 @@ def least_progress(classes):
     return min(0.15, 1.5 / classes)
 
 
-def fit(model, optimizer, data, run, progress, chance_epochs):
+def train(model, optimizer, data, run, progress, chance_epochs):
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
     run: run.Run. progress: start.Progress, which goes on. chance_epochs: so many may a network be no better than
     chance; one more stops the run with a UserError.
     """
-    args, say, chosen_on, arguments = run.args, run.say, data.selection, None
+    args, chosen_on, trained_as = run.args, data.selection, None
     if progress.done >= args.epochs:
         enough = f'{progress.done} epochs are done already; a larger --epochs trains on'
         if progress.fresh:  # no epoch would be this run's
             raise UserError(enough)
-        say(enough)
-        arguments = progress.trained_as and {**progress.trained_as, 'epochs': progress.done}
-    process, learner = distributed.process(), distributed.learner(model, run.device)
-    loss_function = partial(run.loss_function, smoothing=args.label_smoothing)
-    say(f'the best epoch is chosen on the {chosen_on} set'
-        + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
-    say(log.heading(chosen_on))
+        run.say(enough)
+        trained_as = progress.trained_as and {**progress.trained_as, 'epochs': progress.done}
+    learner = distributed.learner(model, run.device)
+    run.say(f'the best epoch is chosen on the {chosen_on} set'
+            + (', as in the published code; --validation_fraction holds one out' if chosen_on == 'test' else ''))
+    run.say(log.heading(chosen_on))
     for epoch in range(progress.done + 1, args.epochs + 1):
-        start, rate = time.perf_counter(), partial(learning_rate_at, epoch, args)
-        for group in optimizer.param_groups:
-            group['lr'] = rate()
-        along = Along(say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
-        seed_all(seed_for(args.seed, epoch, process.rank))
-        loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
-                              pin_memory=run.device.type == 'cuda', process=process)
-        trained = train_epoch(learner, loader, optimizer, loss_function, run.device, args.amp, along)
-        distributed.share_buffers(model)
-        tested = run.test(model, getattr(data, chosen_on))
-        # before the last whole checkpoint is written over
-        images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)
-        check_finite(tested.loss, f'after epoch {epoch}', model, images)
-        progress.history.append({
-            'epoch': epoch, 'learning_rate': rate(),
-            'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
-            f'{chosen_on}_loss': tested.loss, f'{chosen_on}_accuracy': tested.accuracy})
-        best = progress.best[0] if progress.best else -1.0
-        progress.history[-1].update(best_accuracy=max(best, tested.accuracy), seconds=time.perf_counter() - start)
-        save(model, optimizer, run, progress, tested.accuracy)
-        say(log.epoch_line(progress.history[-1]))
+        start = time.perf_counter()
+        entry = {'epoch': epoch, 'learning_rate': learning_rate_at(epoch, args),
+                 **train_and_test(epoch, model, learner, optimizer, data, run)}
+        accuracy = entry[f'{chosen_on}_accuracy']
+        entry['best_accuracy'] = max(progress.best[0] if progress.best else -1.0, accuracy)
+        entry['seconds'] = time.perf_counter() - start
+        progress.history.append(entry)
+        save(model, optimizer, run, progress, accuracy)
+        run.say(log.epoch_line(entry))
         if run.board:
-            metrics.to_board(run.board, progress.history[-1])
+            metrics.to_board(run.board, entry)
         if epoch > chance_epochs and progress.best[0] < least_progress(len(data.classes)):
             raise UserError(f'training does not progress: the best accuracy after {epoch} epochs is '
                             f'{progress.best[0]:.2%}; change --learning_rate, and for an SNN --scaling_factor, --alpha '
                             'or --activation')
+    finish(model, data, run, progress, trained_as)
+
+
+def train_and_test(epoch, model, learner, optimizer, data, run):
+    """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
+
+    Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
+    """
+    args, rank = run.args, distributed.process().rank
+    rate = partial(learning_rate_at, epoch, args)
+    for group in optimizer.param_groups:
+        group['lr'] = rate()
+    along = Along(run.say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
+    seed_all(seed_for(args.seed, epoch, rank))
+    loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
+                          pin_memory=run.device.type == 'cuda', process=distributed.process())
+    trained = train_epoch(learner, loader, optimizer, partial(run.loss_function, smoothing=args.label_smoothing),
+                          run.device, args.amp, along)
+    distributed.share_buffers(model)
+    tested = run.test(model, getattr(data, data.selection))
+    images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)
+    check_finite(tested.loss, f'after epoch {epoch}', model, images)
+    return {'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
+            f'{data.selection}_loss': tested.loss, f'{data.selection}_accuracy': tested.accuracy}
+
+
+def finish(model, data, run, progress, trained_as=None):
+    """Load the best epoch; if it was chosen on the validation set, test it. Write what a kill kept from the metrics.
+
+    trained_as: the arguments that the metrics are to name, if not the run's.
+    """
     if distributed.is_main():
         state = checkpoint.read(run.paths.best)
         (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, state, run.paths.best)
@@ -316,14 +355,14 @@ def fit(model, optimizer, data, run, progress, chance_epochs):
     if data.validation is not None:
         accuracy, epoch = progress.best
         tested = run.test(model, data.test)
-        say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {epoch}, which had the best '
-            f'validation accuracy, {accuracy:.2%}')
+        run.say(f'test accuracy {tested.accuracy:.2%} and loss {tested.loss:.4f} of epoch {epoch}, which had the best '
+                f'validation accuracy, {accuracy:.2%}')
         for entry in progress.history:
             if entry['epoch'] == epoch:
                 entry.update(test_loss=tested.loss, test_accuracy=tested.accuracy)
-    # also after a kill between the last checkpoint and its metrics; those of a finished run stay as they are
+    # those of a finished run stay as they are
     if distributed.is_main() and not metrics.holds(run.paths.metrics, progress.history):
-        metrics.write(run.paths.metrics, args, progress.history, arguments)
+        metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
 def save(model, optimizer, run, progress, accuracy):
@@ -361,24 +400,11 @@ def save(model, optimizer, run, progress, accuracy):
     metrics.write(paths.metrics, run.args, progress.history)
 
 
-def resume_optimizer(optimizer, state, path, args):
-    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings; a test needs none.
+def load_optimizer(optimizer, state, path):
+    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError.
 
-    state: of checkpoint.load_training(). Raises UserError.
+    state: of checkpoint.load_training().
     """
-    if args.test_only:
-        return
-    saved, idle = state['args'], options.without_effect(vars(args))
-    # what the optimizer's state is, and what the best accuracy so far is of: images and time
-    for flag in ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples',
-                 'levels', 'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold',
-                 'learn_leak'):
-        # ann.py knows no time; files of former versions know one neuron
-        before = saved.get(flag, options.FORMER.get(flag) if hasattr(args, flag) else None)
-        if flag not in idle and before != getattr(args, flag, None):
-            said = f'without --{flag}' if saved.get(flag) is None else f'with --{flag} {saved[flag]}'
-            raise UserError(f'{path}: was trained {said}; go on so, or start anew from its weights with '
-                            '--pretrained_ann or --pretrained_snn')
     settings = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state['optimizer'])

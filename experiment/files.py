@@ -1,7 +1,6 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
 import contextlib
 import os
-import re
 import secrets
 import socket
 import tempfile
@@ -53,13 +52,18 @@ def is_own(source, files):
     return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
+def probe(folder):
+    """Raise OSError where no file can be written in a folder, as a full disk refuses its first byte."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b' ')
+
+
 def check_writable(*folders):
     """Make folders and raise UserError, before hours of work, where files cannot be written there."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            probe(folder)
         except OSError as error:
             raise UserError(f'{folder}: cannot write there ({error.strerror}); '
                             'make the folder writable or name another') from error
@@ -68,34 +72,42 @@ def check_writable(*folders):
 def lock(files):
     """Take the run's name for as long as the returned file is open; UserError where another process has it.
 
-    Also deletes the half-written files of killed runs of this name.
+    Also deletes what a killed run of this name had half written.
 
     A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
     itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
     Windows or some network file systems, nothing is locked and None returned.
     """
-    if fcntl is None:
-        return None
-    path = files.best.with_name(f'.{files.best.stem}.lock')
-    file = open(path, 'a+')  # not 'w', which would empty the file before it is known whose it is
+    file = open(files.best.with_name(f'.{files.best.stem}.lock'), 'a+')  # not 'w': it may be another run's
     try:
-        # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = _lock(file, wait=False)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         holder = file.read().strip() or 'which has only just started'
         file.close()
         raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this one '
                         'another name with --name') from error
-    except OSError:
+    if not locked:
         file.close()
         return None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
     for path in files:
-        _delete_half_written(path)
+        _temporary(path).unlink(missing_ok=True)
     return file
+
+
+def _lock(file, wait):
+    """Lock an open file; whether there are locks here. Raises OSError where another process has it, without `wait`."""
+    try:
+        # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except (BlockingIOError, PermissionError):
+        raise
+    except (AttributeError, OSError):  # there is no fcntl, or it has none for this folder
+        return False
 
 
 def set_aside(files, say):
@@ -124,10 +136,7 @@ def set_aside(files, say):
 
 
 def write_atomically(path, write):
-    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError.
-
-    Also deletes what killed processes had half written of `path`.
-    """
+    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError."""
     with replacing(path, write):
         pass
 
@@ -136,20 +145,22 @@ def write_atomically(path, write):
 def replacing(path, write):
     """write_atomically(), with a block that runs when the new file is whole and has not taken its place yet."""
     try:
-        _delete_half_written(path)
-        temporary, file = _open_temporary(path)
+        file, temporary = _open_temporary(path)
         try:
-            with file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                yield
-                if fcntl:  # while it is locked
-                    os.replace(temporary, path)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            yield
             if not fcntl:  # Windows moves no open file
-                os.replace(temporary, path)
-        finally:
+                file.close()
+            os.replace(temporary, path)
+        except BaseException:
+            if not fcntl:
+                file.close()
             temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            file.close()  # and with it the lock
     except (OSError, RuntimeError) as error:
         cause = error
         while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
@@ -158,39 +169,28 @@ def replacing(path, write):
         raise UserError(f'{path}: cannot be written ({reason}); what stood there before is untouched') from error
 
 
+def _temporary(path):
+    return path.with_name(f'{path.name}.tmp')
+
+
 def _open_temporary(path):
-    """(the name of a new file beside `path`, the file), locked while it is open; see _delete_half_written()."""
-    while True:
-        # processes of two hosts may have the same number
-        name = path.with_name(f'{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp')
-        file = open(name, 'xb')
-        try:
-            if fcntl:
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError:  # no locks here
-            pass
-        if name.exists():  # else another process took it for a leftover before it was locked
-            return name, file
-        file.close()
+    """(an empty file beside `path`, its name) that no other process writes.
 
-
-def _delete_half_written(path):
-    """Delete what killed processes had half written of `path`: what nobody has locked or, without locks, for a day."""
-    for part in path.parent.glob('*.tmp'):
-        # as _open_temporary() calls them; former versions did without the second number
-        if not re.fullmatch(re.escape(path.name) + r'\.\d+(-[0-9a-f]{8})?\.tmp', part.name):
-            continue
-        try:
-            with open(part, 'r+b') as file:
-                try:
-                    if not fcntl:
-                        raise OSError
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    continue
-                except OSError:
-                    if time.time() - part.stat().st_mtime < 24 * 3600:
-                        continue
-                part.unlink()  # before the lock is given up
-        except OSError:  # gone meanwhile, or not ours
-            continue
+    The name is the same each time: what a killed process left there is written over, and a process that is at it is
+    waited for. Where there are no locks, the name is nobody else's.
+    """
+    name = _temporary(path)
+    while fcntl:
+        # as it is: another process may be at it
+        file = open(name, 'wb', opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC, 0o666))
+        if not _lock(file, wait=True):
+            file.close()
+            name.unlink(missing_ok=True)
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+                file.truncate(0)
+                return file, name
+        file.close()  # the other process has put it into its place
+    name = path.with_name(f'{path.name}.{secrets.token_hex(8)}.tmp')
+    return open(name, 'xb'), name

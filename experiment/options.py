@@ -94,7 +94,7 @@ def name(text):
     return text
 
 
-def file(text):
+def not_empty(text):
     if not text:
         raise argparse.ArgumentTypeError('is empty; give a path, or leave the flag out')
     return text
@@ -237,7 +237,7 @@ def common_options(parser, learning_rate, optimizer, momentum, dropout):
     add('--tensorboard', action=Switch, help='write scalars for TensorBoard too')
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
-    add('--resume', type=file, nargs='?', const='last', metavar='FILE|auto',
+    add('--resume', type=not_empty, nargs='?', const='last', metavar='FILE|auto',
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
@@ -248,6 +248,9 @@ FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
+# what a test does not heed
+TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
+            'weight_decay', 'momentum', 'amsgrad', 'cutout', 'train_acc_batches')
 # what --predict heeds: the network, what runs it, and the draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
@@ -282,6 +285,8 @@ def without_effect(settings):
         **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
                   or 'default_threshold' not in settings.get('given', ()),
                   'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
+    if settings.get('test_only'):
+        effective |= dict.fromkeys(TRAINING, (False, 'training'))
     if predict:
         effective |= dict.fromkeys(settings.keys() - PREDICTING, (False, 'runs that train or test'))
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}
@@ -337,7 +342,8 @@ def fail(script, message, status=1, wait=None):
     line = f'{script}: error: {" ".join(message.split())}'
     output_fails()
     if several_processes():
-        if os.environ.get('RANK') != '0' if wait is None else wait:
+        waits = os.environ.get('RANK') != '0' if wait is None else wait
+        if waits:
             _end_on_signals()
             time.sleep(5)
         print(line, file=sys.stderr, flush=True)

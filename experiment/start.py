@@ -2,6 +2,7 @@
 
 From here on arguments are only read.
 """
+import argparse
 import dataclasses
 import importlib.util
 import os
@@ -91,6 +92,8 @@ def find_snn(args, device):
 
 def _settled(start, args, said, layers):
     """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
+    if start.resumed and not args.test_only:
+        check_lasting(args, start.state, start.path)
     if options.is_own_network(args.architecture):
         check_own(args, start, layers)
     elif start.kind == 'ann':
@@ -184,6 +187,22 @@ def choose_backend(args, device):
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
+# what the optimizer's state is, and what the best accuracy so far is of: images and time
+LASTING = ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples', 'levels',
+           'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak')
+
+
+def check_lasting(args, state, path):
+    """Raise UserError where a training would go on with other flags than it can."""
+    idle = options.without_effect(vars(args))
+    for flag in LASTING:
+        before = state['args'].get(flag)
+        if flag not in idle and before != getattr(args, flag, None):
+            raise UserError(f'{path}: was trained ' + (f'without --{flag}' if before is None else
+                                                       f'with --{flag} {before}')
+                            + '; go on so, or start anew from its weights with --pretrained_ann or --pretrained_snn')
+
+
 def drop_idle(args, start=None):
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
@@ -199,105 +218,85 @@ def drop_idle(args, start=None):
     return said
 
 
-def resume_file(args, paths, kind):
-    """(the checkpoint that --resume asks for or None, lines to say): of several processes, all get the main one's.
-
-    paths: of the run, whose name is to be locked by now, as another run of that name could write them meanwhile. Raises
-    UserError.
-    """
-    def find():
-        if args.resume not in ('auto', 'last'):
-            source = args.resume
-        elif paths.last.exists():
-            source = paths.last
-        elif args.resume == 'auto':
-            return None, []
-        else:
-            raise UserError(f'--resume: there is no {paths.last}; say --resume FILE, or leave it out to start anew')
-        goes_on = files.is_own(source, paths) and not args.test_only and os.path.isfile(source)
-        return source, checkpoint.bring_in_line(paths, kind) if goes_on else []
-
-    return distributed.from_main(find)
-
-
-def lock(args, paths):
-    """Take the run's name for as long as the returned list is kept; a test, which writes nothing, takes none.
-
-    Of several processes the main one takes it. Raises UserError where another run has it, or nothing can be written.
-    """
-    held = []
-
-    def take():
-        files.check_writable(paths.best.parent, paths.metrics.parent)
-        held.append(files.lock(paths))
-
-    if not args.test_only:
-        distributed.from_main(take)
-    return held
-
-
 def _open(kind, args):
     """The Start of a run, of which the arguments are settled by the checkpoint that it begins with. Raises UserError.
 
-    If no flag says otherwise the checkpoint says the network, and so the run's name. A checkpoint of the run's own is
-    read once the name is locked, as another run of that name may have gone on until then.
+    First the name, then its lock, then the checkpoint: until the name is locked, another run of it may go on.
     """
-    named = {'architecture', 'dataset', *(['timesteps'] if getattr(args, 'pretrained_snn', None) else [])}
-    name = files.identifier(kind, args)
-    begun = None
-    # what a run that is resumed under a known name began with may be gone by now
-    if not (args.resume in ('auto', 'last') and (args.name or named <= args.given)
-            and files.paths(kind, name).last.exists()):
-        begun = _read(kind, args, args.resume if args.resume not in ('auto', 'last') else None)
-        name = files.identifier(kind, args)
+    name = _name(kind, args)
     paths = files.paths(kind, name)
-    held = lock(args, paths)
-    source, said = resume_file(args, paths, kind)
-    path = source or begun and begun[1]
-    if not begun or path and os.path.realpath(path) in map(os.path.realpath, paths):
-        begun = _read(kind, args, source)
-        if files.identifier(kind, args) != name:  # the file is of another network than it is called by
-            for file in filter(None, held):
-                file.close()
-            name = files.identifier(kind, args)
-            paths = files.paths(kind, name)
-            held = lock(args, paths)
-    start, path, state, notes = begun
-    return Start(start, path, state, name, paths, held, [*notes, *said])
-
-
-def _read(kind, args, source):
-    """(kind of Start, path, what is in that checkpoint, lines to say), of `source` to resume from or a pretrained file.
-
-    Settles the arguments by it. Raises UserError.
-    """
+    held, source, repaired = _take(kind, args, paths)
     if source:
-        state = checkpoint.load_training(source, kind)
-        done = f'after epoch {state["epoch"]}'
-        if kind == 'snn':
-            return 'resume', source, state, [f'resumed {done}; {adopt(args, state, source, resumed=True)}']
-        keep(args, state, source, ['pretrained_ann'])
-        return 'resume', source, state, [f'resumed from {source}, {done}', *take_network(args, state, source)]
-    if kind == 'snn' and args.pretrained_snn:
-        state = checkpoint.load(args.pretrained_snn, 'snn')
-        return 'snn', args.pretrained_snn, state, [adopt(args, state, args.pretrained_snn)]
-    if args.pretrained_ann:
-        state = checkpoint.load(args.pretrained_ann, 'ann')
-        return 'ann', args.pretrained_ann, state, take_network(args, state, args.pretrained_ann)
-    return 'scratch', None, None, []
+        start, path, state = 'resume', source, checkpoint.load_training(source, kind)
+    elif kind == 'snn' and args.pretrained_snn:
+        start, path, state = 'snn', args.pretrained_snn, checkpoint.load(args.pretrained_snn, 'snn')
+    elif args.pretrained_ann:
+        start, path, state = 'ann', args.pretrained_ann, checkpoint.load(args.pretrained_ann, 'ann')
+    else:
+        return Start('scratch', None, None, name, paths, held, [])
+    done = f'after epoch {state["epoch"]}' if source else ''
+    if 'timesteps' in state:  # an SNN's
+        line = adopt(args, state, path, resumed=bool(source))
+        said = [f'resumed {done}; {line}' if source else line]
+    else:
+        said = [f'resumed from {path}, {done}'] if source else []
+        if source:
+            keep(args, state, path, ['pretrained_ann'])
+        said += take_network(args, state, path)
+    return Start(start, path, state, name, paths, held, said + repaired)
+
+
+def _name(kind, args):
+    """The name of a run; if flags leave it open, the file that it is to begin with says it. Raises UserError.
+
+    No file is read without need: what a run that is resumed had begun with may be gone by now.
+    """
+    path, of = getattr(args, 'pretrained_snn', None), kind
+    if args.resume not in (None, 'auto', 'last'):
+        path = args.resume
+    elif not path:
+        path, of = args.pretrained_ann, 'ann'
+    asked = {'architecture', 'dataset', *(['timesteps'] if of == 'snn' else [])} - args.given
+    if path and asked and not args.name:
+        state, args = checkpoint.load(path, of), argparse.Namespace(**vars(args))
+        take_network(args, state, path)
+        if 'timesteps' in asked:
+            args.timesteps = checkpoint.snn_settings(state, path)['timesteps']
+    return files.identifier(kind, args)
+
+
+def _take(kind, args, paths):
+    """([the lock of a run's name], the checkpoint that --resume asks for or None, lines to say). Raises UserError.
+
+    The lock is held for as long as the list is kept; a test, which writes nothing, takes none. Of several processes the
+    main one takes it, and all get the checkpoint that it finds.
+    """
+    held = []
+
+    def find():
+        if not args.test_only:
+            files.check_writable(paths.best.parent, paths.metrics.parent)
+            held.append(files.lock(paths))
+        if not args.resume or args.resume == 'auto' and not paths.last.exists():
+            return None, []
+        source = paths.last if args.resume in ('auto', 'last') else args.resume
+        if args.resume == 'last' and not source.exists():
+            raise UserError(f'--resume: there is no {source}; say --resume FILE, or leave it out to start anew')
+        goes_on = files.is_own(source, paths) and not args.test_only and os.path.isfile(source)
+        return source, checkpoint.bring_in_line(paths, kind) if goes_on else []
+
+    return held, *distributed.from_main(find)
 
 
 def keep(args, state, path, flags):
     """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
-    if 'scaling_factor' in saved:
-        saved = {'threshold_percentile': 100.0, **saved}  # files from before there were others
+    saved = state['args']
     for flag in flags:
-        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in ('pretrained_ann', 'pretrained_snn')
+        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in checkpoint.PRETRAINED
+        if pretrained and flag not in saved:
+            continue  # the file does not know
         if not (isinstance(value, str) if pretrained or value == 'auto' else type(value) in (int, float)):
             value = None
-        if pretrained and value is None and 'trained_on' not in state:
-            continue  # former versions did not keep it on the way
         same = wanted == value or pretrained and value and os.path.realpath(wanted or '') == os.path.realpath(value)
         if flag in args.given and not same:
             raise UserError(f'--{flag} {wanted}: has no effect, as {path} was made '
@@ -309,6 +308,8 @@ def keep(args, state, path, flags):
 # the flags that say what a network and its images are, and the values that they may have
 NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size': range(1, 2 ** 31, 2),
            'image_size': range(1, 4097)}
+# those that say how its neurons run and learn
+SPIKING = ('encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'keep_batch_norm')
 
 
 def check_named(args, saved, path):
@@ -322,7 +323,7 @@ def check_named(args, saved, path):
 
 def take_network(args, state, path):
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    saved = state['args']
     check_named(args, saved, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
@@ -337,11 +338,10 @@ def adopt(args, state, path, resumed=False):
 
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
     """
-    saved = state['args'] if isinstance(state.get('args'), dict) else {}
+    saved = state['args']
     check_named(args, saved, path)
-    settings = {'output': 'mean'}  # of files that do not say: only a conversion fits the output
-    settings |= {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *options.FORMER)
-                 if type(saved.get(key)) is type(getattr(args, key))}
+    settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
+                if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
     thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks', [])  # no flags
     if resumed and args.leak == settings['leak']:
@@ -364,7 +364,7 @@ def adopt(args, state, path, resumed=False):
     keep(args, state, path, fixed)
     said = {key: f'{getattr(args, key)}{" as the flag says" if key in args.given else ""}' for key in (
         'timesteps', 'leak', 'activation', 'output', *(
-            key for key, former in options.FORMER.items() if key in args.given or getattr(args, key) != former))}
+            key for key in SPIKING if key in args.given or getattr(args, key) != args.defaults[key]))}
     if set(leaks) - {settings['leak']}:
         said['leak'] = f'{said["leak"]}, in place of those learned' if 'leak' in args.given else 'as learned'
     return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(

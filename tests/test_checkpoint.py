@@ -143,7 +143,7 @@ def test_a_class_is_read_as_its_name(published_class, monkeypatch, new):
     torch.save({'state_dict': {}, 'activation': published_class('STDPSpike'), 'layers': [torch.nn.ReLU, {'net': net}],
                 'again': torch.nn.ReLU, 'number': float, 'eval': eval}, 'a.pth', _use_new_zipfile_serialization=new)
     monkeypatch.delitem(sys.modules, 'spiking_model')
-    assert checkpoint.load('a.pth', 'ann') == {
+    assert checkpoint.read('a.pth') == {
         'state_dict': {}, 'activation': 'STDPSpike', 'layers': ['ReLU', {'net': 'Net'}], 'again': 'ReLU',
         'number': 'float', 'eval': 'eval'}
     assert 'spiking_model' not in sys.modules
@@ -220,7 +220,7 @@ def test_weights_as_torch_itself_names_them():
 def test_a_bare_state_dict_is_an_anns(tmp_path):
     torch.save(resnet6().state_dict(), tmp_path / 'bare.pth')
     state = checkpoint.load(tmp_path / 'bare.pth', 'ann')
-    assert state.keys() == {'state_dict'} and checkpoint.load_weights(resnet6(), state, 'bare.pth') == []
+    assert state.keys() == {'state_dict', 'args'} and checkpoint.load_weights(resnet6(), state, 'bare.pth') == []
     refused(tmp_path / 'bare.pth', 'is a bare state_dict; an SNN also needs thresholds, timesteps and a leak', 'snn')
     weights = RESNET_SNN_STDB('RESNET6', dataset='DIGITS', learn_threshold=True).state_dict()
     torch.save({f'module.{key}': value for key, value in weights.items()}, tmp_path / 'snn.pth')
@@ -228,6 +228,18 @@ def test_a_bare_state_dict_is_an_anns(tmp_path):
         refused(tmp_path / 'snn.pth', 'an SNN also needs', kind)
     torch.save({}, tmp_path / 'empty.pth')
     refused(tmp_path / 'empty.pth', "there is no 'state_dict' in it")
+
+
+def test_weights_of_a_network_of_ones_own_may_be_called_thresholds_or_leaks(tmp_path):
+    def network():
+        made = torch.nn.Sequential(torch.nn.Linear(2, 2))
+        made.thresholds = torch.nn.Parameter(torch.rand(3))
+        return made
+
+    source, model = network(), network()
+    torch.save(source.state_dict(), tmp_path / 'bare.pth')
+    checkpoint.load_weights(model, checkpoint.load(tmp_path / 'bare.pth', 'ann'), 'bare.pth')
+    assert same(dict(model.state_dict()), dict(source.state_dict()))
 
 
 def test_an_snn_is_not_an_ann(tmp_path):

@@ -13,7 +13,7 @@ import torch
 import ann
 import snn
 from conftest import CALIBRATION, FEW_STEPS, SMALL, SPIKING, fails, load, metrics_of, run
-from experiment import convert, data, engine, files, setup, start
+from experiment import data, engine, files, from_ann, setup, start
 from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -176,7 +176,7 @@ def test_a_published_snn_loads_and_trains_on(published_class, capsys, monkeypatc
 
 @pytest.mark.parametrize('fraction, images', [(0.0, 'train'), (0.1, 'validation')])
 def test_a_scaling_factor_is_chosen_on_images_that_are_not_tested(fraction, images, trained, monkeypatch, capsys):
-    monkeypatch.setattr(convert, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
+    monkeypatch.setattr(from_ann, 'FACTORS', (0.01, 0.7, 100.0))  # the largest lets no spike through
     seen, original = [], engine.test
 
     def spy(model, dataset, *rest):
@@ -211,7 +211,7 @@ def test_a_scaling_factor_is_chosen_on_images_that_are_not_tested(fraction, imag
     ({0.8: 0.80, 0.6: 0.79}, 0.6),  # both 0.1 away
 ])
 def test_chosen_factor_by_hand(accuracies, factor):
-    assert convert.chosen_factor(accuracies, 100) == factor
+    assert from_ann.chosen_factor(accuracies, 100) == factor
 
 
 # -- a fitted output --------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_fitting_scale_by_hand():
 
     images = data.load('DIGITS', '', sampling=data.Sampling(test_samples=8)).test
     args = snn.get_args_parser().parse_args(['--timesteps', '4', '--num_workers', '0'])
-    scale = partial(convert.fitting_scale, images=images, device=torch.device('cpu'), args=args)
+    scale = partial(from_ann.fitting_scale, images=images, device=torch.device('cpu'), args=args)
     # less their means, the sums are 2 and -2, so 0.5 and -0.5 a step; the ANN has 1 and -1, whatever is added to both
     assert scale(Constant(4., 0.), Constant(7., 5.)) == pytest.approx(2)
     # (1, 0, -1) a step against (3, 0, 0), less its mean (2, -1, -1): (2 + 0 + 1) / (1 + 0 + 1)
@@ -284,7 +284,7 @@ def test_a_silent_output_is_not_said_to_be_fitted(trained, capsys):
     (0.53, [500, 500], 0.5), (0.54, [500, 500], None)])  # 2 sqrt(0.25 / 1000) = 0.032
 def test_chance_by_hand(accuracy, counts, chance):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    assert convert.at_chance(accuracy, labels, len(counts)) == (None if chance is None else pytest.approx(chance))
+    assert from_ann.at_chance(accuracy, labels, len(counts)) == (None if chance is None else pytest.approx(chance))
 
 
 @pytest.mark.parametrize('rate', [1e-9, 1e-3])

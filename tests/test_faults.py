@@ -195,9 +195,9 @@ def test_a_stop_that_was_lost_while_processes_started_is_one_all_the_same(monkey
 # -- files ------------------------------------------------------------------------------------------------------------
 
 def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
-    own = ['x.pth.123.tmp', 'x.last.pth.123.tmp', 'x.last.pth.7.tmp', 'x.jsonl.123.tmp']
-    others = ['x.pth', 'x.last.pth', 'x.jsonl', 'y.pth.123.tmp', 'previous.1.x.pth', 'x.pth.pth.123.tmp',
-              'a.x.pth.123.tmp', 'x.pth.thresholds.json', 'x.pth.tmp', 'x-pth.123.tmp']
+    own = ['x.pth.tmp', 'x.last.pth.tmp', 'x.jsonl.tmp']
+    others = ['x.pth', 'x.last.pth', 'x.jsonl', 'y.pth.tmp', 'previous.1.x.pth', 'x.pth.pth.tmp', 'a.x.pth.tmp',
+              'x.pth.thresholds.json', 'x-pth.tmp', 'x.pth.123.tmp']
     for name in own + others:
         (tmp_path / name).touch()
     held = files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl'))

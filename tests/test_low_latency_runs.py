@@ -8,7 +8,7 @@ import torch
 import ann
 import snn
 from conftest import fails, load, metrics_of, run, same
-from experiment import checkpoint, convert, data, engine, setup
+from experiment import checkpoint, data, engine, from_ann, setup
 from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -315,5 +315,5 @@ def test_folding_gives_the_network_with_batch_norm_to_rounding():
                     value.uniform_(0.02, 0.06)
         x = torch.rand(5, 1, 8, 8, dtype=torch.float64)
         want = network(x)
-        folded = convert.folded(network, args, images).double().eval()
+        folded = from_ann.folded(network, args, images).double().eval()
         assert want.std() > 0 and (folded(x) - want).abs().max() <= 1e-9 * want.abs().max()

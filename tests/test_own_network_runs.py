@@ -22,6 +22,8 @@ from self_models import QCFS, quantize, spiking
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 NETWORKS = """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -42,6 +44,16 @@ class Shared(nn.Module):  # one ReLU twice, one of a function, a sum, and a laye
         x = self.relu(self.first(x))
         x = self.relu(self.second(x) + x)
         return self.head(F.relu(self.second(x)).mean((2, 3)))
+
+
+class Named(nn.Module):  # with weights called as a neuron's, and the last layer registered first
+    def __init__(self, labels, input_shape):
+        super().__init__()
+        self.head, self.body = nn.Linear(8, labels), nn.Linear(math.prod(input_shape), 8)
+        self.thresholds, self.leaks, self.bound = (nn.Parameter(0.1 * torch.rand(8)) for _ in range(3))
+
+    def forward(self, x):
+        return self.head(F.relu(self.body(x.flatten(1)) + self.thresholds + self.leaks + self.bound))
 
 
 def mlp(*layers):
@@ -361,7 +373,7 @@ def test_pictures_of_ones_own(capsys):
 @pytest.mark.parametrize('module', [ann, snn])
 def test_initial_weights_are_those_of_its_own_code_by_the_seed(module, monkeypatch):
     seen = []
-    monkeypatch.setattr(engine, 'fit', lambda model, *rest, **more: seen.append(model.state_dict()) or exit())
+    monkeypatch.setattr(engine, 'train', lambda model, *rest, **more: seen.append(model.state_dict()) or exit())
     flags = ['--timesteps', 5, '--default_threshold', 0.5] if module is snn else []
     for seed in (3, 3, 4):
         with pytest.raises(SystemExit):
@@ -585,8 +597,27 @@ def test_weights_of_another_training(anns, capsys):
     assert len(said) == 4 and said[:2] == said[2:]
 
 
+def test_weights_may_be_called_as_a_neurons_and_registered_in_any_order(capsys):
+    run(ann, *of('Named', *ADAM, '--epochs', 1))
+    path = 'trained_models/ann/ann_nets_named_digits.pth'
+    run(ann, *of('Named', '--test_only', '--pretrained_ann', path))
+    assert accuracy_of(capsys.readouterr().out, 'ANN') == round(100 * load(path)['accuracy'], 2)
+    run(snn, *of('Named', '--pretrained_ann', path, '--timesteps', 6, *CALIBRATION, '--epochs', 1))
+    saved = load('trained_models/snn/snn_nets_named_digits_6.pth')
+    run(snn, *of('Named', '--pretrained_snn', 'trained_models/snn/snn_nets_named_digits_6.pth', '--test_only'))
+    assert accuracy_of(capsys.readouterr().out, 'loaded SNN') == round(100 * saved['accuracy'], 2)
+    # of another number of classes
+    state = load(path)
+    state['state_dict'] |= {'head.weight': torch.zeros(3, 8), 'head.bias': torch.zeros(3)}
+    torch.save(state, 'other.pth')
+    run(ann, *of('Named', '--pretrained_ann', 'other.pth', '--epochs', 1))
+    assert re.search(r'weights from other.pth; its head.(weight|bias) and head.(weight|bias) is for other classes',
+                     capsys.readouterr().out)
+
+
 def test_other_weights_than_the_networks(anns):
     for module in (ann, snn):
-        fails(module, 'does not fit this network .*it holds a nets.py:Shared for DIGITS', *of('chain'),
+        fails(module, 'does not fit this network .*it holds a nets.py:Shared for DIGITS.; set --architecture, '
+              '--dataset and --image_size as it was trained', *of('chain'),
               '--pretrained_ann', anns['Shared'])
         fails(module, 'does not fit this network', *DIGITS, '-a', 'VGG5', '--pretrained_ann', anns['Shared'])

@@ -3,9 +3,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -338,11 +338,12 @@ def test_the_name_that_a_checkpoint_asks_for_is_locked(monkeypatch):
     shutil.copy(folder / 'snn_resnet6_digits_8.last.pth', 'other.pth')
     run(snn, '--no-gpu', '--resume', 'other.pth', '--epochs', 2, *SMALL[4:-1])
     assert locked == ['snn_resnet6_digits_8.pth']
-    # a file under the name of another network
-    shutil.copy('other.pth', folder / 'snn_vgg16_cifar10_100.last.pth')
-    run(snn, '--no-gpu', '--resume', '--epochs', 2, *SMALL[4:-1])
-    assert locked[1:] == ['snn_vgg16_cifar10_100.pth', 'snn_resnet6_digits_8.pth']
     assert load(folder / 'snn_resnet6_digits_8.last.pth')['epoch'] == 2
+    # a file under the name of another network goes on under that
+    shutil.copy('other.pth', folder / 'snn_vgg16_cifar10_100.last.pth')
+    run(snn, '--no-gpu', '--resume', '--epochs', 3, *SMALL[4:-1])
+    assert locked[1:] == ['snn_vgg16_cifar10_100.pth']
+    assert load(folder / 'snn_vgg16_cifar10_100.last.pth')['epoch'] == 3
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
@@ -481,6 +482,14 @@ def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch,
     assert '--default_threshold has no effect here: it is of ResNets' in capsys.readouterr().out
     run(snn, *flags, 2, '--resume')  # the same command line goes on
     assert load('trained_models/snn/v.last.pth')['args']['default_threshold'] == 1.0
+
+
+def test_a_test_says_that_it_heeds_no_flag_of_training(trained, capsys):
+    flags = ['--epochs', 3, '-lr', 0.1, '--label_smoothing', 0.1]
+    for module, more in ((ann, []), (snn, [*FEW_STEPS, *CALIBRATION])):
+        run(module, *SMALL, *more, '--pretrained_ann', trained, '--test_only', *flags)
+        said = re.findall(r'^--(\w+) has no effect here: it is of training$', capsys.readouterr().out, re.M)
+        assert said == ['epochs', 'label_smoothing', 'learning_rate']
 
 
 @pytest.mark.parametrize('optimizer, flags', [('SGD', ['--no-amsgrad']), ('SGD', ['--image_size', 16]),
@@ -675,53 +684,69 @@ def test_cached_thresholds_are_those_of_the_pictures_wherever_they_lie(tmp_path,
 
 # -- leftovers --------------------------------------------------------------------------------------------------------
 
-WRITER = ('import os, sys, time; from pathlib import Path; from experiment import files\n'
+WRITER = ('import sys; from pathlib import Path; from experiment import files\n'
           'def write(file):\n'
-          '    file.write(b"half"); file.flush(); print("half", flush=True); time.sleep(60)\n'
+          '    file.write(b"half"); file.flush(); print(flush=True); file.write(sys.stdin.readline().encode())\n'
           'files.write_atomically(Path(sys.argv[1]), write)')
 
 
-def writer(path):
-    process = subprocess.Popen([sys.executable, '-c', WRITER, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    return process
+@pytest.fixture
+def writer(tmp_path):
+    """Start a process that has written half of a file and waits for a line, the rest."""
+    processes = []
+
+    def start(path):
+        processes.append(subprocess.Popen([sys.executable, '-c', WRITER, str(path)], cwd=ROOT, text=True,
+                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        processes[-1].stdout.readline()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize('name', ['a.pth.thresholds.json', 'report.json', 'net.nir'])
-def test_what_a_killed_process_left_half_written_goes_with_the_next_write_and_no_other(tmp_path, name):
-    path = tmp_path / name
-    dead, alive = writer(path), writer(path)
-    try:
-        dead.kill()
-        dead.wait()
-        assert len(list(tmp_path.glob('*.tmp'))) == 2
-        (tmp_path / f'{name}.123.tmp').touch()  # as former versions called it
-        (tmp_path / f'other.{name}.123.tmp').touch()
-        files.write_atomically(path, lambda file: file.write(b'whole'))
-        left = {part.name: part.read_bytes() for part in tmp_path.glob('*.tmp')}
-        assert left.pop(f'other.{name}.123.tmp') == b''
-        assert list(left.values()) == [b'half'], 'that of the process that goes on writing'
-        assert path.read_bytes() == b'whole'
-    finally:
-        for process in (dead, alive):
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+def test_what_a_killed_process_left_half_written_goes_with_the_next_write_and_no_other(tmp_path, name, writer):
+    dead = writer(tmp_path / name)
+    dead.kill()
+    dead.wait()
+    assert os.listdir(tmp_path) == [f'{name}.tmp']
+    (tmp_path / f'other.{name}.tmp').touch()
+    files.write_atomically(tmp_path / name, lambda file: file.write(b'w'))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b'w', f'other.{name}.tmp': b''}
 
 
-def test_without_locks_a_leftover_is_what_is_a_day_old(tmp_path, monkeypatch):
+def test_of_two_processes_that_write_one_file_the_second_waits_for_the_first(tmp_path, writer):
+    path, locks, lockf = tmp_path / 'report.json', [], files.fcntl.lockf
+    first = writer(path)
+
+    def wait(*given):  # until the first has ended
+        locks.append(path.exists())
+        if not locks[1:]:
+            threading.Timer(0.2, first.communicate, ['whole']).start()
+        lockf(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.fcntl, 'lockf', wait)
+        files.write_atomically(path, lambda file: file.write(path.read_bytes() + b', and the second'))
+    assert locks == [False, True]  # the file that it had opened is the first's by then: it takes another
+    assert path.read_bytes() == b'halfwhole, and the second' and os.listdir(tmp_path) == ['report.json']
+
+
+def test_without_locks_two_processes_that_write_one_file_share_no_temporary_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files, 'fcntl', None)
-    for name, age in (('x.json.1-0123abcd.tmp', 0), ('x.json.2-0123abcd.tmp', 25 * 3600)):
-        (tmp_path / name).touch()
-        moment = os.stat(tmp_path / name).st_mtime - age
-        os.utime(tmp_path / name, (moment, moment))
-    files.write_atomically(tmp_path / 'x.json', lambda file: file.write(b'whole'))
-    assert sorted(os.listdir(tmp_path)) == ['x.json', 'x.json.1-0123abcd.tmp']
-
-
-def test_two_hosts_with_equal_process_numbers_share_no_temporary_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, 'getpid', lambda: 7)
     seen = []
-    for _ in range(2):
-        files.write_atomically(tmp_path / 'x', lambda file: seen.append(file.name))
-    assert len({str(name) for name in seen}) == 2
+
+    def write(file):
+        seen.append(file.name)
+        file.write(b'first')
+        if not seen[1:]:
+            files.write_atomically(tmp_path / 'x', write)
+            assert (tmp_path / 'x').read_bytes() == b'first'
+
+    files.write_atomically(tmp_path / 'x', write)
+    assert len({str(name) for name in seen}) == 2 and os.listdir(tmp_path) == ['x']

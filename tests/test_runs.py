@@ -139,14 +139,15 @@ def test_label_smoothing_by_hand():
 
 @pytest.mark.parametrize('module', [ann, snn])
 def test_label_smoothing_is_of_training_alone(module, trained):
-    flags = [*(SMALL if module is ann else [*SPIKING, *CALIBRATION]), '--pretrained_ann', trained]
+    # without delay: at T = 8 hardly a spike of a few delayed layers is at the output
+    flags = [*(SMALL if module is ann else [*SPIKING, '--delay', 0, *CALIBRATION]), '--pretrained_ann', trained]
     epochs = {}
     for smoothing in ('0', '0.5'):  # at a rate that leaves the weights as they are
         run(module, *flags, '--epochs', 1, '-lr', '1e-12', '--name', 'v', '--label_smoothing', smoothing)
         epochs[smoothing] = epochs_of(f'logs/{module.__name__}/v.jsonl')[1]
     plain, smooth = epochs['0'], epochs['0.5']
     assert smooth['test_loss'] == pytest.approx(plain['test_loss'], abs=1e-6)
-    assert abs(smooth['train_loss'] - plain['train_loss']) > 1e-3
+    assert abs(smooth['train_loss'] - plain['train_loss']) > 1
 
 
 @pytest.mark.parametrize('module', [ann, snn])

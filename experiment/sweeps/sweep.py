@@ -17,8 +17,8 @@ from experiment.files import identifier, paths, write_atomically
 from experiment.options import (
     OneLineParser,
     fail,
-    file,
     is_own_network,
+    not_empty,
     output_fails,
     positive_int,
     prepare_streams,
@@ -97,7 +97,7 @@ def get_args_parser(kind, target):
                                 ('--partition', 'NAME', 'where the tasks run')):
         group.add_argument(flag, type=slurm_value, metavar=metavar, help=f'{what}; as of sbatch')
     group = parser.add_argument_group('results')
-    group.add_argument('--summarize', type=file, nargs='+', metavar='FILE',
+    group.add_argument('--summarize', type=not_empty, nargs='+', metavar='FILE',
                        help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
                             'spread over seeds')
     group.add_argument('--markdown', action='store_true', help='the table for a README')

@@ -6,7 +6,7 @@ import tempfile
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, setup
+from experiment import UserError, checkpoint, distributed, engine, files, setup
 from experiment.data import epoch_loader
 from self_models.conversion import copy_weights, find_thresholds, is_quantized
 
@@ -25,8 +25,7 @@ def check_temporary_folder():
     name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
     if name:
         try:
-            with tempfile.TemporaryFile(dir=os.environ[name]) as file:
-                file.write(b' ')  # which a full disk refuses
+            files.probe(os.environ[name])
         except OSError as error:
             raise UserError(f'{name}={os.environ[name]}: spikes cannot be kept there ({error.strerror}); name a folder '
                             'that can be written, or unset it') from error
@@ -151,7 +150,7 @@ def fold_batch_norm(model, data, run):
 def at_chance(accuracy, labels, classes):
     """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
 
-    Clearly: by two standard errors over so many images, and at many classes by what fit() asks of a training. Too few
+    Clearly: by two standard errors over so many images, and at many classes by what train() asks of a training. Too few
     images to tell give None, too.
     """
     chance = labels.bincount().max().item() / len(labels)
