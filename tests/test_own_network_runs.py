@@ -235,14 +235,14 @@ def layers_of(heading):
     """The nn.NAME in the table below a heading of the page, as modules that follow 8 channels."""
     table = DOCS.split(f'## {heading}')[1].split('##')[0]
     names = [name for line in table.splitlines() if line.startswith('|') for cell in line.split('|')[1:3 if heading ==
-             'What may stand in it' else 2] for name in re.findall(r'nn\.(\w+)', cell)]
+             'What it may contain' else 2] for name in re.findall(r'nn\.(\w+)', cell)]
     given = {'Conv': (8, 8, 3), 'Linear': (8, 8), 'Batch': (8,), 'Adaptive': (1,), 'AvgPool': (2,), 'MaxPool': (2,),
              'Unflatten': (1, (2, 4)), 'PixelS': (2,), 'ZeroPad': (1,), 'LayerNorm': (8,), 'Group': (2, 8),
              'Instance': (8,), 'LocalR': (2,), 'Softmax': (1,), 'LogS': (1,), 'Multihead': (8, 2), 'LSTM': (8, 8)}
     return [(name, next((value for key, value in given.items() if name.startswith(key)), ())) for name in names]
 
 
-@pytest.mark.parametrize('name, given', [layer for layer in layers_of('What may stand in it')
+@pytest.mark.parametrize('name, given', [layer for layer in layers_of('What it may contain')
                                          if layer[0] not in ('ReLU', 'Sequential')])
 def test_what_its_page_says_may_stand_in_it(name, given):
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), getattr(nn, name)(*given), nn.Conv2d(8, 4, 1))

@@ -466,8 +466,8 @@ def test_the_figures_are_those_of_the_results(folder):
 
 
 @pytest.mark.parametrize('kind, new', [
-    ('snn/vgg5', {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False,
-                  'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0, 'width': 1.0}),
+    ('snn/fashion_14', {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False,
+                        'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0, 'width': 1.0}),
     ('ann', {'activation': 'ReLU', 'levels': 8, 'batch_norm': False, 'lr_schedule': 'step', 'cutout': 0,
              'label_smoothing': 0.0})])
 def test_runs_of_before_there_were_other_neurons_are_of_the_same_experiment(kind, new, tmp_path):

@@ -1,4 +1,5 @@
 """Drawing with matplotlib, without a screen, and the figures of metrics files. It needs no torch."""
+import math
 import os
 import statistics
 import textwrap
@@ -92,14 +93,16 @@ def draw_over_time_steps(anns, spiking):
     """
     def accuracy(row):
         values = [100 * run.accuracy for run in row]
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
     figure = new_figure(6.4, 4)
     axes = figure.subplots()
     for (name, at), color in zip(sorted(spiking.items()), cycle(COLORS)):
         steps = sorted(at)
         means, spreads = zip(*(accuracy(at[step]) for step in steps))
-        axes.errorbar(steps, means, spreads, color=color, marker='o', markersize=4, capsize=3, label=drawable(name))
+        several = any(len(at[step]) > 1 for step in steps)  # one run has no spread
+        axes.errorbar(steps, means, spreads if several else None, color=color, marker='o', markersize=4, capsize=3,
+                      label=drawable(name))
     for (name, row), line in zip(sorted(anns.items()), cycle(LINES[1:])):
         axes.axhline(accuracy(row)[0], color='0.4', linestyle=line, label=drawable(name))
     steps = sorted({step for at in spiking.values() for step in at})
