@@ -27,18 +27,13 @@ def save(state: dict, path: Path) -> None:
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def check_there(path: Path | str | None, kind: str) -> None:
-    """Raise UserError where a checkpoint that is wanted (not None) is missing, before hours of other work."""
-    if path is not None and not os.path.isfile(path):
-        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
-
-
 def load(path: Path | str, kind: str) -> dict:
     """The dict in a checkpoint file, on the CPU, tensors only; of a bare state_dict {'state_dict': that}.
 
     kind: 'ann' or 'snn'. Raises UserError.
     """
-    check_there(path, kind)
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
     state = read(path)
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         if kind == 'snn' or {'thresholds', 'leaks'} <= set(map(plain_name, state)):
@@ -96,26 +91,23 @@ def bring_in_line(paths: Paths, kind: str) -> list[str]:
     An epoch is written to paths.last first, so a kill between the two leaves the other one behind. To be called by the
     process that holds the lock. Raises UserError.
     """
-    last, best = load_training(paths.last, kind), {}
-    if paths.best.exists():
-        try:
-            best = load_training(paths.best, kind)
-        except UserError:  # as good as missing
-            pass
-    if best.get('history') and best['history'][:-1] == last['history']:
-        # Former versions wrote the best epoch's first. It holds all that the other one would.
+    last, said = load_training(paths.last, kind), []
+    try:
+        best = load_training(paths.best, kind)
+    except UserError:
+        best = {'history': [], 'accuracy': None, 'epoch': None}  # as good as missing
+    if best['history'] and best['history'][:-1] == last['history']:  # former versions wrote the best epoch's first
         copy(paths.best, paths.last)
-        return []
-    if [best.get('accuracy'), best.get('epoch')] == last['best']:
-        return []
-    said, anew = [], last['best'][1] != last['epoch']
-    if anew:
+    elif [best['accuracy'], best['epoch']] == last['best']:
+        pass
+    elif last['best'][1] == last['epoch']:
+        copy(paths.last, paths.best)
+    else:
         said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
                     f'anew from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
-    with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
-        if anew:
+        with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
             set_aside([paths.best], said.append)
     return said
 
@@ -178,7 +170,8 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
             else:
-                problems.append(f'{key} is {shape(weights[key])}, not {shape(wanted[key])}')
+                found, asked = ('x'.join(map(str, each[key].shape)) for each in (weights, wanted))
+                problems.append(f'{key} is {found}, not {asked}')
         elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
             problems.append(f'{key} is not finite')
     if problems:
@@ -212,10 +205,6 @@ def is_dense(value: object, floats: bool = True) -> bool:
     """Whether a value is a plain tensor of floating-point numbers, or of integers."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point() == floats
             and not value.is_complex() and not value.is_meta and not value.is_quantized)
-
-
-def shape(tensor: torch.Tensor) -> str:
-    return 'x'.join(str(size) for size in tensor.shape)
 
 
 def neuron_keys(model: nn.Module) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from experiment import UserError, checkpoint, distributed, files, log
-from experiment.data import NO_IMAGE, epoch_loader
+from experiment.data import NO_IMAGE, Data, epoch_loader
 from experiment.reporting import metrics
 from self_models.spiking_network import SpikingNetwork
+
+if TYPE_CHECKING:  # these import this module
+    from experiment.run import Run
+    from experiment.start import Progress
 
 
 class Metrics(NamedTuple):
@@ -37,7 +41,7 @@ def seed_for(seed: int, epoch: int, rank: int = 0) -> int:
 
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # of the CPU and of every CUDA device
-    np.random.seed(seed % 2 ** 32)
+    np.random.seed(seed % 2 ** 32)  # of which the file of a network of one's own may draw
 
 
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
@@ -294,7 +298,8 @@ def least_progress(classes: int) -> float:
     return min(0.15, 1.5 / classes)
 
 
-def train(model, optimizer, data, run, progress, chance_epochs):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 'Run', progress: 'Progress',
+          chance_epochs: int) -> None:
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
@@ -331,7 +336,8 @@ def train(model, optimizer, data, run, progress, chance_epochs):
     finish(model, data, run, progress, trained_as)
 
 
-def train_and_test(epoch, model, learner, optimizer, data, run):
+def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: torch.optim.Optimizer, data: Data,
+                   run: 'Run') -> dict[str, float]:
     """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
 
     Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
@@ -354,7 +360,7 @@ def train_and_test(epoch, model, learner, optimizer, data, run):
             f'{data.selection}_loss': tested.loss, f'{data.selection}_accuracy': tested.accuracy}
 
 
-def finish(model, data, run, progress, trained_as=None):
+def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', trained_as: dict | None = None) -> None:
     """Load the best epoch; if it was chosen on the validation set, test it. Write what a kill kept from the metrics.
 
     trained_as: the arguments that the metrics are to name, if not the run's.
@@ -376,7 +382,7 @@ def finish(model, data, run, progress, trained_as=None):
         metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
-def save(model, optimizer, run, progress, accuracy):
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
     """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
     then, where this epoch is the best, that of the best, and the metrics.
 

@@ -77,16 +77,6 @@ def _balanced_thresholds(model, data, args, say):
     return thresholds
 
 
-def scan_factors(model: SpikingNetwork, thresholds: list[float], images: Dataset, device: torch.device,
-                 args: argparse.Namespace) -> dict[float, float]:
-    """{scaling factor: accuracy} of the converted network at its time steps on a data set, for each of FACTORS."""
-    scan = {}
-    for factor in FACTORS:
-        model.threshold_update(factor, thresholds)
-        scan[factor] = engine.test(model, images, engine.cross_entropy, device, args).accuracy
-    return scan
-
-
 def chosen_factor(scan: dict[float, float], count: int) -> float:
     """Of the scaling factors that do as well as the best one, that nearest to the usual 0.7, then the lower one.
 
@@ -206,10 +196,12 @@ def looked_at(data: Data, args: argparse.Namespace) -> tuple[str, Dataset]:
 
 def scale_thresholds(model: SpikingNetwork, thresholds: list[float], data: Data, run: Run) -> dict:
     """Set the balanced thresholds times --scaling_factor, which `auto` chooses; returns what was measured."""
-    args, found = run.args, {'scaling_factor': run.args.scaling_factor}
+    args, found, scan = run.args, {'scaling_factor': run.args.scaling_factor}, {}
     if args.scaling_factor == 'auto':
         found['scanned_on'], images = looked_at(data, args)
-        scan = scan_factors(model, thresholds, images, run.device, args)
+        for factor in FACTORS:
+            model.threshold_update(factor, thresholds)
+            scan[factor] = engine.test(model, images, engine.cross_entropy, run.device, args).accuracy
         found['scaling_factor'] = chosen_factor(scan, len(images))
         found['scan'] = {str(factor): accuracy for factor, accuracy in scan.items()}
         run.say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(

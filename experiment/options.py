@@ -1,6 +1,7 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -16,26 +17,21 @@ from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
 
 
-def number(kind: type, low: float | None = None, high: float | None = None, open_low: bool = False,
-           float32: bool = True) -> Callable:
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, float32: bool = True) -> Callable:
     """An argparse type: a `kind` (int or float) in [low, high], or (low, high] with open_low.
 
     float32: whether a float has to be one there, where networks compute, that is neither 0 nor infinite.
     """
-    bounds = ' and '.join(
-        ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
-        + ([] if high is None else [f'at most {high}']))
+    bounds = f'{"above" if open_low else "at least"} {low}' + (f' and at most {high}' if high < math.inf else '')
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if (value is None or not -float('inf') < value < float('inf')
-                or (low is not None and (value < low or (open_low and value == low)))
-                or (high is not None and value > high)):
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (open_low and value == low):
             noun = 'a whole number' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}'.rstrip())
+            raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}')
         if kind is float and float32 and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
             raise argparse.ArgumentTypeError(f'{text!r} is too {"large" if abs(value) > 1 else "small"} for float32, '
                                              f'which goes from {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}')

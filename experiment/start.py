@@ -310,22 +310,22 @@ NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size'
 SPIKING = ('encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'keep_batch_norm')
 
 
-def check_named(args: argparse.Namespace, saved: dict, path: Path | str) -> None:
-    """Raise UserError for a checkpoint of a network of one's own whose file the command line does not name: a file that
-    a checkpoint names is never run."""
-    made_by = saved.get('architecture')
+def _saved(args, state, path):
+    """The arguments in a checkpoint. Raises UserError for a network of one's own whose file the command line does not
+    name: a file that a checkpoint names is never run."""
+    made_by = state['args'].get('architecture')
     if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
         raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
                         f'--architecture {shlex.quote(made_by)}')
+    return state['args']
 
 
 def take_network(args: argparse.Namespace, state: dict, path: Path | str) -> list[str]:
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
-    saved = state['args']
-    check_named(args, saved, path)
+    saved = _saved(args, state, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
-    vars(args).update(taken)
+    _settle(args, taken)
     idle = options.without_effect(vars(args))
     words = [f'--{key} {value}' for key, value in taken.items() if key not in idle]
     return [f'taken from {path}: {" ".join(words)}'] if words else []
@@ -336,8 +336,7 @@ def adopt(args: argparse.Namespace, state: dict, path: Path | str, resumed: bool
 
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
     """
-    saved = state['args']
-    check_named(args, saved, path)
+    saved = _saved(args, state, path)
     settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
                 if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
@@ -350,7 +349,7 @@ def adopt(args: argparse.Namespace, state: dict, path: Path | str, resumed: bool
     if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
         raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
                         'flag out, or convert with --pretrained_ann')
-    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    _settle(args, settings)
     if resumed:
         keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
     # thresholds are balanced and scaled already, unless --default_threshold set them all: then these meant nothing
