@@ -82,12 +82,12 @@ def main(args):
     from experiment.run import open_run
     from experiment.start import find_snn
 
-    if args.export_nir and not args.predict:
-        nir_export.check(args.export_nir)
     device = setup.set_up_device(args)
     if args.predict:
         print('\n'.join(predict.lines(args, device)))
         return
+    if args.export_nir:
+        nir_export.check(args.export_nir)
     start = find_snn(args, device)  # the run's name is taken for as long as this is held
     balances = from_ann.balances(args, start)
     if balances:
@@ -112,13 +112,7 @@ def main(args):
     progress, found = start.progress(), {}
 
     if start.kind == 'ann':
-        # From the ANN: copy its weights, balance thresholds, scale them, fit the output; QCFS brings its thresholds.
-        ann = from_ann.copy_ann(model, start.state, data, run)
-        found = from_ann.measure_ann(ann, start.state, data, run)
-        if balances:
-            thresholds = from_ann.balanced_thresholds(model, data, run)
-            found |= from_ann.scale_thresholds(model, thresholds, data, run)
-            found |= from_ann.fit_output(model, ann, data, run)
+        found = convert(model, start.state, balances, data, run)
     elif balances:
         from_ann.set_thresholds(model, from_ann.balanced_thresholds(model, data, run), args.scaling_factor)
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
@@ -138,6 +132,19 @@ def main(args):
     if args.export_nir and distributed.is_main():
         run.say(nir_export.export(model, data.input_shape, args.export_nir, architecture=args.architecture,
                                   dataset=args.dataset))
+
+
+def convert(model, state, balances, data, run):
+    """Make a spiking network of the ANN in a checkpoint's `state`; returns what was measured on the way."""
+    from experiment import from_ann
+
+    ann = from_ann.copy_ann(model, state, data, run)  # weights, batch norm folded; of QCFS thresholds, too
+    found = from_ann.measure_ann(ann, state, data, run)
+    if balances:
+        thresholds = from_ann.balanced_thresholds(model, data, run)
+        found |= from_ann.scale_thresholds(model, thresholds, data, run)
+        found |= from_ann.fit_output(model, ann, data, run)
+    return found
 
 
 if __name__ == '__main__':

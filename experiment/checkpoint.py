@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from experiment import UserError, unpickling
-from experiment.files import replacing, set_aside, write_atomically
+from experiment.files import Paths, replacing, set_aside, write_atomically
 from experiment.options import FORMER, is_own_network
 from self_models import VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
@@ -21,23 +22,18 @@ from self_models.surrogate import SURROGATES
 from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
 
 
-def save(state, path):
+def save(state: dict, path: Path) -> None:
     """Write a checkpoint: a dict of tensors, numbers, texts, lists and dicts."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
-def check_there(path, kind):
-    """Raise UserError where a checkpoint that is wanted (not None) is missing, before hours of other work."""
-    if path is not None and not os.path.isfile(path):
-        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
-
-
-def load(path, kind):
+def load(path: Path | str, kind: str) -> dict:
     """The dict in a checkpoint file, on the CPU, tensors only; of a bare state_dict {'state_dict': that}.
 
     kind: 'ann' or 'snn'. Raises UserError.
     """
-    check_there(path, kind)
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: there is no such file; give the path of a checkpoint that {kind}.py wrote')
     state = read(path)
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         if kind == 'snn' or {'thresholds', 'leaks'} <= set(map(plain_name, state)):
@@ -57,7 +53,7 @@ def load(path, kind):
 PRETRAINED = ('pretrained_ann', 'pretrained_snn')
 
 
-def upgrade(state):
+def upgrade(state: dict) -> dict:
     """What a file of a former version or of the published code holds, in today's form; the one place that knows them.
 
     args is a dict, {} where the file has none, and without the flags that it does not know.
@@ -76,7 +72,7 @@ def upgrade(state):
     return state
 
 
-def load_training(path, kind):
+def load_training(path: Path | str, kind: str) -> dict:
     """load() of a checkpoint that training can go on from. Raises UserError."""
     state = load(path, kind)
     best = state.get('best')
@@ -89,43 +85,40 @@ def load_training(path, kind):
     return state
 
 
-def bring_in_line(paths, kind):
+def bring_in_line(paths: Paths, kind: str) -> list[str]:
     """Before a run goes on: have paths.best hold the best epoch of paths.last; returns a list of lines to say.
 
     An epoch is written to paths.last first, so a kill between the two leaves the other one behind. To be called by the
     process that holds the lock. Raises UserError.
     """
-    last, best = load_training(paths.last, kind), {}
-    if paths.best.exists():
-        try:
-            best = load_training(paths.best, kind)
-        except UserError:  # as good as missing
-            pass
-    if best.get('history') and best['history'][:-1] == last['history']:
-        # Former versions wrote the best epoch's first. It holds all that the other one would.
+    last, said = load_training(paths.last, kind), []
+    try:
+        best = load_training(paths.best, kind)
+    except UserError:
+        best = {'history': [], 'accuracy': None, 'epoch': None}  # as good as missing
+    if best['history'] and best['history'][:-1] == last['history']:  # former versions wrote the best epoch's first
         copy(paths.best, paths.last)
-        return []
-    if [best.get('accuracy'), best.get('epoch')] == last['best']:
-        return []
-    said, anew = [], last['best'][1] != last['epoch']
-    if anew:
+    elif [best['accuracy'], best['epoch']] == last['best']:
+        pass
+    elif last['best'][1] == last['epoch']:
+        copy(paths.last, paths.best)
+    else:
         said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
                     f'anew from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
-    with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
-        if anew:
+        with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
             set_aside([paths.best], said.append)
     return said
 
 
-def copy(source, target):
+def copy(source: Path, target: Path) -> None:
     """Write a checkpoint file once more, as quick as the disk is; serialising it anew takes longer."""
     with open(source, 'rb') as whole:
         write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
 
 
-def read(path):
+def read(path: Path | str) -> object:
     """What torch.save wrote to `path`, on the CPU, tensors only. Raises UserError."""
     try:
         with warnings.catch_warnings():
@@ -141,19 +134,20 @@ def read(path):
                         'ann.py or snn.py wrote') from error
 
 
-def load_weights(model, state, path, may_differ=()):
+def load_weights(model: nn.Module, state: dict, path: Path | str, may_differ: Sequence[str] = ()) -> list[str]:
     """Copy a checkpoint's weights into a model, name by name, as fitting() finds them; returns those that differ."""
     weights, kept = fitting(model, state, path, may_differ)
     model.load_state_dict({**model.state_dict(), **weights})
     return kept
 
 
-def plain_name(key):
+def plain_name(key: object) -> str:
     """A weight's name without what torch.compile (_orig_mod.) and parallel modules (module.) put into it."""
     return '.'.join(part for part in str(key).split('.') if part not in ('module', '_orig_mod'))
 
 
-def fitting(model, state, path, may_differ=()):
+def fitting(model: nn.Module, state: dict, path: Path | str,
+            may_differ: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], list[str]]:
     """({name: weight} of a checkpoint, as a model calls them, [names of those left out]).
 
     may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen
@@ -176,7 +170,8 @@ def fitting(model, state, path, may_differ=()):
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
             else:
-                problems.append(f'{key} is {shape(weights[key])}, not {shape(wanted[key])}')
+                found, asked = ('x'.join(map(str, each[key].shape)) for each in (weights, wanted))
+                problems.append(f'{key} is {found}, not {asked}')
         elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
             problems.append(f'{key} is not finite')
     if problems:
@@ -190,7 +185,7 @@ def fitting(model, state, path, may_differ=()):
     return {key: value for key, value in weights.items() if key not in kept}, kept
 
 
-def last_layer(model):
+def last_layer(model: nn.Module) -> list[str]:
     """The names of the weights that give a network's output: of its last layer, or layers, and what follows them."""
     tree, graph = trace(model)
     modules, names = dict(tree.named_modules()), []
@@ -206,17 +201,13 @@ def last_layer(model):
     return names
 
 
-def is_dense(value, floats=True):
+def is_dense(value: object, floats: bool = True) -> bool:
     """Whether a value is a plain tensor of floating-point numbers, or of integers."""
     return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.is_floating_point() == floats
             and not value.is_complex() and not value.is_meta and not value.is_quantized)
 
 
-def shape(tensor):
-    return 'x'.join(str(size) for size in tensor.shape)
-
-
-def neuron_keys(model):
+def neuron_keys(model: nn.Module) -> set[str]:
     """The names of a spiking network's thresholds and leaks in its state_dict; of an ANN's none."""
     if isinstance(model, LayerByLayer):
         return {'thresholds', 'leaks'}
@@ -224,13 +215,13 @@ def neuron_keys(model):
     return {f'{layer}.{what}' for layer in layers for what in ('threshold', 'leak')}
 
 
-def snn_state(model):
+def snn_state(model: SpikingNetwork) -> dict:
     """What an SNN's checkpoint holds beside the weights; thresholds are as used, that is scaled."""
     return {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'activation': model.activation,
             'leak': model.initial_leak, 'leaks': model.leaks.tolist()}
 
 
-def ann_layers(state):
+def ann_layers(state: dict | None) -> dict:
     """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint; of an SNN's but the last.
 
     The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
@@ -251,18 +242,18 @@ def ann_layers(state):
             'levels': levels if type(levels) is int and levels > 0 else None}
 
 
-def has_biases(state):
+def has_biases(state: dict) -> bool:
     """Whether the network in a checkpoint has biases, or batch norm to be folded into them."""
     return any(str(key).endswith(('.bias', '.running_var')) for key in state['state_dict'])
 
 
-def has_scales(state):
+def has_scales(state: dict) -> bool | str:
     """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS; 'channel' for channels."""
     found = [value for key, value in state['state_dict'].items() if str(key).endswith(('.factor', '.bound'))]
     return 'channel' if any(getattr(value, 'ndim', 0) for value in found) else bool(found)
 
 
-def snn_settings(state, path):
+def snn_settings(state: dict, path: Path | str) -> dict:
     """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, thresholds as used, that is scaled.
 
     leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that
@@ -289,7 +280,7 @@ def snn_settings(state, path):
     return settings
 
 
-def load_snn(model, state, path, leaks=True):
+def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool = True) -> None:
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
@@ -301,14 +292,14 @@ def load_snn(model, state, path, leaks=True):
         raise UserError(f'{path}: {error}') from error
 
 
-def thresholds_key(model, settings):
+def thresholds_key(model: nn.Module, settings: dict) -> dict:
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
     neurons = neuron_keys(model)
     weights = {key: value for key, value in model.state_dict().items() if key not in neurons}
     return {'weights': digest(weights), **settings}
 
 
-def digest(tensors):
+def digest(tensors: dict[str, torch.Tensor]) -> str:
     """A hash of a dict of tensors, their names, kinds and shapes."""
     found = hashlib.sha256()
     for key, value in sorted(tensors.items()):
@@ -321,7 +312,7 @@ def digest(tensors):
 FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
 
 
-def cached_thresholds(path, key, count):
+def cached_thresholds(path: Path | str, key: dict, count: int) -> tuple[list[float] | None, str]:
     """(`count` thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
     cache = Path(f'{path}.thresholds.json')
     try:
@@ -340,7 +331,7 @@ def cached_thresholds(path, key, count):
     return thresholds, f'thresholds taken from {cache}'
 
 
-def cache_thresholds(path, key, thresholds):
+def cache_thresholds(path: Path | str, key: dict, thresholds: list[float]) -> None:
     """Keep thresholds beside the ANN checkpoint `path`. Raises UserError where that cannot be written."""
     text = json.dumps({'key': key, 'thresholds': thresholds}, indent=1)
     write_atomically(Path(f'{path}.thresholds.json'), lambda file: file.write(text.encode()))

@@ -8,6 +8,7 @@ import datetime
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from experiment import UserError, options
 wanted = options.several_processes
 
 
-def local_rank():
+def local_rank() -> int:
     """The number of this process on its machine, from 0."""
     return int(os.environ.get('LOCAL_RANK', 0))
 
 
-def start(device):
+def start(device: torch.device) -> None:
     """Meet the other processes; they talk by nccl on CUDA, by gloo on CPUs."""
     # Python's handlers wait for torch to return, which does not while another process is missing
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -34,7 +35,7 @@ def start(device):
         signal.signal(number, handler)
 
 
-def stop():
+def stop() -> None:
     """End this process with status 0 where it is one of several, once all are at the end of their run.
 
     Without Python's shutdown: seen in 1 of 16 runs, torch 2.14 aborts in it with a thread of gloo's still running, and
@@ -51,7 +52,7 @@ def _started():
     return dist.is_available() and dist.is_initialized()
 
 
-def is_of_an_ended_process(error):
+def is_of_an_ended_process(error: RuntimeError) -> bool:
     """Whether a RuntimeError says that another process has ended, by whatever fault, and this one cannot go on."""
     return isinstance(error, dist.DistError) or any(
         words in str(error) for words in ('closed by peer', 'reset by peer', 'Broken pipe', 'gloo/transport'))
@@ -71,12 +72,12 @@ def process() -> Process:
     return Process(dist.get_rank(), dist.get_world_size()) if _started() else ALONE
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this is the process that writes logs and files."""
     return process().rank == 0
 
 
-def total(values, device):
+def total(values: list[float], device: torch.device) -> list[float]:
     """The sums over all processes of a list of numbers, a list of floats."""
     sums = torch.tensor(values, dtype=torch.float64, device=device)
     if _started():
@@ -84,7 +85,7 @@ def total(values, device):
     return sums.tolist()
 
 
-def from_main(function):
+def from_main(function: Callable):
     """What function() gives on the main process, on all of them; a UserError that it raises, too."""
     value = error = None
     if is_main():
@@ -101,7 +102,7 @@ def from_main(function):
     return value
 
 
-def share_weights(model):
+def share_weights(model: torch.nn.Module) -> None:
     """Give every process the weights that the main one has."""
     if _started():
         for weight in model.state_dict().values():
@@ -109,7 +110,7 @@ def share_weights(model):
 
 
 @contextlib.contextmanager
-def main_first():
+def main_first() -> Iterator[None]:
     """The main process runs the block before the others do: what it downloads, they find."""
     if _started() and not is_main():
         dist.barrier()
@@ -118,7 +119,7 @@ def main_first():
         dist.barrier()
 
 
-def share_buffers(model):
+def share_buffers(model: torch.nn.Module) -> None:
     """Give every process what the main one has beside weights: batch norm's statistics of the batch just trained on.
 
     At each step DistributedDataParallel does so first, which leaves those of the last one.
@@ -128,12 +129,12 @@ def share_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-def synchronises(device):
+def synchronises(device: torch.device) -> bool:
     """Whether batch norm takes its statistics over all processes; torch's does so on CUDA only."""
     return device.type == 'cuda'
 
 
-def learner(model, device):
+def learner(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """The model as it is trained: among several processes, wrapped so that gradients are averaged over them.
 
     On CUDA its batch norms are replaced by such that take their statistics over all; nothing has another name then.

@@ -1,20 +1,28 @@
 """The loops over batches and epochs that ann.py and snn.py share."""
+import argparse
 import math
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from experiment import UserError, checkpoint, distributed, files, log
-from experiment.data import NO_IMAGE, epoch_loader
+from experiment.data import NO_IMAGE, Data, epoch_loader
 from experiment.reporting import metrics
 from self_models.spiking_network import SpikingNetwork
+
+if TYPE_CHECKING:  # these import this module
+    from experiment.run import Run
+    from experiment.start import Progress
 
 
 class Metrics(NamedTuple):
@@ -23,7 +31,7 @@ class Metrics(NamedTuple):
     accuracy: float  # a fraction
 
 
-def seed_for(seed, epoch, rank=0):
+def seed_for(seed: int, epoch: int, rank: int = 0) -> int:
     """A seed of its own for each epoch (0: evaluation), so that a resumed run draws what an unbroken one would.
 
     rank: of one of several processes, whose draws should differ.
@@ -31,15 +39,15 @@ def seed_for(seed, epoch, rank=0):
     return int(np.random.SeedSequence((seed, epoch, *([rank] if rank else []))).generate_state(1)[0])
 
 
-def seed_all(seed):
+def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # of the CPU and of every CUDA device
-    np.random.seed(seed % 2 ** 32)
+    np.random.seed(seed % 2 ** 32)  # of which the file of a network of one's own may draw
 
 
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
 
 
-def learning_rate_at(epoch, args, part=0.0):
+def learning_rate_at(epoch: int, args: argparse.Namespace, part: float = 0.0) -> float:
     """The learning rate in an epoch (1, 2, ...), of which a part (0 to 1) is done.
 
     --lr_schedule step: divided by lr_reduce on reaching each lr_interval * epochs. The first epoch always has the full
@@ -58,7 +66,7 @@ def learning_rate_at(epoch, args, part=0.0):
     return rate
 
 
-def make_optimizer(model, args):
+def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """SGD or Adam as the flags say; fused, as an unfused step takes as long as a small network's gradient.
 
     Thresholds, leaks and bounds of QCFS take no weight decay.
@@ -73,12 +81,13 @@ def make_optimizer(model, args):
     return torch.optim.Adam(groups, amsgrad=args.amsgrad, **common)
 
 
-def autocast(device, amp):
+def autocast(device: torch.device, amp: bool) -> torch.autocast:
     """The context of a forward pass: where `amp`, convolutions and matrix products run in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def cross_entropy(logits, labels, scale=1.0, smoothing=0.0):
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0,
+                  smoothing: float = 0.0) -> torch.Tensor:
     """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,).
 
     smoothing: a part of each label, in [0, 1), that is spread evenly over all labels (Szegedy et al., 2016).
@@ -95,7 +104,7 @@ class Along(NamedTuple):
     rate: Callable | None = None
 
 
-def check_finite(loss, where, model, images=None):
+def check_finite(loss: float, where: str, model: nn.Module, images: torch.Tensor | None = None) -> None:
     """Raise UserError where a loss or a model's weights are not finite; the message names the first layer at fault.
 
     images: (B, C, H, W) that the loss is of, on which layers are looked at too.
@@ -112,16 +121,16 @@ def check_finite(loss, where, model, images=None):
         ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds' if is_spiking(model) else ''))
 
 
-def is_finite(tensor):
+def is_finite(tensor: torch.Tensor) -> bool:
     return all(map(math.isfinite, torch.aminmax(tensor)))  # either is NaN where a value is
 
 
-def is_spiking(model):
+def is_spiking(model: nn.Module) -> bool:
     return isinstance(model, SpikingNetwork)
 
 
 @torch.no_grad()
-def layer_not_finite(model, images=None):
+def layer_not_finite(model: nn.Module, images: torch.Tensor | None = None) -> str:
     """What of a model is not finite, in words: the first such weights, else an output on images; '' for none."""
     for name, weight in model.named_parameters():
         if not is_finite(weight):
@@ -145,7 +154,7 @@ def layer_not_finite(model, images=None):
     return next((f'the output of {name}' for name, finite in found if not finite), '')
 
 
-def read_later(values):
+def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
     """Start to copy a tensor of numbers to the host; returns a function that waits for that copy and gives a list.
 
     It does not wait for what a GPU is given to do meanwhile, as Tensor.tolist() would.
@@ -169,18 +178,19 @@ class Meter:
     A batch's numbers are read when the next one is on its way, so that the host does not wait for a GPU within a step.
     """
 
-    def __init__(self, model, along):
+    def __init__(self, model: nn.Module, along: Along):
         self.model, self.along, self.waiting = model, along, None
         self.loss, self.correct, self.seen = 0.0, 0, 0
 
-    def add(self, number, images, labels, logits, loss):
+    def add(self, number: int, images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor,
+            loss: torch.Tensor) -> None:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
         hits = (logits.detach().argmax(1) == labels).sum()
         measured = read_later(torch.stack([loss, hits.to(loss.dtype), (labels != NO_IMAGE).sum().to(loss.dtype)]))
         self.read()
         self.waiting = number, images, measured
 
-    def read(self):
+    def read(self) -> None:
         """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
         if not self.waiting:
             return
@@ -196,14 +206,15 @@ class Meter:
     def __str__(self):
         return f'loss {self.loss / self.seen:.4f}, accuracy {self.correct / self.seen:.2%}' if self.seen else ''
 
-    def metrics(self, device):
+    def metrics(self, device: torch.device) -> Metrics:
         """The Metrics of all processes."""
         self.read()
         loss, correct, seen = distributed.total([self.loss, self.correct, self.seen], device)
         return Metrics(loss / seen, correct / seen)
 
 
-def train_epoch(model, loader, optimizer, loss_function, device, amp=False, along=None):
+def train_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, loss_function: Callable,
+                device: torch.device, amp: bool = False, along: Along | None = None) -> Metrics:
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
     loss_function: (logits (B, labels), labels (B,)) -> the sum of the samples' losses. amp: whether in bfloat16. along:
@@ -240,7 +251,8 @@ def train_epoch(model, loader, optimizer, loss_function, device, amp=False, alon
 
 
 @torch.no_grad()
-def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None):
+def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, device: torch.device, amp: bool = False,
+             say: Callable | None = None, at: list[int] | None = None) -> tuple[Metrics, list[float]]:
     """One pass over a loader without training; returns (its Metrics, accuracies after each of `at` time steps).
 
     loss_function: as for train_epoch. say: prints the accuracy after every batch. at: of a spiking network, time steps
@@ -265,12 +277,15 @@ def evaluate(model, loader, loss_function, device, amp=False, say=None, at=None)
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
-def test(model, dataset, loss_function, device, args, say=None):
+def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: argparse.Namespace,
+         say: Callable | None = None) -> Metrics:
     """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
     return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
 
-def test_over_time(model, dataset, loss_function, device, args, say=None, at=None):
+def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
+                   args: argparse.Namespace, say: Callable | None = None,
+                   at: list[int] | None = None) -> tuple[Metrics, list[float]]:
     """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
     process = distributed.process()
     seed_all(seed_for(args.seed, 0, process.rank))
@@ -278,12 +293,13 @@ def test_over_time(model, dataset, loss_function, device, args, say=None, at=Non
     return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
-def least_progress(classes):
+def least_progress(classes: int) -> float:
     """The accuracy below which a network has learned nothing: for ten classes 0.15, as published."""
     return min(0.15, 1.5 / classes)
 
 
-def train(model, optimizer, data, run, progress, chance_epochs):
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 'Run', progress: 'Progress',
+          chance_epochs: int) -> None:
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
     Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
@@ -320,7 +336,8 @@ def train(model, optimizer, data, run, progress, chance_epochs):
     finish(model, data, run, progress, trained_as)
 
 
-def train_and_test(epoch, model, learner, optimizer, data, run):
+def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: torch.optim.Optimizer, data: Data,
+                   run: 'Run') -> dict[str, float]:
     """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
 
     Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
@@ -343,7 +360,7 @@ def train_and_test(epoch, model, learner, optimizer, data, run):
             f'{data.selection}_loss': tested.loss, f'{data.selection}_accuracy': tested.accuracy}
 
 
-def finish(model, data, run, progress, trained_as=None):
+def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', trained_as: dict | None = None) -> None:
     """Load the best epoch; if it was chosen on the validation set, test it. Write what a kill kept from the metrics.
 
     trained_as: the arguments that the metrics are to name, if not the run's.
@@ -365,7 +382,7 @@ def finish(model, data, run, progress, trained_as=None):
         metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
-def save(model, optimizer, run, progress, accuracy):
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
     """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
     then, where this epoch is the best, that of the best, and the metrics.
 
@@ -400,7 +417,7 @@ def save(model, optimizer, run, progress, accuracy):
     metrics.write(paths.metrics, run.args, progress.history)
 
 
-def load_optimizer(optimizer, state, path):
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path | str) -> None:
     """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError.
 
     state: of checkpoint.load_training().

@@ -1,12 +1,14 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
+import argparse
 import contextlib
 import os
 import secrets
 import socket
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 try:
     import fcntl
@@ -17,7 +19,7 @@ from experiment import UserError
 from experiment.options import is_own_network
 
 
-def identifier(kind, args):
+def identifier(kind: str, args: argparse.Namespace) -> str:
     """The name of a run: --name, else e.g. 'ann_vgg16_cifar10' or, with the time steps, 'snn_vgg16_cifar10_100'."""
     if args.name:
         return args.name
@@ -41,24 +43,24 @@ class Paths(NamedTuple):
         return self.metrics.with_suffix('')
 
 
-def paths(kind, name):
+def paths(kind: str, name: str) -> Paths:
     """The Paths of the run `name`."""
     folder = Path('trained_models', kind)
     return Paths(folder / f'{name}.pth', folder / f'{name}.last.pth', Path('logs', kind, f'{name}.jsonl'))
 
 
-def is_own(source, files):
+def is_own(source: Path | str | None, files: Paths) -> bool:
     """Whether the checkpoint `source` that a run resumes from is that run's own last one."""
     return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
-def probe(folder):
+def probe(folder: Path | str) -> None:
     """Raise OSError where no file can be written in a folder, as a full disk refuses its first byte."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b' ')
 
 
-def check_writable(*folders):
+def check_writable(*folders: Path) -> None:
     """Make folders and raise UserError, before hours of work, where files cannot be written there."""
     for folder in folders:
         try:
@@ -69,7 +71,7 @@ def check_writable(*folders):
                             'make the folder writable or name another') from error
 
 
-def lock(files):
+def lock(files: Paths) -> IO | None:
     """Take the run's name for as long as the returned file is open; UserError where another process has it.
 
     Also deletes what a killed run of this name had half written.
@@ -110,7 +112,7 @@ def _lock(file, wait):
         return False
 
 
-def set_aside(files, say):
+def set_aside(files: Iterable[Path], say: Callable[[str], object]) -> None:
     """Keep the files that an earlier run of the same name left, as previous.N.<name>.
 
     A run that is killed in between has the next one go on: what is still there gets the same number. The checkpoint to
@@ -135,14 +137,14 @@ def set_aside(files, say):
         say(f'{path} is of an earlier run: kept as {kept(path).name}')
 
 
-def write_atomically(path, write):
+def write_atomically(path: Path, write: Callable[[IO], object]) -> None:
     """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError."""
     with replacing(path, write):
         pass
 
 
 @contextlib.contextmanager
-def replacing(path, write):
+def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
     """write_atomically(), with a block that runs when the new file is whole and has not taken its place yet."""
     try:
         file, temporary = _open_temporary(path)

@@ -5,22 +5,27 @@ import os
 import tempfile
 
 import torch
+from torch import nn
+from torch.utils.data import Dataset
 
 from experiment import UserError, checkpoint, distributed, engine, files, setup
-from experiment.data import epoch_loader
+from experiment.data import Data, epoch_loader
+from experiment.run import Run
+from experiment.start import Start
 from self_models.conversion import copy_weights, find_thresholds, is_quantized
+from self_models.spiking_network import SpikingNetwork
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
 
 
-def balances(args, start):
+def balances(args: argparse.Namespace, start: Start) -> bool:
     """Whether a run balances thresholds: neither such as an ANN of QCFS brings nor such as --default_threshold sets."""
     if start.kind == 'ann':
         return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
     return start.kind == 'scratch' and 'default_threshold' not in args.given
 
 
-def check_temporary_folder():
+def check_temporary_folder() -> None:
     """Raise UserError, before any work, where spikes would go to another temporary folder than the environment says."""
     name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
     if name:
@@ -31,7 +36,7 @@ def check_temporary_folder():
                             'that can be written, or unset it') from error
 
 
-def balanced_thresholds(model, data, run):
+def balanced_thresholds(model: SpikingNetwork, data: Data, run: Run) -> list[float]:
     """Thresholds of a network, before scaling: from the cache beside the ANN, or balanced now, by the main process.
 
     Of a network from scratch, its untrained self's, which no file holds: at the default threshold hardly a spike passes
@@ -72,16 +77,7 @@ def _balanced_thresholds(model, data, args, say):
     return thresholds
 
 
-def scan_factors(model, thresholds, images, device, args):
-    """{scaling factor: accuracy} of the converted network at its time steps on a data set, for each of FACTORS."""
-    scan = {}
-    for factor in FACTORS:
-        model.threshold_update(factor, thresholds)
-        scan[factor] = engine.test(model, images, engine.cross_entropy, device, args).accuracy
-    return scan
-
-
-def chosen_factor(scan, count):
+def chosen_factor(scan: dict[float, float], count: int) -> float:
     """Of the scaling factors that do as well as the best one, that nearest to the usual 0.7, then the lower one.
 
     scan: {factor: accuracy} on `count` images, over which accuracy p has a standard error of sqrt(p (1 - p) / count).
@@ -94,7 +90,8 @@ def chosen_factor(scan, count):
 
 
 @torch.no_grad()
-def fitting_scale(model, ann, images, device, args):
+def fitting_scale(model: SpikingNetwork, ann: nn.Module, images: Dataset, device: torch.device,
+                  args: argparse.Namespace) -> float:
     """What the mean output of a converted network is to be multiplied by to be the ANN's logits, by least squares.
 
     Logits (B, labels) are taken less their mean over the labels, which the softmax does not see:
@@ -114,7 +111,7 @@ def fitting_scale(model, ann, images, device, args):
     return args.timesteps * both / square if both > 0 else 1.0
 
 
-def folded(model, args, data):
+def folded(model: SpikingNetwork, args: argparse.Namespace, data: Data) -> SpikingNetwork:
     """The spiking network of a published layout with the batch norm of `model`, its plain form, folded into weights and
     biases."""
     args = argparse.Namespace(**{**vars(args), 'keep_batch_norm': False})
@@ -131,7 +128,7 @@ def folded(model, args, data):
     return network
 
 
-def fold_batch_norm(model, data, run):
+def fold_batch_norm(model: SpikingNetwork, data: Data, run: Run) -> SpikingNetwork:
     """folded(model), saved as NAME.folded.pth; says what each of the two gives on the set that epochs are compared on.
     Of several processes the main one saves."""
     network, images = folded(model, run.args, data), getattr(data, data.selection)
@@ -147,7 +144,7 @@ def fold_batch_norm(model, data, run):
     return network
 
 
-def at_chance(accuracy, labels, classes):
+def at_chance(accuracy: float, labels: torch.Tensor, classes: int) -> float | None:
     """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
 
     Clearly: by two standard errors over so many images, and at many classes by what train() asks of a training. Too few
@@ -158,7 +155,7 @@ def at_chance(accuracy, labels, classes):
     return chance if accuracy < least < 1 else None
 
 
-def copy_ann(model, state, data, run):
+def copy_ann(model: SpikingNetwork, state: dict, data: Data, run: Run) -> nn.Module:
     """Copy the weights of the ANN in a checkpoint's `state` into the spiking network, batch norm folded; returns it."""
     path = run.args.pretrained_ann
     layers = checkpoint.ann_layers(state)
@@ -172,7 +169,7 @@ def copy_ann(model, state, data, run):
     return ann
 
 
-def measure_ann(ann, state, data, run):
+def measure_ann(ann: nn.Module, state: dict, data: Data, run: Run) -> dict:
     """{ann_accuracy, ann_accuracy_on}: on the set that the run's accuracies are of. Says it, and if it is of chance.
 
     {} for an ANN of QCFS of which the checkpoint's `state` does not say how many levels it has.
@@ -191,18 +188,20 @@ def measure_ann(ann, state, data, run):
     return {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on}
 
 
-def looked_at(data, args):
+def looked_at(data: Data, args: argparse.Namespace) -> tuple[str, Dataset]:
     """(name of the set, images) that a conversion chooses by: the test set has no part in it."""
     name = 'train' if data.validation is None else 'validation'
     return name, getattr(data, name).sample(args.calibration_samples, args.seed, like=data.test)
 
 
-def scale_thresholds(model, thresholds, data, run):
+def scale_thresholds(model: SpikingNetwork, thresholds: list[float], data: Data, run: Run) -> dict:
     """Set the balanced thresholds times --scaling_factor, which `auto` chooses; returns what was measured."""
-    args, found = run.args, {'scaling_factor': run.args.scaling_factor}
+    args, found, scan = run.args, {'scaling_factor': run.args.scaling_factor}, {}
     if args.scaling_factor == 'auto':
         found['scanned_on'], images = looked_at(data, args)
-        scan = scan_factors(model, thresholds, images, run.device, args)
+        for factor in FACTORS:
+            model.threshold_update(factor, thresholds)
+            scan[factor] = engine.test(model, images, engine.cross_entropy, run.device, args).accuracy
         found['scaling_factor'] = chosen_factor(scan, len(images))
         found['scan'] = {str(factor): accuracy for factor, accuracy in scan.items()}
         run.say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
@@ -212,14 +211,14 @@ def scale_thresholds(model, thresholds, data, run):
     return found
 
 
-def set_thresholds(model, thresholds, factor):
+def set_thresholds(model: SpikingNetwork, thresholds: list[float], factor: float) -> None:
     try:
         model.threshold_update(factor, thresholds)
     except ValueError as error:
         raise UserError(f'--scaling_factor {factor}: {error}') from error
 
 
-def fit_output(model, ann, data, run):
+def fit_output(model: SpikingNetwork, ann: nn.Module, data: Data, run: Run) -> dict:
     """With --output fitted, multiply the output layer so that its mean over time is the ANN's logits."""
     if run.args.output != 'fitted':
         return {}

@@ -1,6 +1,8 @@
 """What a run says: to the terminal, or with --log to logs/{ann,snn}/<identifier>.log."""
+import argparse
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value
     'best_accuracy': ('best', 9, '{:.2%}'), 'seconds': ('time', 8, '{:.0f}s')}
 
 
-def open_log(kind, identifier, to_file):
+def open_log(kind: str, identifier: str, to_file: bool) -> Callable[[str], None]:
     """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError.
 
     Of several processes the main one prints.
@@ -32,7 +34,7 @@ def open_log(kind, identifier, to_file):
     return lambda text: print(text, file=file)
 
 
-def header(args, model, device):
+def header(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> str:
     """The lines that open a log: the command, every argument, the network, the machine."""
     count, world_size = sum(p.numel() for p in model.parameters()), distributed.process().world_size
     return '\n'.join([
@@ -43,22 +45,22 @@ def header(args, model, device):
         + (f', {world_size} processes, each with batches of {args.batch_size}' if world_size > 1 else ''), ''])
 
 
-def command():
+def command() -> str:
     """The command of this run, quoted so that a shell takes it as it was."""
     return shlex.join(['python', *sys.argv])
 
 
-def arguments(args):
+def arguments(args: argparse.Namespace) -> dict:
     """Every argument of a run, as numbers and texts."""
     return {key: value for key, value in vars(args).items() if key not in ('given', 'defaults')}
 
 
-def heading(selection):
+def heading(selection: str) -> str:
     """The heading of the lines of epoch_line(). selection: 'test' or 'validation', the set that epochs run on."""
     other = 'test' if selection == 'validation' else 'validation'
     return ''.join(f'{name:>{width}}' for key, (name, width, _) in COLUMNS.items() if not key.startswith(other))
 
 
-def epoch_line(entry):
+def epoch_line(entry: dict[str, float]) -> str:
     """One line of the table: an epoch's entry in the metrics."""
     return ''.join(f'{how.format(entry[key]):>{width}}' for key, (_, width, how) in COLUMNS.items() if key in entry)

@@ -1,11 +1,14 @@
 """The flags that ann.py and snn.py have in common, their types, and how a script ends. It needs no torch."""
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from typing import NoReturn
 
 from experiment import UserError
 from self_models import surrogate
@@ -14,25 +17,21 @@ from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
 
 
-def number(kind, low=None, high=None, open_low=False, float32=True):
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, float32: bool = True) -> Callable:
     """An argparse type: a `kind` (int or float) in [low, high], or (low, high] with open_low.
 
     float32: whether a float has to be one there, where networks compute, that is neither 0 nor infinite.
     """
-    bounds = ' and '.join(
-        ([] if low is None else [f'{"above" if open_low else "at least"} {low}'])
-        + ([] if high is None else [f'at most {high}']))
+    bounds = f'{"above" if open_low else "at least"} {low}' + (f' and at most {high}' if high < math.inf else '')
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
-            value = None
-        if (value is None or not -float('inf') < value < float('inf')
-                or (low is not None and (value < low or (open_low and value == low)))
-                or (high is not None and value > high)):
+            value = math.nan
+        if not low <= value <= high or value == math.inf or (open_low and value == low):
             noun = 'a whole number' if kind is int else 'a number'
-            raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}'.rstrip())
+            raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}')
         if kind is float and float32 and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
             raise argparse.ArgumentTypeError(f'{text!r} is too {"large" if abs(value) > 1 else "small"} for float32, '
                                              f'which goes from {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}')
@@ -47,7 +46,7 @@ positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 fraction, percentile = number(float, 0, 1, open_low=True), number(float, 0, 100, open_low=True)
 
 
-def below_one(text):
+def below_one(text: str) -> float:
     """A number in [0, 1)."""
     value = number(float, 0)(text)
     if value >= 1:
@@ -55,7 +54,7 @@ def below_one(text):
     return value
 
 
-def factor(text):
+def factor(text: str) -> float | str:
     """'auto' or a number above 0."""
     try:
         # what counts is the threshold that it makes, which is checked
@@ -64,28 +63,28 @@ def factor(text):
         raise argparse.ArgumentTypeError(f"{error}, nor 'auto'") from error
 
 
-def odd_int(text):
+def odd_int(text: str) -> int:
     value = positive_int(text)
     if value % 2 == 0:
         raise argparse.ArgumentTypeError(f'{text!r} is even; a kernel needs an odd size to keep the image size')
     return value
 
 
-def intervals(text):
+def intervals(text: str) -> str:
     """'0.60 0.80 0.90' -> the same text, each part checked to be a fraction of the epochs in (0, 1]."""
     for part in text.split():
         fraction(part)
     return text
 
 
-def devices(text):
+def devices(text: str) -> str:
     """'0' or '0,1': the CUDA devices by number."""
     for part in text.split(','):
         natural_int(part)
     return text
 
 
-def name(text):
+def name(text: str) -> str:
     """A part of file names that no other run's files can be mistaken for."""
     taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded'))
     if not text.isprintable() or '/' in text or taken or not 0 < len(text.encode()) <= 200:
@@ -94,22 +93,22 @@ def name(text):
     return text
 
 
-def not_empty(text):
+def not_empty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError('is empty; give a path, or leave the flag out')
     return text
 
 
-def upper(text):
+def upper(text: str) -> str:
     return text.upper()
 
 
-def is_own_network(architecture):
+def is_own_network(architecture: str) -> bool:
     """Whether an architecture is a network of one's own, FILE.py:NAME."""
     return architecture.rpartition(':')[0].endswith('.py')
 
 
-def architecture(text):
+def architecture(text: str) -> str:
     """A name of architectures.py, in capitals, or FILE.py:NAME."""
     if is_own_network(text) or text.endswith('.py'):
         if not text.rpartition(':')[2].isidentifier():
@@ -186,7 +185,8 @@ class Parser(OneLineParser):
         return parsed, rest
 
 
-def common_options(parser, learning_rate, optimizer, momentum, dropout):
+def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimizer: str, momentum: float,
+                   dropout: float) -> None:
     """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
     add = parser.add_argument_group('network').add_argument
     add('-a', '--architecture', type=architecture, default='VGG16', metavar='NAME|FILE.py:NAME',
@@ -257,7 +257,7 @@ PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'datas
               'backend'}
 
 
-def without_effect(settings):
+def without_effect(settings: dict) -> dict[str, str]:
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
     own = is_own_network(str(settings.get('architecture')))
     vgg = not own and str(settings.get('architecture')).startswith('VGG')
@@ -292,7 +292,7 @@ def without_effect(settings):
     return {name: of for name, (has, of) in effective.items() if name in settings and not has}
 
 
-def prepare_streams():
+def prepare_streams() -> None:
     """Make print() work whatever a terminal can show, and where the standard output or error is closed."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
@@ -302,7 +302,7 @@ def prepare_streams():
             stream.reconfigure(errors='backslashreplace')  # a letter that it cannot show is no reason to stop
 
 
-def output_fails():
+def output_fails() -> bool:
     """Whether what was printed cannot be written; Python's flush at exit then does not fail once more."""
     try:
         sys.stdout.flush()
@@ -312,7 +312,7 @@ def output_fails():
     return False
 
 
-def said(error):
+def said(error: OSError) -> str:
     """What an OSError says, in a line."""
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EDQUOT):
         return f'what it prints or logs cannot be written ({error.strerror}); make room, or print elsewhere'
@@ -320,7 +320,7 @@ def said(error):
     return f'{where}{error.strerror or error}'
 
 
-def several_processes():
+def several_processes() -> bool:
     """Whether torchrun started this process beside others.
 
     It says where they meet. A WORLD_SIZE without that, which many a shell or container keeps, is of no run.
@@ -333,7 +333,7 @@ def several_processes():
     return 0 <= rank < size > 1 and bool(os.environ.get('MASTER_ADDR'))
 
 
-def fail(script, message, status=1, wait=None):
+def fail(script: str, message: str, status: int = 1, wait: bool | None = None) -> NoReturn:
     """End a script with one line on stderr and a status that is not 0.
 
     Several processes mostly fail for one reason, and torchrun ends the others as soon as one has. So all but the main
@@ -377,7 +377,7 @@ def _nothing(*_):
     pass
 
 
-def dead_worker(error):
+def dead_worker(error: Exception) -> UserError | None:
     """The UserError for an error that says that a process that loads data died, else None.
 
     error: a RuntimeError, which torch raises wherever this process is, or an OSError or EOFError of a loader.
@@ -392,7 +392,7 @@ def dead_worker(error):
                      'lower --num_workers or --batch_size')
 
 
-def run(main, args, script):
+def run(main: Callable, args: argparse.Namespace, script: str) -> None:
     """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
     prepare_streams()
     if several_processes() and os.environ.get('RANK') != '0':

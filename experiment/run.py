@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
 from experiment import engine, log, setup, split
+from experiment.data import Data
 from experiment.files import Paths
 from experiment.reporting import metrics
+from experiment.start import Start
 
 
 class Run(NamedTuple):
@@ -27,12 +30,13 @@ class Run(NamedTuple):
         """What says the accuracy after every test batch, where that is wanted."""
         return self.say if getattr(self.args, 'test_acc_every_batch', False) else None
 
-    def test(self, model, dataset) -> engine.Metrics:
+    def test(self, model: torch.nn.Module, dataset: Dataset) -> engine.Metrics:
         """engine.test of a model on a whole set."""
         return engine.test(model, dataset, self.loss_function, self.device, self.args, self.test_say)
 
 
-def open_run(kind, args, start, data, model, device, loss_function) -> Run:
+def open_run(kind: str, args: argparse.Namespace, start: Start, data: Data, model: torch.nn.Module,
+             device: torch.device, loss_function: Callable) -> Run:
     """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'.
 
     Raises UserError where a run would go on with other images.

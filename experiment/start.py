@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import shlex
+from pathlib import Path
 from typing import IO, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Start(NamedTuple):
     it holds; None from scratch. name, paths: of the run. lock: held for as long as this is kept. said: lines.
     """
     kind: str
-    path: str | None
+    path: Path | str | None
     state: dict | None
     name: str
     paths: files.Paths
@@ -60,7 +61,7 @@ class Progress:
     trained_as: dict | None = None
 
 
-def find_ann(args):
+def find_ann(args: argparse.Namespace) -> Start:
     """The Start of a run of ann.py; settles its arguments. Raises UserError."""
     start = _open('ann', args)
     if start.kind == 'scratch' and args.test_only:
@@ -75,108 +76,105 @@ def find_ann(args):
                                 f'{layers[flag]}; leave the flag out, or train anew')
         if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
             raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
-        vars(args).update({key: value for key, value in layers.items() if value is not None and key not in args.given})
+        _settle(args, {key: value for key, value in layers.items() if value is not None})
     said = drop_idle(args, start) + start.said
-    return _settled(start, args, said, {flag: getattr(args, flag) for flag in ('activation', 'levels', 'bounds')})
+    flags = ('activation', 'levels', 'bounds', 'batch_norm')
+    return _checked(start, args, said, {flag: getattr(args, flag) for flag in flags})
 
 
-def find_snn(args, device):
+def find_snn(args: argparse.Namespace, device: torch.device) -> Start:
     """The Start of a run of snn.py; settles its arguments. Raises UserError."""
     choose_backend(args, device)
     start = _open('snn', args)
     said = drop_idle(args, start) + start.said
     if start.kind in ('scratch', 'ann'):
         said += take_defaults(args, start.state)
-    return _settled(start, args, said, {**checkpoint.ann_layers(start.state), 'levels': 1})
+    return _checked(start, args, said, {**checkpoint.ann_layers(start.state), 'levels': 1})
 
 
-def _settled(start, args, said, layers):
-    """The Start with all it says, once the last arguments are settled. layers: of setup.build_ann. Raises UserError."""
+def _settle(args, values):
+    """Set the arguments that no flag has given to these values."""
+    vars(args).update({key: value for key, value in values.items() if key not in args.given})
+
+
+def _checked(start, args, said, layers):
+    """The Start with all it says, once its arguments are checked. layers: of setup.build_ann. Raises UserError."""
     if start.resumed and not args.test_only:
         check_lasting(args, start.state, start.path)
-    if options.is_own_network(args.architecture):
-        check_own(args, start, layers)
-    elif start.kind == 'ann':
-        check_fits(args, start.state, start.path)
+    check_network(args, start, layers)
     split.choose(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
 
 
-def check_own(args, start, layers):
-    """Raise UserError for a network of one's own that cannot be taken, or not with the weights of an ANN's checkpoint.
+def check_network(args: argparse.Namespace, start: Start, layers: dict) -> None:
+    """Raise UserError for a network of one's own that cannot be taken, and for an ANN's weights that do not fit.
 
-    Before data are read, or downloaded; where only they say how many classes there are, its file is run and no more.
+    Before data are read, or downloaded. Of a published network the number of classes, and with it the last layer, is
+    left open; where only the data say it of a network of one's own, its file is run and no more.
     """
-    engine.seed_all(args.seed)  # of what its file draws, which runs now
-    own.find(args.architecture)
-    if args.dataset in CLASS_COUNTS:
-        data = Data(None, None, [''] * CLASS_COUNTS[args.dataset], INPUT_SHAPES[args.dataset])
-        model = setup.build_ann(args, data, **{'batch_norm': None, **layers})
-        if start.kind == 'ann':
-            checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
-
-
-def check_fits(args, state, path):
-    """Raise UserError if the weights of an ANN's checkpoint are not those of the network that the arguments ask for.
-
-    Before data are read, or downloaded; so the number of classes, and with it the last layer, is left open.
-    """
+    classes, device = 1 if start.kind == 'ann' else None, 'meta'  # shapes without values
+    if own_code := options.is_own_network(args.architecture):
+        engine.seed_all(args.seed)  # of what its file draws, which runs now
+        own.find(args.architecture)
+        classes, device = CLASS_COUNTS.get(args.dataset), 'cpu'
+    if not classes:
+        return
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
-    layers = {**checkpoint.ann_layers(state), 'levels': 1}
     try:
-        with torch.device('meta'):  # shapes without values
-            model = setup.build_ann(args, Data(None, None, [''], shape), **layers)
+        with torch.device(device):
+            model = setup.build_ann(args, Data(None, None, [''] * classes, shape), **layers)
     except UserError as error:
-        raise UserError(f'{error}; set --architecture and --dataset as {path} was trained') from error
-    checkpoint.fitting(model, state, path, may_differ=checkpoint.last_layer(model))
+        if own_code:
+            raise
+        raise UserError(f'{error}; set --architecture and --dataset as {start.path} was trained') from error
+    if start.kind == 'ann':
+        checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
 
 
-def take_defaults(args, state):
+def take_defaults(args: argparse.Namespace, state: dict | None) -> list[str]:
     """Settle what the flags of a conversion mean for the ANN of a checkpoint's `state`, or without one (None).
 
     An ANN of QCFS brings its thresholds: it is converted to direct input, neurons without delay and half a threshold to
     begin with, unless flags say otherwise; nothing is balanced, scaled or fitted. Returns lines to say. Raises
     UserError for flags that mean nothing then.
     """
-    if args.output == 'fitted' and not state:
-        if 'output' in args.given:
-            raise UserError("--output fitted: fits the output to an ANN's; name one with --pretrained_ann")
-        args.output = 'mean'
-    layers = checkpoint.ann_layers(state) if state else {}
-    if args.keep_batch_norm and not layers.get('batch_norm'):
+    layers = checkpoint.ann_layers(state)
+    quantized = layers['activation'] == 'QCFS'
+    if args.keep_batch_norm and not layers['batch_norm']:
         raise UserError('--keep_batch_norm: ' + (f'the ANN in {args.pretrained_ann} has no batch norm' if state else
                         'a network from scratch has no batch norm') + '; leave the flag out')
-    if (options.is_own_network(args.architecture) or args.keep_batch_norm) and args.output == 'fitted':
-        if 'output' in args.given:
-            raise UserError("--output fitted: the mean output of this network is in its logits' units as it is; leave "
-                            'the flag out')
-        args.output = 'mean'
-    if layers.get('activation') != 'QCFS':
-        if args.scaling_factor == 'auto' and not state:
-            raise UserError('--scaling_factor auto: chooses by what a trained ANN gives; name one with '
-                            '--pretrained_ann, or give a number')
-        return []
-    for flag in (*options.CONVERSION, 'default_threshold'):
+    if args.scaling_factor == 'auto' and not state:
+        raise UserError('--scaling_factor auto: chooses by what a trained ANN gives; name one with --pretrained_ann, '
+                        'or give a number')
+    for flag in (*options.CONVERSION, 'default_threshold') if quantized else ():
         if flag in args.given:
             raise UserError(f'--{flag}: has no effect on an ANN of QCFS, whose bounds are the thresholds; leave it out')
         setattr(args, flag, None)
-    if 'output' in args.given and args.output == 'fitted':
-        raise UserError("--output fitted: the mean output of an ANN of QCFS is in its logits' units already; leave the "
-                        'flag out')
-    settings = {**QUANTIZED, 'output': 'mean'}
-    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    unfitted = {
+        "fits the output to an ANN's; name one with --pretrained_ann": not state,
+        "the mean output of this network is in its logits' units as it is; leave the flag out":
+            options.is_own_network(args.architecture) or args.keep_batch_norm,
+        "the mean output of an ANN of QCFS is in its logits' units already; leave the flag out": quantized}
+    for why in [why for why, holds in unfitted.items() if holds and args.output == 'fitted']:
+        if 'output' in args.given:
+            raise UserError(f'--output fitted: {why}')
+        args.output = 'mean'
+    if not quantized:
+        return []
+    _settle(args, QUANTIZED)
     said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; otherwise the network does worse '
             'than its ANN until it is fine-tuned' for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
-    if steps == levels or not levels:
-        return said
-    return [*said, f'--timesteps {steps}: the ANN was trained with {levels} levels; '
-            + (f'with {steps + 1} rates for its {levels + 1} values the network loses accuracy, most of which '
-               'fine-tuning wins back' if steps < levels else
-               'more steps cost more and bring the network nearer to what the ANN would give without levels')]
+    if levels and steps < levels:
+        said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; with {steps + 1} rates for its '
+                    f'{levels + 1} values the network loses accuracy, most of which fine-tuning wins back')
+    if levels and steps > levels:
+        said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; more steps cost more and bring '
+                    'the network nearer to what the ANN would give without levels')
+    return said
 
 
-def choose_backend(args, device):
+def choose_backend(args: argparse.Namespace, device: torch.device) -> None:
     """What runs the neurons: --backend or, without it, Triton's kernels on CUDA. Raises UserError.
 
     Goes into the arguments, which the log shows.
@@ -192,7 +190,7 @@ LASTING = ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_
            'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak')
 
 
-def check_lasting(args, state, path):
+def check_lasting(args: argparse.Namespace, state: dict, path: Path | str) -> None:
     """Raise UserError where a training would go on with other flags than it can."""
     idle = options.without_effect(vars(args))
     for flag in LASTING:
@@ -203,7 +201,7 @@ def check_lasting(args, state, path):
                             + '; go on so, or start anew from its weights with --pretrained_ann or --pretrained_snn')
 
 
-def drop_idle(args, start=None):
+def drop_idle(args: argparse.Namespace, start: Start | None = None) -> list[str]:
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
     Returns a line to say for each that was given.
@@ -288,7 +286,7 @@ def _take(kind, args, paths):
     return held, *distributed.from_main(find)
 
 
-def keep(args, state, path, flags):
+def keep(args: argparse.Namespace, state: dict, path: Path | str, flags: list[str]) -> None:
     """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
     saved = state['args']
     for flag in flags:
@@ -312,34 +310,33 @@ NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size'
 SPIKING = ('encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'keep_batch_norm')
 
 
-def check_named(args, saved, path):
-    """Raise UserError for a checkpoint of a network of one's own whose file the command line does not name: a file that
-    a checkpoint names is never run."""
-    made_by = saved.get('architecture')
+def _saved(args, state, path):
+    """The arguments in a checkpoint. Raises UserError for a network of one's own whose file the command line does not
+    name: a file that a checkpoint names is never run."""
+    made_by = state['args'].get('architecture')
     if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
         raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
                         f'--architecture {shlex.quote(made_by)}')
+    return state['args']
 
 
-def take_network(args, state, path):
+def take_network(args: argparse.Namespace, state: dict, path: Path | str) -> list[str]:
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
-    saved = state['args']
-    check_named(args, saved, path)
+    saved = _saved(args, state, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
-    vars(args).update(taken)
+    _settle(args, taken)
     idle = options.without_effect(vars(args))
     words = [f'--{key} {value}' for key, value in taken.items() if key not in idle]
     return [f'taken from {path}: {" ".join(words)}'] if words else []
 
 
-def adopt(args, state, path, resumed=False):
+def adopt(args: argparse.Namespace, state: dict, path: Path | str, resumed: bool = False) -> str:
     """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
 
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
     """
-    saved = state['args']
-    check_named(args, saved, path)
+    saved = _saved(args, state, path)
     settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
                 if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
@@ -352,7 +349,7 @@ def adopt(args, state, path, resumed=False):
     if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
         raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
                         'flag out, or convert with --pretrained_ann')
-    vars(args).update({key: value for key, value in settings.items() if key not in args.given})
+    _settle(args, settings)
     if resumed:
         keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
     # thresholds are balanced and scaled already, unless --default_threshold set them all: then these meant nothing

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 
-def load(path):
+def load(path: Path | str) -> object:
     """What is in a file of torch.save, on the CPU.
 
     A numpy number or array () is a Python number, a larger array a tensor, a class or function its name without the
