@@ -49,25 +49,47 @@ def contents(folder):
 
 # -- two runs of one name ---------------------------------------------------------------------------------------------
 
+STOPS_AFTER_AN_EPOCH = """
+import os, signal, {0}
+from experiment import log, options
+
+line = log.epoch_line
+
+def stop(entry):
+    if entry['epoch'] == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return line(entry)
+
+log.epoch_line = stop
+options.run({0}.main, {0}.get_args_parser().parse_args(), '{0}.py')
+"""
+
+
 @pytest.mark.parametrize('module, flags, name', RUNS)
-def test_a_second_run_of_the_same_name_is_refused(training, called, tmp_path, module, flags, name):
+def test_a_second_run_of_the_same_name_is_refused(called, tmp_path, module, flags, name):
     script = f'{module.__name__}.py'
-    first = training(script, *flags, '--epochs', '25')
-    first.send_signal(signal.SIGSTOP)  # so that it is there, and changes nothing, for as long as the second takes
-    before = contents(tmp_path)
-    second = called(module, *flags, '--epochs', 1, '--resume', 'auto', '--log')
-    assert second.returncode == 1 and second.stderr.count('\n') == 1
-    for words in (f'{script}: error: ', f'{name}.pth', f'process {first.pid} on ', 'since 20', '--name'):
-        assert words in second.stderr
-    # one that writes no checkpoint needs no name of its own
-    tested = called(module, *flags, '--test_only', '--resume')
-    assert tested.returncode == 0, tested.stderr
-    assert contents(tmp_path) == before
-    first.send_signal(signal.SIGCONT)
-    _, errors = first.communicate(timeout=120)
-    assert (first.returncode, errors) == (0, '')
+    with subprocess.Popen(
+            [sys.executable, '-c', STOPS_AFTER_AN_EPOCH.format(module.__name__), *flags, '--epochs', '2'], cwd=tmp_path,
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(ROOT)}
+            ) as first:
+        try:
+            os.waitpid(first.pid, os.WUNTRACED)  # it is there, and changes nothing, for as long as the second takes
+            before = contents(tmp_path)
+            second = called(module, *flags, '--epochs', 1, '--resume', 'auto', '--log')
+            assert second.returncode == 1 and second.stderr.count('\n') == 1
+            for words in (f'{script}: error: ', f'{name}.pth', f'process {first.pid} on ', 'since 20', '--name'):
+                assert words in second.stderr
+            # one that writes no checkpoint needs no name of its own
+            tested = called(module, *flags, '--test_only', '--resume')
+            assert tested.returncode == 0, tested.stderr
+            assert contents(tmp_path) == before
+            first.send_signal(signal.SIGCONT)
+            _, errors = first.communicate(timeout=120)
+            assert (first.returncode, errors) == (0, '')
+        finally:
+            first.kill()
     folder = tmp_path / 'trained_models' / module.__name__
-    assert load(folder / f'{name}.last.pth')['epoch'] == 25
+    assert load(folder / f'{name}.last.pth')['epoch'] == 2
     assert sorted(path.name for path in folder.glob('*.pth')) == [f'{name}.last.pth', f'{name}.pth']
 
 

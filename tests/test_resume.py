@@ -51,8 +51,29 @@ def accuracies(patch, *values):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """The checkpoint of an ANN that held a tenth out by seed 0."""
-    return train_ann(tmp_path_factory.mktemp('trained'), *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 3,
+    return train_ann(tmp_path_factory.mktemp('trained'), *SMALL[:4], '--test_samples', 20, '--no-gpu', '--epochs', 1,
                      '--validation_fraction', 0.1)
+
+
+@pytest.fixture(scope='module')
+def epochs(tmp_path_factory):
+    """{(script, number): the folder of a run n after so many epochs}. Tests leave them as they are."""
+    folders = {}
+    for module, flags in RUNS:
+        folder = tmp_path_factory.mktemp(module.__name__)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for number, resume in ((1, []), (2, ['--resume'])):
+                run(module, *flags, '--name', 'n', '--epochs', number, *resume)
+                folders[module, number] = Path(shutil.copytree(folder, tmp_path_factory.mktemp('of') / str(number)))
+    return folders
+
+
+@pytest.fixture
+def begun(epochs, in_an_empty_folder):
+    """A run of ann.py has done its first epoch here; its flags, but for the number of epochs."""
+    shutil.copytree(epochs[ann, 1], '.', dirs_exist_ok=True)
+    return [*SMALL, '--name', 'n']
 
 
 # -- the same run, or another -----------------------------------------------------------------------------------------
@@ -124,30 +145,27 @@ def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
         assert (folder / name).read_bytes() == before[name]
 
 
-def test_another_runs_file_that_has_enough_epochs_already():
-    run(ann, *SMALL, '--epochs', 1)
+def test_another_runs_file_that_has_enough_epochs_already(begun):
     fails(ann, '1 epochs are done already; a larger --epochs', *SMALL, '--epochs', 1, '--name', 'mine', '--resume',
-          'trained_models/ann/ann_resnet6_digits.last.pth')
+          'trained_models/ann/n.last.pth')
     assert not list(Path('trained_models/ann').glob('mine*.pth'))
 
 
 @pytest.mark.parametrize('change', [
     {'optimizer': None}, {'optimizer': {}}, {'optimizer': 'text'}, {'epoch': 'one'}, {'epoch': -1}, {'best': None},
     {'best': [0.1]}, {'args': []}, {'history': [1]}])
-def test_a_training_state_that_cannot_be_resumed(change):
-    run(ann, *SMALL, '--epochs', 1)
-    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+def test_a_training_state_that_cannot_be_resumed(change, begun):
+    path = 'trained_models/ann/n.last.pth'
     torch.save({**load(path), **change}, path)
-    fails(ann, 'ann_resnet6_digits.last.pth: (holds no training|its optimizer state)', *SMALL, '--resume')
+    fails(ann, 'n.last.pth: (holds no training|its optimizer state)', *begun, '--resume')
 
 
-def test_an_optimizer_state_of_other_shapes_is_refused():
-    run(ann, *SMALL, '--epochs', 1)
-    path = 'trained_models/ann/ann_resnet6_digits.last.pth'
+def test_an_optimizer_state_of_other_shapes_is_refused(begun):
+    path = 'trained_models/ann/n.last.pth'
     state = load(path)
     state['optimizer']['state'][0]['momentum_buffer'] = torch.zeros(3)  # a fused step would write beyond it
     torch.save(state, path)
-    fails(ann, 'its optimizer state does not fit', *SMALL, '--resume')
+    fails(ann, 'its optimizer state does not fit', *begun, '--resume')
 
 
 @pytest.mark.parametrize('optimizer', ['SGD', 'Adam'])
@@ -167,28 +185,26 @@ def test_an_optimizer_state_of_another_memory_layout_is_the_same(optimizer):
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
-def test_flags_hold_on_resume(monkeypatch):
-    run(ann, *SMALL, '--epochs', 1)
+def test_flags_hold_on_resume(monkeypatch, begun):
     seen, original = [], engine.train_epoch
     monkeypatch.setattr(engine, 'train_epoch', lambda *args: seen.append(args[2].param_groups[0]) or original(*args))
-    run(ann, *SMALL, '--epochs', 2, '--resume', '--momentum', '0.5', '--weight_decay', '0')
+    run(ann, *begun, '--epochs', 2, '--resume', '--momentum', '0.5', '--weight_decay', '0')
     assert [(group['momentum'], group['weight_decay']) for group in seen] == [(0.5, 0)]
 
 
 @pytest.mark.parametrize('flags, said', [
     (['--validation_fraction', '0.3'], 'with --validation_fraction 0.0'), (['--seed', '1'], 'with --seed 0'),
     (['--test_samples', '10'], 'with --test_samples 20')])
-def test_accuracies_of_other_images_are_not_compared_on_resume(flags, said):
-    run(ann, *SMALL, '--epochs', 1)
-    fails(ann, f'was trained {said};', *SMALL, '--epochs', 2, '--resume', *flags)
-    run(ann, *SMALL, '--test_only', '--resume', *flags, '--optimizer', 'Adam')  # compares and trains nothing
+def test_accuracies_of_other_images_are_not_compared_on_resume(flags, said, begun):
+    fails(ann, f'was trained {said};', *begun, '--epochs', 2, '--resume', *flags)
+    run(ann, *begun, '--test_only', '--resume', *flags, '--optimizer', 'Adam')  # compares and trains nothing
 
 
 @pytest.mark.parametrize('flags, said', [
     (['--timesteps', 9], 'with --timesteps 8'), (['--leak', 0.5], 'with --leak 1.0')])
-def test_accuracies_of_other_neurons_are_not_compared_on_resume(flags, said):
-    run(snn, *SPIKING, '--epochs', 1, '--name', 'mine')
-    fails(snn, f'was trained {said};', *SPIKING, '--epochs', 2, '--name', 'mine', '--resume', *flags)
+def test_accuracies_of_other_neurons_are_not_compared_on_resume(flags, said, epochs):
+    shutil.copytree(epochs[snn, 1], '.', dirs_exist_ok=True)
+    fails(snn, f'was trained {said};', *SPIKING, '--epochs', 2, '--name', 'n', '--resume', *flags)
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
@@ -223,10 +239,10 @@ def test_log_best_file_and_metrics_agree_after_a_kill_at_any_moment(module, flag
 
 
 @pytest.mark.parametrize('moment', range(1, 7))  # setting aside last, best, metrics; last, best, metrics of epoch 0
-def test_an_earlier_run_is_kept_whole_by_a_kill_while_it_is_set_aside(moment, trained, monkeypatch):
-    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--name', 'k']
-    run(snn, *flags, '--epochs', 1, '--seed', 1)
-    earlier = [Path('trained_models/snn/k.pth'), Path('trained_models/snn/k.last.pth'), Path('logs/snn/k.jsonl')]
+def test_an_earlier_run_is_kept_whole_by_a_kill_while_it_is_set_aside(moment, trained, epochs, monkeypatch):
+    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--name', 'n']
+    shutil.copytree(epochs[snn, 2], '.', dirs_exist_ok=True)
+    earlier = [Path('trained_models/snn/n.pth'), Path('trained_models/snn/n.last.pth'), Path('logs/snn/n.jsonl')]
     before = [path.read_bytes() for path in earlier]
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, moment + 1)  # after that of the thresholds, which are of another seed
@@ -298,20 +314,15 @@ def test_a_run_killed_after_its_last_epoch_is_finished(module, flags, more, mome
 
 @pytest.mark.parametrize('module, flags', RUNS)
 @pytest.mark.parametrize('resume', ['auto', 'last', 'own', 'late'])
-def test_what_another_run_saves_until_the_name_is_locked_is_gone_on_from(module, flags, resume, monkeypatch, capsys):
+def test_what_another_run_saves_until_the_name_is_locked_is_resumed(module, flags, resume, epochs, monkeypatch, capsys):
     flags = [*flags, '--name', 'n']
     folder = Path('trained_models', module.__name__)
-    run(module, *flags, '--epochs', 1)
-    shutil.copytree(folder, 'one')
-    run(module, *flags, '--epochs', 2, '--resume')
-    shutil.copytree(folder, 'two')
-    shutil.rmtree(folder)
     if resume != 'late':  # another run's first epoch comes in this moment, too
-        shutil.copytree('one', folder)
+        shutil.copytree(epochs[module, 1], '.', dirs_exist_ok=True)
     lock = files.lock
 
     def late(paths):  # the other run ends just before
-        shutil.copytree('two', folder, dirs_exist_ok=True)
+        shutil.copytree(epochs[module, 2], '.', dirs_exist_ok=True)
         return lock(paths)
 
     monkeypatch.setattr(files, 'lock', late)
@@ -394,8 +405,8 @@ KINDS = {  # of runs: the script, the flags of the network that it begins with, 
     'snn from scratch, threshold': (snn, None, ['--timesteps', 8, '--default_threshold', 0.4])}
 
 
-@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind, architecture', [
+    (kind, name) for kind in KINDS for name in ('VGG5', 'RESNET6') if name == 'VGG5' or KINDS[kind][0] is snn])
 def test_a_resumed_run_records_what_an_unbroken_one_does(kind, architecture, monkeypatch):
     monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
     (module, began, flags), network = KINDS[kind], ['-a', architecture, '--dataset', 'DIGITS']
@@ -651,7 +662,7 @@ def pictures(folder, top):
 
 def test_cached_thresholds_are_those_of_the_pictures_wherever_they_lie(tmp_path, capsys, monkeypatch):
     pictures(tmp_path / 'pics', 256)
-    flags = ['-a', 'RESNET6', '--dataset', 'FOLDER', '--image_size', 16, '--no-gpu']
+    flags = ['-a', 'RESNET6', '--dataset', 'FOLDER', '--image_size', 16, '--no-gpu', '--num_workers', 0]
     run(ann, *flags, '--data_dir', 'pics', '--epochs', 1)
     path = tmp_path / 'trained_models/ann/ann_resnet6_folder.pth'
 
