@@ -1,7 +1,7 @@
 """What a spiking network did on the test images, as figures and as one JSON with every number in them.
 
-count.py counts, for a network of one's own with count_graph.py; numbers.py makes the JSON of it, and plots.py draws the
-figures from that JSON alone.
+connections.py finds what is connected to what, count.py counts what goes through; numbers.py makes the JSON of it, and
+plots.py draws the figures from that JSON alone.
 """
 import json
 from functools import partial
