@@ -139,7 +139,8 @@ def test_z_by_hand():
 def counted(model, images):
     """{name: (Connection)} of count.measure on images, in batches of 2."""
     args = SimpleNamespace(seed=0, batch_size=2, num_workers=0, amp=False)
-    data = Data(None, TensorDataset(images, torch.zeros(len(images), dtype=torch.int64)), list(range(10)), None)
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    data = Data(None, TensorDataset(images, labels), list(range(10)), images.shape[1:])
     layers, connections = count.measure(model, data, torch.device('cpu'), args)
     return layers, {connection.name: connection for connection in connections}
 
@@ -400,6 +401,21 @@ def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding,
     assert ('T - L' in notes['steps']) == (delay == 1)
 
 
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
+def test_bounds_of_channels_are_said_to_be_in_the_weights(architecture):
+    kind = {'VGG5': VGG, 'RESNET6': ResNet}[architecture]
+    for bounds in ('channel', 'layer'):
+        ann = kind(architecture, dataset='DIGITS', activation='QCFS', batch_norm=True, bounds=bounds).eval()
+        for module in ann.modules():
+            if isinstance(module, QCFS):
+                module.bound.data.fill_(0.5)
+        for model in (convert(ann, 4), self_models.spiking(ann, 4)):
+            layers, _ = counted(model, ternary((2, 1, 8, 8), 5).float())
+            assert {layer.threshold for layer in layers[1:]} == {1.0 if bounds == 'channel' else 0.5}
+            assert ('bound for each channel' in numbers.notes_of(model).get('bounds', '')) == (bounds == 'channel')
+    assert 'bounds' not in numbers.notes_of(filled(architecture))  # untrained, of the default threshold
+
+
 def test_notes_say_only_what_holds():
     notes = numbers.notes_of(spiking('VGG5', 9)[0])
     assert 'biases' not in notes and 'factor' not in notes['identity'] and 'signed' in notes
@@ -606,6 +622,9 @@ def test_the_figures_draw_the_numbers_of_the_json(in_an_empty_folder):
     run(snn, *FLAGS, '--test_only', '--activation', 'Linear', '--report', '.')
     got = read('.')
     assert got['training'] is None and 'training.png' not in got['figures']
+    for notes, said in (({}, False), ({'bounds': 'as of QCFS'}, True)):
+        label = plots.draw_activity({**got, 'notes': notes}).axes[2].get_xlabel()
+        assert ('bounds of channels' in label) == said
     numbers = got['surrogate']
     assert sum(numbers['count']) + numbers['below'] + numbers['above'] == numbers['total']
     assert max(numbers['gradient_at_edges']) == 0.3

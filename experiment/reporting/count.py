@@ -51,7 +51,7 @@ def measure(model: SpikingNetwork, data: Data, device: torch.device, args: argpa
     The layers are the input and every LIF layer; the connection to the output comes last.
     """
     model.eval()
-    outline = Outline(model, data.test[0][0].shape)
+    outline = Outline(model, data.input_shape)
     count = PlainCount if isinstance(model, PlainNetwork) else LayerCount
     engine.seed_all(engine.seed_for(args.seed, 0))
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')

@@ -69,6 +69,11 @@ def notes_of(model):
                              'block are one, counted with the residual. In the ANN: one addition a unit.')
     if any(isinstance(module, Scale) for module in model.modules()):
         notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    if any(lif.bounds is not None for lif in model.lifs) if plain else (
+            (model.thresholds == 1).all() and (has_biases(model) or model.initial_potential)):
+        notes['bounds'] = ('A threshold of 1 in every layer, unless --default_threshold set it, is that of a QCFS ANN '
+                           'with a bound for each channel: potentials are in units of the bounds, which are in the '
+                           'weights on both sides of a layer, or in the LIF modules of a network of one\'s own.')
     if plain:
         notes['values'] = ('A synapse right behind another, with no neurons between the two, is given real values: it '
                            'costs its MACs at each step, once an image if no spike has come to it yet. Batch norm is '
