@@ -101,13 +101,18 @@ class PlainCount(Walk):
         connection.steps = max(0, start + steps - flow.start)
         if connection.mac_steps:
             return
-        spikes = flow.spikes[:connection.steps * len(self.images)]
-        total = spikes.sum(0, dtype=torch.float64)
-        # of spikes that no pool or sum has put together each is an input
-        nonzero = total if spikes.dtype == torch.bool else (spikes != 0).sum(0)
+        batch = len(self.images)
+        spikes = flow.spikes[:connection.steps * batch]
+
+        def operations(of):
+            total = torch.zeros_like(of[:batch], dtype=torch.float32)
+            for step in of.split(batch):  # some ten times as fast as sum(0)
+                total += step
+            return (total.sum(0, dtype=torch.float64) * connection.fan_out).sum().item()
+
         connection.spikes += sum(each[:connection.steps].nansum().item() for each in flow.sources.values())
-        connection.operations += (total * connection.fan_out).sum().item()
-        connection.nonzero_operations += (nonzero * connection.fan_out).sum().item()
+        connection.operations += operations(spikes)
+        connection.nonzero_operations += operations(spikes != 0)
 
 
 class LayerCount(PlainCount):
