@@ -20,6 +20,7 @@ import io
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from experiment.files import write_atomically
 from experiment.nir_nodes import Nodes
 from self_models.encoding import ENCODINGS
 from self_models.spiking_network import SpikingNetwork
+
+if TYPE_CHECKING:
+    from nir import NIRGraph
 
 NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current I, spikes o
     1: 'o(t) = [u(t-1) > theta], u(t) = leak u(t-1) + I(t) - theta o(t)',
@@ -79,7 +83,7 @@ def export(model: SpikingNetwork, input_shape: tuple, path: str | Path, **about)
             f'set the tool that reads it to that (metadata: {", ".join(keys)})')
 
 
-def to_graph(model: SpikingNetwork, input_shape: tuple, **about):
+def to_graph(model: SpikingNetwork, input_shape: tuple, **about) -> 'NIRGraph':
     """The nir.NIRGraph of a spiking network, for images of input_shape (C, H, W).
 
     A node of weights has the name of the model's module, neurons that of their layer and '.neuron'. Currents that meet

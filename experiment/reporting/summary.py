@@ -160,10 +160,10 @@ def mean_and_spread(values: list[float | None]) -> str:
 
     Of values that are partly None, those that are there, and how many they are.
     """
-    there = [100 * value for value in values if value is not None]
+    there = [value for value in values if value is not None]
     if not there:
         return '-'
-    text = f'{statistics.mean(there):.2f}' + (f' ± {statistics.stdev(there):.2f}' if len(there) > 1 else '')
+    text = ' ± '.join(f'{value:.2f}' for value in figures.mean_and_spread(there)[:len(there)])
     return text + (f' ({len(there)} of {len(values)})' if len(there) < len(values) else '')
 
 
