@@ -1,8 +1,16 @@
 """What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
+from collections.abc import Callable
 from pathlib import Path
 
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
 from experiment import UserError, checkpoint, distributed, engine
+from experiment.data import Data
 from experiment.reporting import report
+from experiment.run import Run
+from experiment.start import Progress, Start
+from self_models.spiking_network import SpikingNetwork
 
 # what a conversion measures, as far as it does
 MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', 'scan', 'output_scale')
@@ -12,10 +20,10 @@ WHAT = {'ann': 'converted', 'snn': 'loaded', 'resume': 'loaded', 'scratch': 'unt
 class Results:
     """The accuracies of a run, a line each, on the set that its epochs are compared on, or on the test set.
 
-    start: start.Start. found: what the conversion measured. progress: start.Progress, which epoch 0 goes into.
+    found: what the conversion measured. Epoch 0 goes into progress.
     """
 
-    def __init__(self, start, found, progress, data, run):
+    def __init__(self, start: Start, found: dict, progress: Progress, data: Data, run: Run):
         self.start, self.found, self.progress, self.data, self.run = start, found, progress, data, run
         self.chosen_on = 'test' if run.args.test_only else data.selection
         self.lines = [('ANN', found['ann_accuracy'])] if found else []
@@ -25,10 +33,11 @@ class Results:
             self.found = {key: begun[key] for key in MEASURED if key in begun}
             self.lines = [('ANN', begun['ann_accuracy']), ('converted SNN', begun[f'{self.chosen_on}_accuracy'])]
 
-    def time_steps(self, points):
+    def time_steps(self, points: int) -> list[int]:
         return sorted({max(1, self.run.args.timesteps * i // points) for i in range(1, points + 1)})
 
-    def over_time(self, model, dataset, say=None):
+    def over_time(self, model: SpikingNetwork, dataset: Dataset, say: Callable | None = None,
+                  ) -> tuple[engine.Metrics, list[float]]:
         """(Metrics, accuracies after each of 100 time steps at most) on a set.
 
         A curve costs nothing: logits after t steps are W times the spikes so far.
@@ -36,7 +45,7 @@ class Results:
         run = self.run
         return engine.test_over_time(model, dataset, run.loss_function, run.device, run.args, say, self.time_steps(100))
 
-    def test_start(self, model, optimizer):
+    def test_start(self, model: SpikingNetwork, optimizer: Optimizer | None) -> None:
         """Test the network before training; where it is to be trained, that is epoch 0."""
         run, what, at = self.run, WHAT[self.start.kind], self.time_steps(100)
         tested, self.curve = self.over_time(model, getattr(self.data, self.chosen_on), run.test_say)
@@ -53,7 +62,7 @@ class Results:
                 **self.found, 'curve': dict(zip(map(str, at), self.curve))})
             engine.save(model, optimizer, run, self.progress, tested.accuracy)
 
-    def lost_by_conversion(self, model, accuracy):
+    def lost_by_conversion(self, model: SpikingNetwork, accuracy: float) -> str | None:
         """A line on what the conversion lost and why, if that is more than a point of the ANN's accuracy, else None."""
         lost = self.found.get('ann_accuracy', 0) - accuracy if self.start.kind == 'ann' else 0
         if lost <= 0.01:
@@ -74,7 +83,7 @@ class Results:
         return (f'the conversion loses {100 * lost:.1f} points of the ANN: {"; ".join(why) or "its rates are coarse"}. '
                 f'Fine-tuning wins most of it back; so may {" or ".join(remedies) or "more --timesteps"}')
 
-    def say_table(self):
+    def say_table(self) -> None:
         args, lines = self.run.args, list(self.lines)
         if not args.test_only:
             accuracy, epoch = self.progress.best
@@ -84,7 +93,7 @@ class Results:
         if not args.test_only:
             self.run.say(f'saved in {self.run.paths.best}')
 
-    def report(self, model):
+    def report(self, model: SpikingNetwork) -> None:
         """Write --report of the network tested, or of the best epoch."""
         run, tested, history, later = self.run, None, None, None
         if not run.args.test_only:

@@ -211,7 +211,7 @@ def test_the_figure(written):
     assert [len(axes.lines[-1].get_xdata()) for axes in (over_time, by_factor)] == [0, 0]  # of scratch: nothing
 
 
-@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'svg', 'qtagg', ''])
+@pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'qtagg', ''])
 def test_a_figure_is_drawn_whatever_the_environment_says_of_windows(written, tmp_path, backend):
     metrics = written('a', epochs(0.5, 0.6))
     (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf')

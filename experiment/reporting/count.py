@@ -1,160 +1,38 @@
 """Counting what a spiking network does on the test images: spikes, synaptic operations, the surrogate's arguments.
 
-`measure` counts in one pass over the test images, batch by batch; nothing but sums is kept.
+`measure` counts in one pass over the test images, batch by batch and layer by layer; nothing but sums is kept.
 """
-import dataclasses
+import argparse
 import math
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from experiment import engine
-from experiment.data import epoch_loader
+from experiment.data import Data, epoch_loader
+from experiment.reporting.connections import Connection, Flow, Layer, Outline, Walk, nothing
 from self_models.plain import PlainNetwork
+from self_models.spike_train import unflatten
+from self_models.spiking_network import SpikingNetwork
 
 Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z
 
 
-@dataclasses.dataclass
-class Layer:
-    """Sums over images of what a layer did. surrogate: see delta_t and z_values.
-
-    spikes: (n,) at each of n steps; of direct input n NaNs, as there are none.
-    """
-    name: str
-    neurons: int
-    threshold: float | None  # None: the input
-    first_step: int
-    spikes: torch.Tensor | int = 0
-    surrogate: torch.Tensor | int = 0
-    leak: float | None = None
-
-
-@dataclasses.dataclass
-class Connection:
-    """The connections from one layer to another, and sums over images of what went through them.
-
-    fan_out: connections of each input, (C, H', W') or (features,), after the 2x2 pools. pool: a further pool between
-    them or None; value_fan_out: connections of what comes out of it. additions: of a plain identity in the ANN.
-    biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no spikes. mac_steps:
-    how many times an image its MACs are computed: 0 of spikes, 1 of direct input, at each step of what a synapse gives.
-    """
-    name: str
-    kind: str
-    neurons: int
-    first_step: int
-    steps: int
-    fan_out: torch.Tensor
-    macs: int
-    macs_with_padding: int
-    additions: int
-    pool: nn.Module | None = None
-    value_fan_out: torch.Tensor | None = None
-    spikes: float = 0
-    operations: float = 0
-    nonzero_operations: float = 0
-    biases: int = 0
-    bias_steps: int = 0
-    constant: bool = False
-    mac_steps: int = 0
-
-
-def fan_out(branch):
-    """To how many outputs each input of a branch is connected: (C, H', W') or (features,), after the pools.
-
-    That is the transposed convolution of ones with ones: at a border a kernel reaches outside and connects less.
-    """
-    ones = torch.ones(1, *branch.output_shape(), device=branch.train.tensors()[0].device)
-    if branch.weight is None:  # an identity, whatever its factor
-        return ones[0].double()
-    with torch.autocast(ones.device.type, enabled=False):
-        weight = torch.ones_like(branch.weight, dtype=torch.float32)
-        return branch.input_gradient(ones, branch.turned(weight))[0].double()
-
-
-def pool_fan_out(pool, shape):
-    """In how many windows of a pool each pixel of maps (C, H, W) is; without a pool in 1. Of that shape."""
-    if pool is None:
-        return torch.ones(shape, dtype=torch.float64)
-    _, h, w = shape
-    one_pixel_each = torch.eye(h * w).view(h * w, 1, h, w)
-    return (pool(one_pixel_each) > 0).sum((1, 2, 3)).view(h, w).double().expand(shape)
-
-
-def connection_of(name, branch, record):
-    """The Connection of a branch into the LIF layer of a LayerRecord."""
-    outputs, first, (start, steps), shape = fan_out(branch), branch.train.start, record.window, branch.output_shape()
-    plain = branch.weight is None
-    kind = ('identity' if plain else 'linear' if isinstance(branch.synapse, nn.Linear)
-            else 'conv{}x{}'.format(*branch.synapse.kernel_size))
-    # where two inputs of a layer have a bias, the two are added as one: that of the synapse it is named after
-    biased = branch.bias is not None and name == record.name
-    return Connection(
-        name, kind, math.prod(branch.train.shape), first, max(0, start + steps - first), outputs,
-        macs=0 if plain else int(outputs.sum()),
-        macs_with_padding=0 if plain else branch.weight.numel() * math.prod(shape[1:]),
-        additions=int(outputs.sum()) if plain else 0, value_fan_out=outputs,
-        biases=math.prod(shape) if biased else 0, bias_steps=steps, constant=branch.train.constant,
-        mac_steps=int(branch.train.constant))
-
-
-def output_connection(model, name, train):
-    """The Connection of the last LIF layer with the output layer."""
-    layer, pool = model.classifier[-1], getattr(model, 'final_pool', None)
-    if isinstance(pool, nn.Identity):
-        pool = None
-    outputs = layer.out_features * pool_fan_out(pool, train.pooled_shape).to(train.spikes.device)
-    return Connection(name, 'linear', math.prod(train.shape), train.start, train.steps, outputs,
-                      macs=layer.weight.numel(), macs_with_padding=layer.weight.numel(), additions=0, pool=pool,
-                      value_fan_out=torch.full_like(outputs[:1, :1, :1] if pool else outputs, layer.out_features),
-                      biases=0 if layer.bias is None else layer.out_features, bias_steps=model.timesteps)
-
-
-def spikes_by_step(train):
-    """(n,) spikes of a train at each step, over all samples and neurons; NaN of direct input."""
-    if train.constant:
-        return torch.full((train.steps,), math.nan, dtype=torch.float64)
-    return torch.stack([fired.count_nonzero() for fired in train.spikes]).double()  # ten times as fast as sum((1, 2))
-
-
-def synaptic_operations(train, steps, outputs):
-    """Sum over the spikes of the first `steps` steps of their neurons' fan-out. outputs: as fan_out() gives it."""
-    return (train.spikes_per_input(steps) * outputs).sum().item()
-
-
-def nonzero_operations(train, steps, outputs, pool=None):
-    """The same with each input after the pools that is not 0, whatever its value, taken for one event."""
-    if not train.pools and pool is None:
-        return synaptic_operations(train, steps, outputs)
-    total = 0.0
-    for step in range(steps):  # one after another: (B, C, H', W') floats
-        values = train.floats(slice(None), slice(step, step + 1), torch.float32)
-        values = values if pool is None else pool(values)
-        total += ((values != 0).sum(0) * outputs).sum().item()
-    return total
-
-
-def delta_t(train):
-    """(n,) how often each Δt was met over the neurons, samples and n steps of a train; at 0: never fired before.
+def delta_t(spikes: torch.Tensor) -> torch.Tensor:
+    """(n,) how often each Δt was met over spikes (n, ...) bool; at 0: never fired before.
 
     Δt is the number of steps since the neuron's last *earlier* spike, as for the gradient of STDB.
     """
-    since = torch.zeros(train.spikes[0].numel(), dtype=torch.int64, device=train.spikes.device)
+    since = torch.zeros(spikes[0].numel(), dtype=torch.int64, device=spikes.device)
     counts = 0
-    for fired in train.spikes.flatten(1):
-        counts = counts + torch.bincount(since, minlength=train.steps)
+    for fired in spikes.flatten(1):
+        counts = counts + torch.bincount(since, minlength=len(spikes))
         since += since > 0
         since[fired] = 1
     return counts.double()
 
 
-def z_values(record):
-    """z_counts() over the neurons, samples and steps of a LayerRecord."""
-    return sum(z_counts(u, float(record.parameters.threshold)) for _, _, u in record.potentials())
-
-
-def z_counts(u, threshold):
+def z_counts(u: torch.Tensor, threshold: float) -> torch.Tensor:
     """(len(Z_EDGES) + 1,) how often z = u / theta - 1 was below, between two, and above all of Z_EDGES.
 
     u: the potentials that neurons fire on, which are overwritten. A bin holds its upper edge, so that a neuron at rest,
@@ -166,62 +44,94 @@ def z_counts(u, threshold):
 
 
 @torch.no_grad()
-def measure(model, data, device, args):
-    """One pass over the test images, with the random draws of their evaluation: (layers, connections), both lists.
+def measure(model: SpikingNetwork, data: Data, device: torch.device, args: argparse.Namespace,
+            ) -> tuple[list[Layer], list[Connection]]:
+    """One pass over the test images, with the random draws of their evaluation.
 
-    layers: the input's and every LIF Layer's. connections: every Connection, the output layer's at the end.
+    The layers are the input and every LIF layer; the connection to the output comes last.
     """
-    from experiment.reporting import count_graph  # which builds on this module
     model.eval()
-    layers, connections = {}, {}  # by name
-    batch = count_graph.count_batch if isinstance(model, PlainNetwork) else count_batch
+    outline = Outline(model, data.input_shape)
+    count = PlainCount if isinstance(model, PlainNetwork) else LayerCount
     engine.seed_all(engine.seed_for(args.seed, 0))
     loader = epoch_loader(data.test, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda')
     with engine.autocast(device, args.amp):
         for images, _ in tqdm(loader, desc='report', leave=False, disable=None):
-            batch(model, images.to(device, non_blocking=True), layers, connections)
-    return list(layers.values()), list(connections.values())
+            count(model, outline, images.to(device, non_blocking=True)).run()
+    return list(outline.layers.values()), list(outline.connections.values())
 
 
-def count_batch(model, images, layers, connections):
-    """Add what a batch of images does to the Layers and Connections, by name; new ones where there are none yet."""
-    names = {module: name for name, module in model.named_modules()}
-    for index, record in enumerate(model.record(images)):
-        name, train = record.name, record.spikes
-        if index == 0:
-            count_layer(layers, 'input', record.inputs[0].train)
-        surrogate = delta_t(train) if model.surrogate.of_spikes else z_values(record)
-        count_layer(layers, name, train, record.parameters.detached(), surrogate)
-        for branch in record.inputs:
-            plain = branch.weight is None
-            key = name.rsplit('.residual', 1)[0] + '.identity' if plain else names[branch.synapse]
-            if key not in connections:
-                connections[key] = connection_of(key, branch, record)
-            count_connection(connections[key], branch.train)
-    key = names[model.classifier[-1]]
-    if key not in connections:
-        connections[key] = output_connection(model, key, train)
-    count_connection(connections[key], train)
+class PlainCount(Walk):
+    """A Walk of the spikes on a batch of images, which adds them to an Outline: of all steps of a PlainNetwork.
 
-
-def count_layer(layers, name, train, parameters=None, surrogate=0):
-    """Add a batch's train to the Layer of that name, a new one where there is none yet.
-
-    parameters: the LIFParameters; None of the input.
+    window: the first step and the number of steps that the next layer computes.
     """
-    if name not in layers:
-        threshold, leak = (float(parameters.threshold), float(parameters.leak)) if parameters else (None, None)
-        layers[name] = Layer(name, math.prod(train.shape), threshold, train.start, leak=leak)
-    layer = layers[name]
-    layer.spikes = layer.spikes + spikes_by_step(train)
-    layer.surrogate = layer.surrogate + surrogate
+
+    def __init__(self, network: SpikingNetwork, outline: Outline, images: torch.Tensor):
+        super().__init__(network)
+        self.outline, self.images, self.window = outline, images, (0, network.timesteps)
+
+    def run(self):
+        super().run(self.network.encode(self.images))
+
+    def spikes_of(self, layer, value, node):
+        """A layer: (spikes (n, B, ...) bool, their first step, the potentials that it fired on, some after others)."""
+        spikes, lif = (value != 0).unflatten(0, (self.network.timesteps, -1)), self.module_of(node)
+        return spikes, 0, (self.network._recorded(layer, each, self.env[node.args[0]]).potentials for each in [lif])
+
+    def source(self, layer, value, node):
+        found = self.outline.layers[layer]
+        if layer == 'input' and self.constant:
+            by_step = torch.full((self.window[1],), math.nan, dtype=torch.float64)
+            flow = Flow(nothing(value), 0, {layer: by_step}, real=True, constant=True)
+        else:
+            spikes, start, potentials = self.spikes_of(layer, value, node)
+            # ten times as fast as sum((1, 2))
+            by_step = torch.stack([fired.count_nonzero() for fired in spikes]).double()
+            flow = Flow(spikes.flatten(0, 1), start, {layer: by_step})
+            if layer != 'input':
+                found.surrogate = found.surrogate + (delta_t(spikes) if self.network.surrogate.of_spikes else sum(
+                    z_counts(u, found.threshold) for u in potentials))
+        found.first_step, found.spikes = flow.start, found.spikes + by_step
+        return flow
+
+    def meet(self, name, kind, flow, connect, padded_macs=0):
+        connection, (start, steps) = self.outline.connections[name], self.window
+        connection.first_step, connection.bias_steps = flow.start, steps
+        connection.steps = max(0, start + steps - flow.start)
+        if connection.mac_steps:
+            return
+        batch = len(self.images)
+        spikes = flow.spikes[:connection.steps * batch]
+
+        def operations(of):
+            total = torch.zeros_like(of[:batch], dtype=torch.float32)
+            for step in of.split(batch):  # some ten times as fast as sum(0)
+                total += step
+            return (total.sum(0, dtype=torch.float64) * connection.fan_out).sum().item()
+
+        connection.spikes += sum(each[:connection.steps].nansum().item() for each in flow.sources.values())
+        connection.operations += operations(spikes)
+        connection.nonzero_operations += operations(spikes != 0)
 
 
-def count_connection(connection, train):
-    """Add what a batch's train sends through the Connection; of direct input nothing is to be counted."""
-    if connection.constant:
-        return
-    connection.spikes += spikes_by_step(train)[:connection.steps].sum().item()
-    connection.operations += synaptic_operations(train, connection.steps, connection.fan_out)
-    connection.nonzero_operations += nonzero_operations(train, connection.steps, connection.value_fan_out,
-                                                        connection.pool)
+class LayerCount(PlainCount):
+    """The same of a layer-by-layer network: of the steps that can reach the output."""
+
+    def run(self):
+        self.records = self.network.record(self.images)
+        self.next_record()
+        Walk.run(self, self.weight.new_zeros(1, *self.images.shape[1:]))  # for the shapes
+
+    def next_record(self):
+        self.record = next(self.records, None)
+        self.window = self.record.window if self.record else (0, self.network.timesteps)
+
+    def spikes_of(self, layer, value, node):
+        train, record = self.record.spikes, self.record
+        if layer == 'input':
+            train = record.inputs[0].train
+        else:
+            self.next_record()
+        spikes = unflatten(train.spikes, train.shape).unflatten(0, train.spikes.shape[:2])
+        return spikes, train.start, (u for _, _, u in record.potentials())

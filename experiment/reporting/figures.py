@@ -3,21 +3,26 @@ import math
 import os
 import statistics
 import textwrap
+from collections.abc import Iterable
 from itertools import cycle, product
+from typing import TYPE_CHECKING
 
 from experiment import importing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLORS = ('#1f5fa8', '#c8553d', '#3b8f5a', '#8a5aa8', '#c79a2a', '#4a4a4a', '#5fb3c8', '#d885a8')
 LINES = ('-', '--', ':', '-.')  # once the colors are used up
 
 
-def check(flag):
+def check(flag: str) -> None:
     """Raise UserError, before any work, where a flag's figures cannot be drawn."""
     with importing('matplotlib', flag):
         _figure_class()
 
 
-def new_figure(width, height):
+def new_figure(width: float, height: float) -> 'Figure':
     return _figure_class()(figsize=(width, height), layout='constrained')
 
 
@@ -33,23 +38,27 @@ def _figure_class():
     return Figure
 
 
-def drawable(text):
+def drawable(text: str) -> str:
     """A text as matplotlib draws it: what is no Unicode, as in names of files, as a terminal shows it."""
     return text.encode('utf-8', 'backslashreplace').decode()
 
 
-def over_seeds(row, field):
+def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1; 0 of a single value) of fractions, in %."""
+    values = [100 * value for value in values]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
+
+
+def over_seeds(row: list, field: str) -> tuple[list[float], list[float], list[float]]:
     """Of a field of summary.Runs, {place: fraction}: the places in order, means and sample deviations there, in %."""
     found = {}
     for run in row:
         for place, accuracy in getattr(run, field).items():
-            found.setdefault(float(place), []).append(100 * accuracy)
-    places = sorted(found)
-    return (places, [statistics.mean(found[place]) for place in places],
-            [statistics.stdev(found[place]) if len(found[place]) > 1 else 0 for place in places])
+            found.setdefault(float(place), []).append(accuracy)
+    return (sorted(found), *zip(*(mean_and_spread(found[place]) for place in sorted(found)))) if found else ([], [], [])
 
 
-def draw_runs(row_list, names):
+def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':
     """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
 
     Up to three axes: over epochs, over time steps and by scaling factor, the latter two of the converted network and
@@ -86,14 +95,14 @@ def draw_runs(row_list, names):
     return figure
 
 
-def draw_over_time_steps(anns, spiking):
+def draw_over_time_steps(anns: dict[str, list], spiking: dict[str, dict[int, list]]) -> 'Figure':
     """Test accuracy over T: a line for each kind of spiking network, with its spread over seeds, the ANNs as levels.
 
     anns, spiking: as of summary.kinds().
     """
     def accuracy(row):
-        values = [100 * run.accuracy for run in row]
-        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+        mean, spread = mean_and_spread(run.accuracy for run in row)
+        return mean, spread if len(row) > 1 else math.nan
 
     figure = new_figure(6.4, 4)
     axes = figure.subplots()

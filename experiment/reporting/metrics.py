@@ -1,10 +1,12 @@
 """The numbers of a run, for programs: logs/{ann,snn}/<identifier>.jsonl, and TensorBoard."""
+import argparse
 import functools
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from experiment import distributed, importing, log
 from experiment.files import write_atomically
 
 
-def write(path, args, history, arguments=None):
+def write(path: Path, args: argparse.Namespace, history: list[dict], arguments: dict | None = None) -> None:
     """Write a metrics file: a line about the run (of a resumed one, about its last part), then a line an epoch.
 
     arguments: what the line says of the flags, in place of `args`. Raises UserError.
@@ -30,7 +32,7 @@ def write(path, args, history, arguments=None):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def holds(path, history):
+def holds(path: Path, history: list[dict]) -> bool:
     """Whether a metrics file is there, its lines are these epochs', and its run asks for no more of them."""
     try:
         run, *epochs = map(json.loads, path.read_text(encoding='utf-8').splitlines())
@@ -39,7 +41,7 @@ def holds(path, history):
         return False
 
 
-def commit():
+def commit() -> str | None:
     """The git commit of this code, '+' behind it where files differ from it; None outside a checkout of its own."""
     root = Path(__file__).resolve().parents[2]
     # neither the repository that a variable names, as in a hook of git's, nor one that the project's folder lies in
@@ -55,7 +57,7 @@ def commit():
 COMMIT = commit()  # of the code that runs, whatever becomes of the files meanwhile
 
 
-def machine(args):
+def machine(args: argparse.Namespace) -> str:
     """What a run computes on, in words."""
     if torch.cuda.is_available() and args.gpu is not False:
         return torch.cuda.get_device_name()
@@ -71,7 +73,7 @@ def _processor():
         return platform.processor() or platform.machine()
 
 
-def open_board(folder, wanted):
+def open_board(folder: Path, wanted: bool) -> Callable | None:
     """A function that gives the SummaryWriter in a folder, if --tensorboard is given, else None. Raises UserError.
 
     It opens its file on the first call, as the folder may first have to be set aside with an earlier run's files.
@@ -83,7 +85,7 @@ def open_board(folder, wanted):
     return functools.cache(functools.partial(SummaryWriter, folder))
 
 
-def to_board(board, entry):
+def to_board(board: Callable, entry: dict) -> None:
     """Add an epoch's numbers. board: of open_board()."""
     writer = board()
     for key, value in entry.items():

@@ -1,15 +1,19 @@
 """What was counted of a spiking network as the numbers of its report, with notes on how each was counted."""
 import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from experiment.reporting.connections import Connection, Layer
 from experiment.reporting.count import Z_EDGES
 from self_models import NEVER, Scale
 from self_models.conversion import has_biases
 from self_models.encoding import ENCODINGS
 from self_models.plain import PlainNetwork
+from self_models.spiking_network import SpikingNetwork
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
@@ -35,7 +39,7 @@ NOTES = {  # of every network; notes_of() adds what else holds for the one at ha
 }
 
 
-def notes_of(model):
+def notes_of(model: SpikingNetwork) -> dict[str, str]:
     """How the numbers of a network were counted: {what: text}."""
     plain = isinstance(model, PlainNetwork)
     if plain:
@@ -69,6 +73,11 @@ def notes_of(model):
                              'block are one, counted with the residual. In the ANN: one addition a unit.')
     if any(isinstance(module, Scale) for module in model.modules()):
         notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
+    if any(lif.bounds is not None for lif in model.lifs) if plain else (
+            (model.thresholds == 1).all() and (has_biases(model) or model.initial_potential)):
+        notes['bounds'] = ('A threshold of 1 in every layer, unless --default_threshold set it, is that of a QCFS ANN '
+                           'with a bound for each channel: potentials are in units of the bounds, which are in the '
+                           'weights on both sides of a layer, or in the LIF modules of a network of one\'s own.')
     if plain:
         notes['values'] = ('A synapse right behind another, with no neurons between the two, is given real values: it '
                            'costs its MACs at each step, once an image if no spike has come to it yet. Batch norm is '
@@ -77,14 +86,14 @@ def notes_of(model):
     return notes
 
 
-def summary(model, layers, connections, images):
+def summary(model: SpikingNetwork, layers: list[Layer], connections: list[Connection], images: int) -> dict:
     """{'layers', 'surrogate', 'operations'}: the numbers of the report, of `images` images, as JSON knows them."""
     return {'layers': [layer_numbers(layer, images) for layer in layers],
             'surrogate': surrogate_numbers(model, layers[1:]),
             'operations': operation_numbers(connections, images)}
 
 
-def layer_numbers(layer, images):
+def layer_numbers(layer: Layer, images: int) -> dict:
     rates = layer.spikes / (images * layer.neurons)
     spikes = {'spikes_per_neuron': rates.sum().item(), 'firing_rate': rates.mean().item(),
               'firing_rate_by_step': rates.tolist()}
@@ -94,7 +103,7 @@ def layer_numbers(layer, images):
             'first_step': layer.first_step, 'steps': len(rates), **spikes}
 
 
-def surrogate_numbers(model, layers):
+def surrogate_numbers(model: SpikingNetwork, layers: list[Layer]) -> dict:
     """The surrogate gradient with respect to z, and how often each of its arguments was met in LIF layers."""
     longest = max(len(layer.surrogate) for layer in layers)  # with biases a layer's steps differ from another's
     counts = sum(F.pad(layer.surrogate, (0, longest - len(layer.surrogate))) for layer in layers)
@@ -119,7 +128,7 @@ def surrogate_numbers(model, layers):
             'count_by_layer': by_layer, 'count_by_layer_is': 'never, then delta_t = 1, 2, ...'}
 
 
-def operation_numbers(connections, images):
+def operation_numbers(connections: Iterable[Connection], images: int) -> dict:
     """Operations and energy of an image, of each connection and in all."""
     rows = []
     for c in connections:
@@ -153,7 +162,8 @@ def operation_numbers(connections, images):
             'snn_estimate': energy('macs_with_padding', 'estimate', 'bias_additions')}}
 
 
-def training_rows(checkpoint, history, later=None):
+def training_rows(checkpoint: Path | str | None, history: list | None, later: list | None = None,
+                  ) -> tuple[list[dict] | None, str]:
     """(what was noted of each epoch of a network's training, as JSON knows it, or None; a line to say).
 
     checkpoint: the file that the network is from, or None. history: what that says of its epochs. later: what another

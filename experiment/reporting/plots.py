@@ -1,14 +1,18 @@
 """The figures of a report, each drawn from the report's numbers alone. It needs no torch."""
 import math
 import re
+from typing import TYPE_CHECKING
 
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SNN, SNN_LIGHT, ANN, GREY = '#1f5fa8', '#8fb8de', '#c8553d', '#e6e6e6'
 
 
-def draw_accuracy(report):
+def draw_accuracy(report: dict) -> 'Figure':
     figure, numbers = figures.new_figure(6.4, 4), report['accuracy']
     axes = figure.subplots()
     few = len(numbers['time_steps']) <= 30
@@ -25,7 +29,7 @@ def draw_accuracy(report):
     return figure
 
 
-def draw_activity(report):
+def draw_activity(report: dict) -> 'Figure':
     layers = report['layers']
     figure = figures.new_figure(11, 1.8 + 0.28 * len(layers))
     rate_axes, count_axes, threshold_axes = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
@@ -48,13 +52,14 @@ def draw_activity(report):
     count_axes.set(xlabel=f'spikes per neuron and image\n{steps} steps of T = {report["timesteps"]}',
                    title='Spikes')
     threshold_axes.barh(places, [layer['threshold'] or math.nan for layer in layers], color=SNN_LIGHT)
-    threshold_axes.set(xlabel='membrane potential θ', title='Threshold')
+    of_channels = '\n(in units of the bounds of channels)' if 'bounds' in report.get('notes', ()) else ''
+    threshold_axes.set(xlabel=f'membrane potential θ{of_channels}', title='Threshold')
     for axes in (count_axes, threshold_axes):
         axes.grid(axis='x', alpha=0.3)
     return figure
 
 
-def draw_surrogate(report):
+def draw_surrogate(report: dict) -> 'Figure':
     numbers = report['surrogate']
     shares = [100 * count / numbers['total'] for count in numbers['count']]
     figure = figures.new_figure(8, 5.5)
@@ -93,7 +98,7 @@ def draw_surrogate(report):
     return figure
 
 
-def draw_operations(report):
+def draw_operations(report: dict) -> 'Figure':
     numbers = report['operations']
     rows, energy = numbers['connections'], numbers['energy_uj']
     figure = figures.new_figure(11, 2.5 + 0.45 * len(rows))
@@ -141,7 +146,7 @@ def draw_operations(report):
     return figure
 
 
-def draw_training(rows):
+def draw_training(rows: list[dict]) -> 'Figure':
     figure = figures.new_figure(10, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, what, scale in ((loss_axes, 'loss', 1), (accuracy_axes, 'accuracy', 100)):

@@ -1,7 +1,7 @@
 """What a spiking network did on the test images, as figures and as one JSON with every number in them.
 
-count.py counts, for a network of one's own with count_graph.py; numbers.py makes the JSON of it, and plots.py draws the
-figures from that JSON alone.
+connections.py finds what is connected to what, count.py counts what goes through; numbers.py makes the JSON of it, and
+plots.py draws the figures from that JSON alone.
 """
 import json
 from functools import partial
@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiment import UserError, files, log, setup
+from experiment.data import Data
 from experiment.reporting import count, figures, numbers, plots
+from experiment.run import Run
+from self_models.spiking_network import SpikingNetwork
 
 
 class Known(NamedTuple):
@@ -28,7 +31,7 @@ class Known(NamedTuple):
     later: list | None = None
 
 
-def check(folder, model):
+def check(folder: str, model: SpikingNetwork) -> None:
     """Raise UserError, before the evaluation, where no report can come of it."""
     figures.check('--report')
     if silent := setup.too_few_steps(model):
@@ -36,10 +39,10 @@ def check(folder, model):
     files.check_writable(Path(folder))
 
 
-def write(model, data, run, known):
+def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
     """Measure the network on the test images and write the figures and report.json into the folder of --report.
 
-    run: run.Run. known: Known. Raises UserError.
+    Raises UserError.
     """
     folder, args, say = run.args.report, run.args, run.say
     at, accuracy, ann_accuracy, conversion, checkpoint, *histories = known

@@ -2,12 +2,14 @@
 
 It needs no torch.
 """
+import contextlib
 import json
 import math
 import os
 import re
 import statistics
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +51,7 @@ class Run(NamedTuple):
     scanned_on: str | None  # train or validation images
 
 
-def read(path):
+def read(path: str | Path) -> Run:
     """The Run of a metrics file. Raises UserError."""
     try:
         text = Path(path).read_bytes()
@@ -62,12 +64,12 @@ def read(path):
         raise UserError(f'{path}: is no metrics file of ann.py or snn.py, or not a whole one; leave it out') from error
 
 
-def is_set_aside(path):
+def is_set_aside(path: str) -> bool:
     """Whether a later run of the same name has set this metrics file aside."""
     return Path(path).name.startswith('previous.')
 
 
-def read_all(paths):
+def read_all(paths: list[str]) -> list[Run]:
     """The Runs of metrics files, one named twice once; of those set aside only if there are no others.
 
     A pattern such as logs/snn/*.jsonl matches them, too. Raises UserError.
@@ -88,35 +90,35 @@ def _numbers(values):
     return {key: _finite(value) for key, value in values.items() if math.isfinite(_finite(key))}
 
 
-def _run(path, args, machine, epochs):
-    seed = int(args['seed'])
+def _settings(args, seed):
+    """(a run's arguments that make it the experiment that it is, the folder of its pictures or None)."""
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # where a set lies says which it is only if it is a folder of pictures
     data, folder = settings.pop('dataset', None), os.path.expanduser(settings.pop('data_dir', ''))
-    try:
+    with contextlib.suppress(ValueError):  # a name that no file here can have
         folder = os.path.realpath(folder)
-    except ValueError:  # a name that no file here can have
-        pass
-    pictures = data in ('FOLDER', 'IMAGENET')
-    settings['data'] = f'{data} {Path(folder).name}' if pictures else data
+    folder = folder if data in ('FOLDER', 'IMAGENET') else None
+    settings['data'] = data if folder is None else f'{data} {Path(folder).name}'
     # of files from before there were others
     former = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0,
-              **(FORMER if 'timesteps' in settings else FORMER_ANN)}
-    if 'scaling_factor' in settings:
-        former['threshold_percentile'] = 100.0
-    for key, value in former.items():
-        settings.setdefault(key, value)
-    if 'width' in without_effect(settings):  # files of former versions do not know it, nor the flags of the next line
-        del settings['width']
-    for key, value in (('keep_batch_norm', False), ('balance_blocks', False), ('bounds', 'layer')):
-        if settings.get(key) == value:
-            del settings[key]
+              **(FORMER if 'timesteps' in settings else FORMER_ANN),
+              **({'threshold_percentile': 100.0} if 'scaling_factor' in settings else {})}
+    settings = {**settings, **{key: value for key, value in former.items() if key not in settings}}
+    unknown = {'keep_batch_norm': False, 'balance_blocks': False, 'bounds': 'layer'}  # to files of former versions
+    if 'width' in without_effect(settings):
+        unknown['width'] = settings['width']
+    settings = {key: value for key, value in settings.items() if key not in unknown or value != unknown[key]}
     if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
         settings['lr_reduce'] = _finite(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
+    return settings, folder
 
+
+def _run(path, args, machine, epochs):
+    seed = int(args['seed'])
+    settings, folder = _settings(args, seed)
     chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
     chosen = f'{chosen_on}_accuracy'
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
@@ -129,7 +131,7 @@ def _run(path, args, machine, epochs):
     if 'scan' in start and (start['scanned_on'] not in ('train', 'validation') or 'scaling_factor' not in settings):
         raise ValueError(f'factors scanned on {start["scanned_on"]}')
     return Run(
-        path, settings, seed, chosen_on, folder if pictures else None,
+        path, settings, seed, chosen_on, folder,
         ann=_finite(start['ann_accuracy']) if start else None, converted=_finite(start[chosen]) if start else None,
         epochs={int(epoch['epoch']): _finite(epoch[chosen]) for epoch in epochs},
         curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
@@ -140,7 +142,7 @@ def _run(path, args, machine, epochs):
         scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'))
 
 
-def rows(runs):
+def rows(runs: Iterable[Run]) -> list[list[Run]]:
     """Lists of runs that have all settings, and what their best epoch was chosen on, in common. Raises UserError."""
     found = {}
     for run in runs:
@@ -153,19 +155,19 @@ def rows(runs):
     return list(found.values())
 
 
-def mean_and_spread(values):
+def mean_and_spread(values: list[float | None]) -> str:
     """[0.9, 0.92] -> '91.00 ± 1.41', in percent: the sample standard deviation (n - 1), none of a single value.
 
     Of values that are partly None, those that are there, and how many they are.
     """
-    there = [100 * value for value in values if value is not None]
+    there = [value for value in values if value is not None]
     if not there:
         return '-'
-    text = f'{statistics.mean(there):.2f}' + (f' ± {statistics.stdev(there):.2f}' if len(there) > 1 else '')
+    text = ' ± '.join(f'{value:.2f}' for value in figures.mean_and_spread(there)[:len(there)])
     return text + (f' ({len(there)} of {len(values)})' if len(there) < len(values) else '')
 
 
-def epochs_done(row):
+def epochs_done(row: list[Run]) -> str:
     """'20', or of unfinished runs '7-20 of 20 *'."""
     least, most, asked = min(run.done for run in row), max(run.done for run in row), row[0].asked
     if least >= asked:
@@ -173,83 +175,75 @@ def epochs_done(row):
     return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
 
 
-def columns(row_list, every=False):
-    """The settings that tell rows apart, headings to a list of texts, a text a row; those of ALWAYS in any case.
-
-    every: all settings, whether they tell rows apart or not.
-    """
-    keys = dict.fromkeys(key for row in row_list for key in (*ALWAYS, *row[0].settings))
-    values = {key: [row[0].settings.get(key) for row in row_list] for key in keys}
-    for number, row in enumerate(row_list):
-        chosen = sorted({run.factor for run in row if run.factor is not None})
+def settings_of(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
+    """The settings of each row as texts: those that tell rows apart, and those of ALWAYS; or every one."""
+    found = [dict(row[0].settings) for row in row_list]
+    factors = [sorted({run.factor for run in row if run.factor is not None}) for row in row_list]
+    for settings, chosen in zip(found, factors):
         if chosen:
-            values['scaling_factor'][number] = f'auto: {", ".join(map(str, chosen))}'
-    shown = ALWAYS if all(run.factor is None for row in row_list for run in row) else (*ALWAYS, 'scaling_factor')
-    return {key: ['-' if value is None else str(value) for value in column] for key, column in values.items()
-            if every or len(set(map(json.dumps, column))) > 1
-            or key in shown and any(value is not None for value in column)}
+            settings['scaling_factor'] = f'auto: {", ".join(map(str, chosen))}'
+    always = (*ALWAYS, 'scaling_factor') if any(factors) else ALWAYS
+    shown = []
+    for key in dict.fromkeys([*ALWAYS, *(key for settings in found for key in settings)]):
+        values = [settings.get(key) for settings in found]
+        if every or len(set(map(repr, values))) > 1 or key in always and values != [None] * len(values):
+            shown.append(key)
+    return [{key: '-' if settings.get(key) is None else str(settings[key]) for key in shown} for settings in found]
 
 
-def names(row_list):
+def names(row_list: list[list[Run]]) -> list[str]:
     """What tells each row from the others, for a legend; of a single one, what it is of."""
-    shown = columns(row_list)
-    telling = {key: column for key, column in shown.items() if len(set(column)) > 1} or shown
-    bare = ('data', 'architecture')
-    return [', '.join(column[number] if key in bare else f'{key} {Path(column[number]).name}'
-                      for key, column in telling.items() if column[number] != '-') for number in range(len(row_list))]
+    found = settings_of(row_list)
+    telling = [key for key in found[0] if len({settings[key] for settings in found}) > 1] or found[0]
+    return [', '.join(settings[key] if key in ('data', 'architecture') else f'{key} {Path(settings[key]).name}'
+                      for key in telling if settings[key] != '-') for settings in found]
 
 
-def cells(row_list, every=False):
-    """The heading of a table and its rows, all as texts. every: as of columns()."""
+def results(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
+    """The table of accuracies: a line {heading: text} for each row. every: as of settings_of()."""
     chosen_on = row_list[0][0].chosen_on
-    settings = columns(row_list, every)
     # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
     on = '' if chosen_on == 'test' else ', on validation images'
     with_ann = any(run.ann is not None for row in row_list for run in row)
-    heading = [*settings, 'seeds', *([f'ANN{on}', f'converted{on}', f'last epoch{on}'] if with_ann else []),
-               f'test accuracy, best epoch chosen on {chosen_on} images', 'epochs done', 's/epoch', 'machine']
-    body = []
-    for number, row in enumerate(row_list):
-        ann, of_its_seed = [run.ann for run in row], '*' in str(row[0].settings.get('pretrained_ann'))
-        seconds = [value for run in row for value in run.seconds]
-        body.append([
-            *(column[number] for column in settings.values()), str(len(row)),
-            # one ANN for all seeds was measured once
-            *([mean_and_spread(ann if of_its_seed or len(set(ann)) > 1 else ann[:1]),
-               mean_and_spread([run.converted for run in row]),
-               mean_and_spread([run.epochs.get(run.done or None) for run in row])] if with_ann else []),
-            mean_and_spread([run.accuracy for run in row]), epochs_done(row),
-            f'{statistics.mean(seconds):.2f}' if seconds else '-', '; '.join(sorted({run.machine for run in row}))])
-    return heading, body
+    table = []
+    for line, row in zip(settings_of(row_list, every), row_list):
+        ann, seconds = [run.ann for run in row], [value for run in row for value in run.seconds]
+        if '*' not in str(row[0].settings.get('pretrained_ann')) and len(set(ann)) == 1:
+            ann = ann[:1]  # one ANN for all seeds was measured once
+        line['seeds'] = str(len(row))
+        if with_ann:
+            line |= {f'ANN{on}': mean_and_spread(ann),
+                     f'converted{on}': mean_and_spread([run.converted for run in row]),
+                     f'last epoch{on}': mean_and_spread([run.epochs.get(run.done or None) for run in row])}
+        table.append(line | {
+            f'test accuracy, best epoch chosen on {chosen_on} images': mean_and_spread([run.accuracy for run in row]),
+            'epochs done': epochs_done(row), 's/epoch': f'{statistics.mean(seconds):.2f}' if seconds else '-',
+            'machine': '; '.join(sorted({run.machine for run in row}))})
+    return table
 
 
-def scan_cells(row_list, every=False):
-    """The table of what --scaling_factor auto found, a column for each factor: its heading and rows, as texts.
-
-    every: as of columns().
-    """
+def scans(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
+    """The table of what --scaling_factor auto found, a column for each factor. every: as of settings_of()."""
     factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
-    settings = {key: column for key, column in columns(row_list, every).items() if key not in TRAINING}
-    body = []
-    for number, row in enumerate(row_list):
-        body.append([*(column[number] for column in settings.values()),
-                     ', '.join(sorted({run.scanned_on for run in row if run.scan})), str(len(row)),
-                     *(mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors)])
-    # runs that differ in training alone start from the same scan: once is enough
-    return [*settings, 'images', 'seeds', *factors], [list(line) for line in dict.fromkeys(map(tuple, body))]
+    table = []
+    for settings, row in zip(settings_of(row_list, every), row_list):
+        line = {key: text for key, text in settings.items() if key not in TRAINING}
+        line |= {'images': ', '.join(sorted({run.scanned_on for run in row if run.scan})), 'seeds': str(len(row)),
+                 **{factor: mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors}}
+        if line not in table:  # runs that differ in training alone start from the same scan
+            table.append(line)
+    return table
 
 
-def plain(heading, body):
-    """Columns of one width each, set flush right."""
-    widths = [max(map(len, column)) for column in zip(heading, *body)]
-    return '\n'.join('  '.join(text.rjust(width) for text, width in zip(line, widths)) for line in [heading, *body])
-
-
-def markdown(heading, body):
-    """A table for a README."""
-    escaped = [[text.replace('|', '\\|') for text in line] for line in [heading, *body]]
-    lines = [escaped[0], ['---'] * len(heading), *escaped[1:]]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+def text_of(table: list[dict[str, str]], as_markdown: bool) -> str:
+    """A table for a read-me, or in columns of one width each, set flush right."""
+    lines = [list(table[0]), *(list(line.values()) for line in table)]
+    if as_markdown:
+        lines = [[text.replace('|', '\\|') for text in line] for line in lines]
+        lines.insert(1, ['---'] * len(lines[0]))
+        return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return '\n'.join('  '.join(text.rjust(width) for text, width in zip(line, widths)) for line in lines)
 
 
 def _number(text):
@@ -260,49 +254,39 @@ def _number(text):
         return 0, 0, text
 
 
-def narrow(row_list, chosen):
-    """The heading and rows of some columns: of scan_cells() where factors are among them, else of cells().
+def narrow_table(paths: list[str], chosen: list[str], as_markdown: bool = False) -> str:
+    """The text that --summarize --columns prints: one table of some columns, in the order of its settings.
 
-    A column is called by its heading, or by that up to a comma; rows are in the order of their settings. Raises
-    UserError for a column that is not there, and for rows that then read the same.
+    It is of scans() if factors are among them, else of results(). A column is called by its heading, or by that up to a
+    comma. Raises UserError for a column that is not there, and for rows that would then read the same.
     """
-    scanned = any(_number(name)[0] for name in chosen)
+    row_list, scanned = rows(read_all(paths)), any(_number(name)[0] for name in chosen)
     if scanned:
         row_list = [row for row in row_list if any(run.scan for run in row)]
-    heading, body = (scan_cells if scanned else cells)(row_list, every=True) if row_list else ([], [])
-    places = []
-    for name in chosen:
-        found = [place for place, text in enumerate(heading) if name in (text, text.split(',')[0])]
-        if not found:
-            raise UserError(f'--columns {name}: there is no such column; there are: '
-                            + ', '.join(text.split(',')[0] for text in heading))
-        places.append(found[0])
-
-    def shown(line):  # of a checkpoint its name is enough
-        return [Path(line[place]).stem if heading[place].startswith('pretrained') else line[place] for place in places]
-
-    settings = [place for place in range(heading.index('seeds')) if heading[place] != 'images']
-    telling = [number for number, place in enumerate(places) if place in settings]
-    seen = {}
-    for line in body:
-        other = seen.setdefault(tuple(shown(line)[number] for number in telling), line)
-        differ = [heading[place] for place in settings if line[place] != other[place]]
-        if differ:
-            raise UserError(f'--columns: rows would read the same that differ in {", ".join(differ)}; add that')
-    return [heading[place] for place in places], sorted(
-        map(shown, body), key=lambda cells: [_number(cells[number]) for number in telling])
-
-
-def narrow_table(paths, chosen, as_markdown=False):
-    """The text that --summarize --columns prints: one table, of some columns. Raises UserError as narrow() does."""
-    row_list = rows(read_all(paths))
-    if len({row[0].chosen_on for row in row_list}) > 1 and not any(_number(name)[0] for name in chosen):
+    elif len({row[0].chosen_on for row in row_list}) > 1:
         raise UserError('--columns: some of these runs chose their best epoch on test images, others on validation '
                         'images; take them one after the other')
-    return (markdown if as_markdown else plain)(*narrow(row_list, chosen))
+    table = (scans if scanned else results)(row_list, every=True) if row_list else []
+    heading, keys = list(table[0]) if table else [], []
+    for name in chosen:
+        found = [key for key in heading if name in (key, key.split(',')[0])]
+        if not found:
+            raise UserError(f'--columns {name}: there is no such column; there are: '
+                            + ', '.join(key.split(',')[0] for key in heading))
+        keys.append(found[0])
+    settings = [key for key in heading[:heading.index('seeds')] if key != 'images']
+    telling, seen, shown = [key for key in keys if key in settings], {}, []
+    for line in table:
+        # of a checkpoint its name is enough
+        shown.append({key: Path(line[key]).stem if key.startswith('pretrained') else line[key] for key in keys})
+        other = seen.setdefault(tuple(shown[-1][key] for key in telling), line)
+        if differ := [key for key in settings if line[key] != other[key]]:
+            raise UserError(f'--columns: rows would read the same that differ in {", ".join(differ)}; add that')
+    shown.sort(key=lambda line: [_number(line[key]) for key in telling])
+    return text_of(shown, as_markdown)
 
 
-def summarize(paths, as_markdown=False):
+def summarize(paths: list[str], as_markdown: bool = False) -> str:
     """The text that --summarize prints: a table of the runs whose best epoch was chosen on test images, one of others.
 
     A row is of runs that differ in NOT_SETTINGS alone, a column of a setting that differs between rows or is one of
@@ -312,24 +296,20 @@ def summarize(paths, as_markdown=False):
     return tables(read_all(paths), as_markdown)
 
 
-def tables(runs, as_markdown):
+def tables(runs: list[Run], as_markdown: bool) -> str:
     """The text of summarize(), of Runs."""
-    form = markdown if as_markdown else plain
     parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
     for chosen_on in ('test', 'validation'):
-        row_list = rows(run for run in runs if run.chosen_on == chosen_on)
-        if row_list:
-            parts.append(form(*cells(row_list)))
-    scanned = [row for row in rows(runs) if any(run.scan for run in row)]
-    if scanned:
-        parts += ['Of the converted network, by scaling factor:', form(*scan_cells(scanned))]
-    unfinished = [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]
-    if unfinished:
+        if row_list := rows(run for run in runs if run.chosen_on == chosen_on):
+            parts.append(text_of(results(row_list), as_markdown))
+    if scanned := [row for row in rows(runs) if any(run.scan for run in row)]:
+        parts += ['Of the converted network, by scaling factor:', text_of(scans(scanned), as_markdown)]
+    if unfinished := [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]:
         parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')
     return '\n\n'.join(parts)
 
 
-def draw(paths, path):
+def draw(paths: list[str], path: Path) -> None:
     """Write figures.draw_runs of metrics files to `path`, a PNG whose description is the table of summarize().
 
     Raises UserError as summarize() does, and where there is nothing to draw or no writing there.
@@ -341,40 +321,33 @@ def draw(paths, path):
     _write(figures.draw_runs(row_list, names(row_list)), runs, path)
 
 
-def kinds(row_list):
+def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, dict[int, list[Run]]]]:
     """Rows as figures.draw_over_time_steps wants them: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
 
     A spiking network is called published (Poisson input, a step of delay a layer), low latency (direct input, none), or
     what else its input and delay are; with its data and architecture where there are several. Raises UserError for
     two of one kind and T.
     """
-    def what(row):
-        settings = row[0].settings
-        if 'timesteps' not in settings:
-            name = f'ANN, {settings["activation"]}'
-        else:
-            name = {('poisson', 1): 'published', ('direct', 0): 'low latency'}.get(
-                (settings['encoding'], settings['delay']), f'{settings["encoding"]}, delay {settings["delay"]}')
-        return ', '.join([name, *(settings.get(key, '-') for key in several)])
-
+    called = {('poisson', 1): 'published', ('direct', 0): 'low latency'}
     several = [key for key in ('data', 'architecture') if len({row[0].settings.get(key) for row in row_list}) > 1]
-    anns, spiking, seen = {}, {}, {}
+    anns, spiking = {}, {}
     for row in row_list:
-        name, timesteps = what(row), row[0].settings.get('timesteps')
-        other = seen.setdefault((name, timesteps), row)
-        if other is not row:
-            raise UserError(f'--over_timesteps: {other[0].path} and {row[0].path} would be one point ({name}'
+        settings = row[0].settings
+        timesteps, neuron = settings.get('timesteps'), (settings.get('encoding'), settings.get('delay'))
+        name = f'ANN, {settings["activation"]}' if timesteps is None else called.get(
+            neuron, '{}, delay {}'.format(*neuron))
+        name = ', '.join([name, *(settings.get(key, '-') for key in several)])
+        known, place = (anns, name) if timesteps is None else (spiking.setdefault(name, {}), timesteps)
+        if place in known:
+            raise UserError(f'--over_timesteps: {known[place][0].path} and {row[0].path} would be one point ({name}'
                             + (f', T = {timesteps}' if timesteps else '') + '); leave one out')
-        if timesteps is None:
-            anns[name] = row
-        else:
-            spiking.setdefault(name, {})[timesteps] = row
+        known[place] = row
     if not spiking:
         raise UserError('--over_timesteps: none of these files is of a run of snn.py')
     return anns, spiking
 
 
-def draw_over_time_steps(paths, path):
+def draw_over_time_steps(paths: list[str], path: Path) -> None:
     """Write figures.draw_over_time_steps of metrics files to `path`, a PNG as of draw(). Raises UserError."""
     runs = [run for run in read_all(paths) if run.accuracy is not None]
     _write(figures.draw_over_time_steps(*kinds(rows(runs))), runs, path)

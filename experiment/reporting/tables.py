@@ -29,7 +29,7 @@ TABLE = re.compile(r'^(\ufeff?<!-- table: (?P<files>.+?) --columns (?P<columns>.
 FIGURE = re.compile(r'^\ufeff?<!-- over_timesteps: (?P<files>.+?) -->\r?\n!\[.*\]\((?P<path>.+?)\)', re.M)
 
 
-def files(words):
+def files(words: str) -> list[str]:
     """The metrics files that a comment names, in order. Raises UserError."""
     found = []
     for pattern in shlex.split(words):
@@ -40,7 +40,7 @@ def files(words):
     return found
 
 
-def rewritten(text):
+def rewritten(text: str) -> str:
     """A read-me's text with each of its tables as its metrics files have it. Raises UserError."""
     def table(match):
         end = match['end'] or '\n'
@@ -50,7 +50,7 @@ def rewritten(text):
     return TABLE.sub(table, text)
 
 
-def main(paths):
+def main(paths: list[str | Path]) -> None:
     for path in map(Path, paths):
         text = rewritten(path.read_bytes().decode())
         write_atomically(path, lambda file, text=text: file.write(text.encode()))

@@ -1,0 +1,284 @@
+"""The nodes of a NIR graph, made call by call along the graph of a spiking network, as far as NIR knows what is called.
+
+Importers (SpikingJelly, snnTorch) know less than NIR does: no nir.Scale, no groups, one threshold for all neurons of a
+layer. So a factor of channels goes into the weights behind it, or becomes a convolution of 1 pixel.
+"""
+import math
+import operator
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from experiment import UserError
+from experiment.graph import NORMS, BlankPass, identity
+from self_models.conversion import folded_layer
+from self_models.layers import Scale
+from self_models.plain import HeldDropout, Repeat
+from self_models.spiking_network import SpikingNetwork
+from self_models.traced import MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
+          'clone', torch.clone, 'to', 'float', 'double', 'type', 'type_as'}  # keep the order of values
+CATS = (torch.cat, torch.concat, torch.concatenate)
+MINUS, NEGATIVE = {operator.sub, torch.sub, torch.subtract, 'sub'}, {operator.neg, torch.neg, 'neg'}
+POOLS = {'avg_pool2d': nn.AvgPool2d, 'adaptive_avg_pool2d': nn.AdaptiveAvgPool2d}
+ONE = np.ones(())
+
+
+class Nodes(BlankPass):
+    """A pass that makes the nodes and edges of a NIR graph. Raises UserError, which names the module, for what NIR does
+    not know.
+
+    shapes: of what each node gives, (C, ...). found: for each call the nodes whose outputs add up to what it gives,
+    {name: a factor, () or (C,)}. The factor goes into the weights behind it: in a plain network a spike is worth its
+    threshold.
+    """
+
+    def __init__(self, network: SpikingNetwork, nir: ModuleType, input_shape: tuple):
+        super().__init__(network)
+        self.nir, self.dt = nir, 1.0 if network.leak == 1 else 1e-4
+        self.nodes, self.edges, self.shapes = {}, [], {}
+        weight = next(network.parameters())
+        self.dtype = values(weight).dtype
+        self.run(weight.new_zeros(1, *input_shape))
+
+    def made(self, node, value, before):
+        if node.op == 'placeholder':
+            shape = tuple(value.shape[1:])
+            return {self.add('input', self.nir.Input({'input': np.array(shape)}), shape): ONE}
+        if node.op == 'output':
+            names = self.ready(before[0])
+            shape = self.shapes[names[0]]
+            return self.add('output', self.nir.Output({'output': np.array(shape)}), shape, *names)
+        if not isinstance(value, torch.Tensor):
+            self.refuse(node)
+        module, way = self.module_of(node), before[0]
+        source = next(each for each in node.all_input_nodes if each in self.found)
+        given, shape = tuple(self.env[source].shape[1:]), tuple(value.shape[1:])
+        name = node.target if module is not None else node.name
+        if layer := self.layer_of(node):
+            return self.neurons(layer, module, way)
+        if isinstance(module, (HeldDropout, Repeat, nn.Identity, nn.Flatten)) or node.target in SHAPED:
+            return way if shape == given else self.flattened(node, name, way, given, shape)
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+            return self.synapse(node, module, way, given)
+        if isinstance(module, NORMS):
+            return way if self.norm_of(source) is module else self.norm(name, module, way, given[0])
+        if isinstance(module, Scale):
+            names, factor = self.together(way)
+            return {self.scale(name, factor * values(module.factor).reshape(-1), *names): ONE}
+        others = [self.env[each] if isinstance(each, fx.Node) else each for each in (*node.args, *node.kwargs.values())
+                  if not isinstance(each, fx.Node) or each not in self.found]
+        if node.target in PRODUCTS and len(before) == 1 == len(others) and isinstance(others[0], (int, float)):
+            return times(way, 1 / others[0] if node.target in QUOTIENTS else others[0])
+        if node.target in SUMS and not others and all(self.env[each].shape[1:] == shape for each in node.args):
+            return self.sum(node)
+        if node.target in CATS and argument(node, 1, 'dim', 0) in (1, -1 - len(shape)) and (
+                all(each in self.found for each in node.args[0])):
+            return self.side_by_side(name, [self.found[each] for each in node.args[0]], shape[0])
+        return self.pool(node, name, module, way, given, shape)
+
+    # -- what a call becomes ------------------------------------------------------------------------------------------
+
+    def neurons(self, layer, lif, way):
+        """An LIF layer. lif: its module in a plain network, whose spikes are worth their threshold; else None."""
+        bounds = ONE if lif is None or lif.bounds is None else values(lif.bounds).astype(np.float64)
+        sources, index = self.ready(times(way, 1 / bounds)), self.network.layer_names.index(layer)
+        threshold, leak = self.network.thresholds[index].item(), self.network.leaks[index].item()
+        shape = self.shapes[sources[0]]
+
+        def all_of(value):
+            return np.full(shape, value, np.float64)  # float32 would change the leak
+
+        common = {'v_threshold': all_of(threshold), 'v_reset': all_of(0),
+                  'metadata': {'threshold': threshold, 'leak': leak, 'reset': 'subtract'}}
+        if self.dt == 1:
+            node = self.nir.IF(r=all_of(1), **common)
+        else:
+            lost = max(1 - leak, 2.0 ** -53)
+            node = self.nir.LIF(tau=all_of(self.dt / lost), r=all_of(1 / lost), v_leak=all_of(0), **common)
+        return {self.add(f'{layer}.neuron', node, shape, *sources): ONE if lif is None else threshold * bounds}
+
+    def synapse(self, node, module, way, given):
+        """A convolution or a linear layer, with the batch norm that is all that its outputs go to."""
+        names, factor = self.together(way)
+        weight, bias = (None if each is None else values(each)
+                        for each in folded_layer(module, self.norm_of(node), None))
+        if isinstance(module, nn.Linear):
+            if len(given) > 1:
+                self.refuse(node, ' of more than features', 'flatten before it')
+            weight = (weight * factor).astype(weight.dtype)
+            made = self.nir.Linear(weight) if bias is None else self.nir.Affine(weight, bias)
+            return {self.add(node.target, made, weight.shape[:1], *names): ONE}
+        padding = padding_of(module)
+        if module.padding_mode != 'zeros' or padding is None:
+            self.refuse(node, ' with this padding', 'pad with zeros, the same on both sides')
+        if len({size % 2 for size in module.kernel_size}) > 1:
+            self.refuse(node, ' of this kernel', 'take sizes that are all odd or all even')
+        if module.groups > 1:
+            parts = np.split(weight, module.groups)
+            weight = np.concatenate([np.pad(part, [(0, 0), (i * part.shape[1], given[0] - (i + 1) * part.shape[1]),
+                                                   *[(0, 0)] * (part.ndim - 2)]) for i, part in enumerate(parts)])
+        weight = (weight * np.reshape(factor, (-1, *[1] * len(given[1:])))).astype(weight.dtype)
+        # nir takes every kernel for a square one: zeros around it make it so
+        more = [(max(module.kernel_size) - size) // 2 for size in module.kernel_size]
+        weight = np.pad(weight, [(0, 0), (0, 0), *((each, each) for each in more)])
+        padding = [p + each * d for p, each, d in zip(padding, more, module.dilation, strict=True)]
+        return {self.convolution(node.target, weight, bias, module.stride, padding, module.dilation, *names): ONE}
+
+    def norm(self, name, norm, way, channels):
+        """A batch norm that is not behind a synapse alone."""
+        names, factor = self.together(way)
+        ones = SimpleNamespace(weight=torch.eye(channels).to(norm.running_var), bias=None)
+        weight, bias = folded_layer(ones, norm, None)
+        return {self.mix(name, values(weight) * factor.astype(self.dtype), *names, bias=values(bias)): ONE}
+
+    def sum(self, node):
+        total = {}
+        for i, each in enumerate(node.args):
+            sign = -1 if node.target in NEGATIVE or i and node.target in MINUS else 1
+            for name, factor in self.found[each].items():
+                total[name] = total.get(name, 0) + sign * factor
+        return total
+
+    def side_by_side(self, name, parts, channels):
+        """What several calls give as channels of one: each goes to its own, and the others get nothing from it."""
+        way, start = {}, 0
+        for part in parts:
+            names, factor = self.together(part)
+            own = self.shapes[names[0]][0]
+            matrix = np.zeros((channels, own), self.dtype)
+            matrix[range(start, start + own), range(own)] = factor
+            way[self.mix(name, matrix, *names)] = ONE
+            start += own
+        return way
+
+    def flattened(self, node, name, way, given, shape):
+        start = next((i for i in range(len(given)) if (*given[:i], math.prod(given[i:])) == shape), None)
+        if start is None:
+            self.refuse(node, ' but to flatten')
+        names, factor = self.together(way)
+        if start == 0:
+            factor = np.repeat(np.broadcast_to(factor, given[:1]), math.prod(given[1:]))
+        made = self.nir.Flatten({'input': np.array(given)}, start_dim=start)  # NIR's shapes have no batch
+        return {self.add(name, made, shape, *names): factor}
+
+    def pool(self, node, name, module, way, given, shape):
+        """An average pool or a mean over the map; whatever else comes here is refused."""
+        function = getattr(node.target, '__name__', '')
+        if module is None and function in POOLS:
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            module = POOLS[function](*args[1:], **{key: each for key, each in kwargs.items() if key != 'input'})
+        if node.target in ('mean', torch.mean) and len(given) == 3:
+            dims = argument(node, 1, 'dim')
+            if {d % 4 for d in (dims if isinstance(dims, (tuple, list)) else (dims,))} == {2, 3}:
+                module = nn.AdaptiveAvgPool2d(1)
+        if isinstance(module, nn.AdaptiveAvgPool2d):
+            windows = adaptive(given[1:], shape[1:] or (1, 1))
+        elif isinstance(module, nn.AvgPool2d):
+            windows = [(each, each) if isinstance(each, int) else tuple(each)
+                       for each in (module.kernel_size, module.stride, module.padding)]
+            if module.divisor_override is not None or any(windows[2]) and not module.count_include_pad:
+                windows = None
+        else:
+            maximum = isinstance(module, MAX_POOLS) or is_max_pool(node.target)
+            self.refuse(node, remedy='put nn.AvgPool2d in its place' if maximum else None)
+        if windows is None:
+            self.refuse(node, ' with these windows', 'take windows of one size, whose divisor is all their pixels')
+        names, factor = self.together(way)
+        sizes = [(size + 2 * p - k) // s + 1 for size, k, s, p in zip(given[1:], *windows, strict=True)]
+        if len(shape) == 3 and tuple(sizes) != shape[1:]:
+            self.refuse(node, ' with ceil_mode', 'leave ceil_mode out')
+        pool = self.add(name, self.nir.AvgPool2d(*map(np.array, windows)), (given[0], *sizes), *names)
+        if len(shape) == 3:
+            return {pool: factor}
+        made = self.nir.Flatten({'input': np.array(self.shapes[pool])}, start_dim=0)
+        return {self.add(f'{name}.flatten', made, shape, pool): factor}
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    def add(self, name: str, node, shape: Sequence[int], *sources: str) -> str:
+        """Add a node of that name, or with a number behind it if there is one; returns its name."""
+        same = {name, *(f'{name}_{i}' for i in range(len(self.nodes)))} & self.nodes.keys()
+        name = f'{name}_{len(same)}' if same else name
+        self.nodes[name], self.shapes[name] = node, tuple(int(size) for size in shape)
+        self.edges.extend((source, name) for source in sources)
+        return name
+
+    def convolution(self, name, weight, bias, stride, padding, dilation, *sources):
+        size, bias = self.shapes[sources[0]][1:], np.zeros(len(weight), weight.dtype) if bias is None else bias
+        if len(size) == 1:
+            node = self.nir.Conv1d(size[0], weight, stride[0], padding[0], dilation[0], 1, bias)
+        else:
+            node = self.nir.Conv2d(size, weight, stride, padding, dilation, 1, bias)
+        return self.add(name, node, node.output_type['output'], *sources)
+
+    def mix(self, name, matrix, *sources, bias=None):
+        """Add a matrix (C', C) of the channels: a convolution of 1 pixel; of features, a linear layer."""
+        ones = [1] * (len(self.shapes[sources[0]]) - 1)
+        if ones:
+            matrix = matrix.reshape(*matrix.shape, *ones)
+            return self.convolution(name, matrix, bias, ones, [0] * len(ones), ones, *sources)
+        bias = np.zeros(len(matrix), matrix.dtype) if bias is None else bias
+        return self.add(name, self.nir.Affine(matrix, bias), matrix.shape[:1], *sources)
+
+    def scale(self, name, factor, *sources):
+        """Add a factor () or (C,) of the channels."""
+        factor = np.broadcast_to(factor, self.shapes[sources[0]][:1]).astype(self.dtype)
+        return self.mix(name, np.diag(factor), *sources)
+
+    def ready(self, way):
+        """The names of nodes that give what a way does: where there is a factor, of a further node."""
+        return [name if np.all(factor == 1) else self.scale(f'{name}.scale', factor, name)
+                for name, factor in way.items()]
+
+    def together(self, way):
+        """(names of nodes, the one factor of what they give)."""
+        factor, *others = way.values()
+        return (list(way), factor) if all(np.array_equal(each, factor) for each in others) else (self.ready(way), ONE)
+
+    def norm_of(self, node):
+        """The batch norm that is all that a synapse's outputs go to, or None."""
+        norm = self.module_of(next(iter(node.users))) if len(node.users) == 1 else None
+        synapse = isinstance(self.module_of(node), (*CONVOLUTIONS, nn.Linear))
+        return norm if synapse and isinstance(norm, NORMS) else None
+
+    def refuse(self, node, how='', remedy=None):
+        module = self.module_of(node)
+        what = f'{getattr(node.target, "__name__", node.target)}()' if module is None else type(module).__name__
+        where = owner_of(node, self.submodules) if module is None else node.target
+        raise UserError(f'--export_nir: {where or "the network"}: NIR does not know {what}{how}: '
+                        f'{remedy or "leave --export_nir out"}')
+
+
+def times(way: dict, number) -> dict:
+    return {name: factor * number for name, factor in way.items()}
+
+
+def values(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def adaptive(sizes: Sequence[int], outputs: Sequence[int]) -> list[Sequence[int]] | None:
+    """[kernel, stride, padding] of the pool that an adaptive one is, from maps of `sizes` to such of `outputs`; None if
+    they are not the same everywhere."""
+    kernels, strides = [], []
+    for size, number in zip(sizes, outputs, strict=True):
+        starts = [i * size // number for i in range(number)]
+        kernels.append({-(-(i + 1) * size // number) - start for i, start in enumerate(starts)})
+        strides.append({b - a for a, b in zip(starts, starts[1:])} or {1})
+    if any(len(each) > 1 for each in (*kernels, *strides)) or {0} in strides:
+        return None
+    return [[*map(min, kernels)], [*map(min, strides)], (0, 0)]
+
+
+def padding_of(convolution: nn.Module) -> Sequence[int] | None:
+    """How many pixels a convolution pads on both sides; None if the two differ."""
+    if not isinstance(convolution.padding, str):
+        return convolution.padding
+    sides = convolution._reversed_padding_repeated_twice[::-1]
+    return sides[::2] if sides[::2] == sides[1::2] else None

@@ -1,0 +1,256 @@
+"""The connections of a spiking network, found by sending spikes along its graph in place of values."""
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from experiment.graph import NORMS, BlankPass, Pass, identity
+from self_models import traced
+from self_models.encoding import ENCODINGS
+from self_models.layers import Scale
+from self_models.plain import HeldDropout
+from self_models.spiking_network import SpikingNetwork
+
+PASSED = (HeldDropout, Scale, NORMS)  # modules that change values, not how many spikes there are
+CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
+ROWS = 64  # that a pool takes at once
+
+
+@dataclasses.dataclass
+class Layer:
+    """Sums over images of what a layer did. surrogate: counts of its arguments, see delta_t and z_counts in count.py.
+
+    spikes: (n,) at each of n steps; of direct input n NaNs, as there are none.
+    """
+    name: str
+    neurons: int
+    threshold: float | None  # None: the input
+    first_step: int = 0
+    spikes: torch.Tensor | int = 0
+    surrogate: torch.Tensor | int = 0
+    leak: float | None = None
+
+
+@dataclasses.dataclass
+class Connection:
+    """The connections from one layer to another, and sums over images of what went through them.
+
+    fan_out: (1, ...) connections of each input, after pools. macs: of an image at one step; additions: of a plain
+    identity in the ANN. biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no
+    spikes. mac_steps: how many times an image its MACs are computed: 0 of spikes, 1 of direct input, at each step of
+    what a synapse gives. nonzero_operations: of each input that is not 0, however many spikes it is of.
+    """
+    name: str
+    kind: str
+    neurons: int
+    first_step: int
+    steps: int
+    fan_out: torch.Tensor
+    macs: int
+    macs_with_padding: int
+    additions: int
+    spikes: float = 0
+    operations: float = 0
+    nonzero_operations: float = 0
+    biases: int = 0
+    bias_steps: int = 0
+    constant: bool = False
+    mac_steps: int = 0
+
+
+class Flow(NamedTuple):
+    """What one call of the graph gives to the next.
+
+    spikes: (rows, ...) how many spikes come there that no synapse has taken, steps outermost; or several of them.
+    start: their first step. sources: the layers that they are from, {name: (n,) their spikes at each step}.
+    real: other values than spikes are among it; constant: all of it is the same at each step. through: the connections
+    that it came through last. biased: whether something is added to it at each step.
+    """
+    spikes: torch.Tensor | tuple
+    start: int
+    sources: dict[str, torch.Tensor | None]
+    real: bool = False
+    constant: bool = False
+    through: tuple[str, ...] = ()
+    biased: bool = False
+
+
+def joined(flows: list[Flow]) -> Flow:
+    """What a call of several is given; its spikes are those of the first."""
+    return Flow(
+        flows[0].spikes, min((each.start for each in flows if each.sources), default=0),
+        {name: spikes for each in flows for name, spikes in each.sources.items()}, any(each.real for each in flows),
+        all(each.constant for each in flows), tuple(dict.fromkeys(name for each in flows for name in each.through)),
+        any(each.biased for each in flows))
+
+
+class Walk(Pass):
+    """A Pass of spikes.
+
+    A subclass defines source(layer, value, node), the Flow of the spikes of the input or of an LIF layer, given what
+    the call of it gives, and meet(name, kind, flow, connect, padded_macs) for a Flow that comes to a connection.
+    connect: of what is given, its outputs at weights of 1.
+    """
+
+    def __init__(self, network: SpikingNetwork):
+        super().__init__(network)
+        self.calls, self.constant = Counter(), ENCODINGS[network.encoding].constant
+        self.weight = next(network.parameters())
+
+    def made(self, node, value, before):
+        if node.op == 'placeholder':
+            return self.source('input', value, node)
+        flow, layer, module = joined(before), self.layer_of(node), self.module_of(node)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            if layer or node.op == 'output':
+                self.arrive(layer or node.target, flow)
+            elif node.target is identity:
+                self.meet(node.args[1], 'identity', flow, lambda x: x)
+                return flow._replace(spikes=nothing(value), sources={})
+            elif isinstance(module, traced.SYNAPSES) or node.target in (
+                    traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS):
+                return self.synapse(node, module, flow, value)
+            else:
+                return self.passed(node, module, flow, value, before)
+        return self.source(layer, value, node) if layer else None
+
+    def arrive(self, layer, flow):
+        """What comes to neurons, or to the output, without a synapse."""
+        if flow.sources:
+            self.meet(f'{layer}.identity', 'identity', flow, lambda x: x)
+
+    def replay(self, node, instead):
+        """A call with instead(argument) for each argument that is a call's."""
+        return getattr(self, node.op)(node.target, *fx.node.map_arg((node.args, node.kwargs), instead))
+
+    def synapse(self, node, module, flow, value):
+        """The Flow behind a synapse, which takes all spikes and gives none."""
+        bias = traced.argument(node, 2, 'bias') if module is None else module.bias
+        weight = module.weight if module is not None else next(
+            self.env[each] for each in node.all_input_nodes if each not in self.found and each is not bias)
+
+        def connect(x):
+            def given(each):
+                other = self.env[each]
+                ones = torch.ones_like(other, dtype=x.dtype) if isinstance(other, torch.Tensor) else other
+                return x if each in self.found else None if each is bias else ones
+            return self.replay(node, given) if module is None else ones_through(module, x)
+
+        name = node.target if module is not None else node.name
+        self.calls[name] += 1
+        name = f'{name} ({self.calls[name]})' if self.calls[name] > 1 else name
+        kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
+        turned = 'ranspose' in str(node.target if module is None else type(module))
+        per_weight = flow.spikes if turned or node.target in traced.MATRIX_PRODUCTS else value
+        self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight[0].numel())
+        return Flow(nothing(value), 0, {}, True, flow.constant, (name,), flow.biased or bias is not None)
+
+    def passed(self, node, module, flow, value, before):
+        """The Flow behind a call that takes no spikes."""
+        def call(x=None):
+            def given(each):
+                if each not in self.found:
+                    return self.env[each]
+                spikes = self.found[each].spikes if x is None else x
+                return spikes.float() if getattr(spikes, 'dtype', None) == torch.bool else spikes
+            return self.replay(node, given)
+
+        def others():
+            """The numbers and weights of a sum or a product."""
+            given = (*node.args, node.kwargs.get('other'))
+            return [self.env.get(each, each) for each in given if each is not None and each not in self.found]
+
+        spikes, biased = flow.spikes, flow.biased
+        if isinstance(module, PASSED) or node.target in CASTS:
+            biased |= isinstance(module, NORMS)
+        elif node.target in traced.SUMS:
+            there = [each.spikes for each in before if each.sources] or [spikes]
+            spikes = there[0] if len(there) == 1 else sum(each.float() for each in there)
+            spikes, biased = spikes.broadcast_to(len(spikes), *value.shape[1:]), biased or bool(others())
+        elif node.target in traced.PRODUCTS:
+            spikes = math.prod([torch.as_tensor(each, device=spikes.device) != 0 for each in others()], start=spikes)
+        elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(node.target):
+            spikes = add_up(call, spikes) if flow.real else call()
+        elif isinstance(module, (*traced.POOLS, nn.Upsample)) or node.target is F.interpolate or (
+                traced.is_average_pool(getattr(node.target, '__name__', ''))):
+            spikes = add_up(call, spikes)
+        else:
+            spikes = call()
+            if node.target in ('mean', torch.mean):
+                spikes = spikes * (flow.spikes.numel() / spikes.numel())
+        return flow._replace(spikes=spikes, biased=biased)
+
+
+class Outline(Walk, BlankPass):
+    """A Walk in which every neuron spikes once: it finds the layers and connections, of which nothing is counted yet.
+
+    layers, connections: {name: Layer}, {name: Connection}.
+    """
+
+    def __init__(self, network: SpikingNetwork, shape: tuple):
+        super().__init__(network)
+        self.layers, self.connections = {}, {}
+        self.parameters = dict(zip(network.layer_names, zip(network.thresholds.tolist(), network.leaks.tolist())))
+        self.run(self.weight.new_zeros(1, *shape))
+
+    def source(self, layer, value, node):
+        threshold, leak = self.parameters.get(layer, (None, None))
+        self.layers[layer] = Layer(layer, value[0].numel(), threshold, leak=leak)
+        constant = self.constant and layer == 'input'
+        return Flow(torch.ones_like(value), 0, {layer: None}, constant, constant)
+
+    def meet(self, name, kind, flow, connect, padded_macs=0):
+        plain, spikes, steps = kind == 'identity', flow.spikes[:1].double(), self.network.timesteps
+        with torch.enable_grad():
+            ones = torch.ones_like(spikes, requires_grad=True)
+            fan_out, = torch.autograd.grad(connect(ones).sum(), ones)
+        reached = int((fan_out * ((spikes > 0) | bool(flow.through and not plain))).sum())
+        self.connections[name] = Connection(
+            name, kind, sum(self.layers[each].neurons for each in flow.sources), 0, steps, fan_out,
+            macs=0 if plain else reached, macs_with_padding=padded_macs, additions=reached if plain else 0,
+            constant=flow.constant, mac_steps=0 if plain or not flow.real else 1 if flow.constant else steps)
+
+    def arrive(self, layer, flow):
+        super().arrive(layer, flow)
+        if flow.biased:  # two biases that meet at a neuron are added as one
+            through = [self.connections[name] for name in flow.through or [f'{layer}.identity']]
+            own = [each for each in through if each.constant == flow.constant]
+            (own or through)[0].biases += flow.spikes[0].numel()
+
+
+def nothing(value: torch.Tensor) -> torch.Tensor:
+    """No spikes, in the shape of a value."""
+    return value.new_zeros(()).expand(value.shape)
+
+
+def ones_through(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The outputs of a convolution or linear layer of weights 1 without a bias."""
+    if isinstance(module, nn.Linear):
+        return x.sum(-1, keepdim=True).expand(*x.shape[:-1], module.out_features)
+    weight = x.new_ones(()).expand(module.weight.shape)
+    if module.transposed:
+        return getattr(F, f'conv_transpose{x.dim() - 2}d')(x, weight, None, module.stride, module.padding,
+                                                           module.output_padding, module.groups, module.dilation)
+    return module._conv_forward(x, weight, None)  # with its padding mode
+
+
+def add_up(pool: Callable, x: torch.Tensor) -> torch.Tensor:
+    """(n, C, ...) through a pool, or an interpolation, with 1 in place of each weight that is not 0.
+
+    Its dimensions are independent: along each, what a line of ones at one place comes to tells which are not 0.
+    """
+    reached, size = [], x.shape[2:]
+    for d, n in enumerate(size):
+        lines = torch.eye(n, device=x.device).view(n, 1, *[n if i == d else 1 for i in range(len(size))])
+        reached.append(pool(lines.expand(n, 1, *size).contiguous()).movedim(d + 2, 1).flatten(2)[..., 0] != 0)
+
+    def through(x):
+        for d, line in enumerate(reached, 2):
+            x = torch.tensordot(x, line.to(x.dtype), ([d], [0])).movedim(-1, d)
+        return x
+    return torch.cat([through(part.float()) for part in x.split(ROWS)])
