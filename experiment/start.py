@@ -10,7 +10,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, split
+from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, trained_on
 from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
@@ -95,7 +95,7 @@ def _settled(start, args, said, layers):
         check_own(args, start, layers)
     elif start.kind == 'ann':
         check_fits(args, start.state, start.path)
-    split.choose(args, start.state, resumed=start.resumed)
+    trained_on.choose_split_seed(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
 
 
