@@ -25,6 +25,7 @@ _TORCHVISION = {'MNIST': ('MNIST', 'mnist'), 'FASHIONMNIST': ('FashionMNIST', 'f
 CLASS_COUNTS = {'MNIST': 10, 'FASHIONMNIST': 10, 'CIFAR10': 10, 'CIFAR100': 100, 'DIGITS': 10}
 NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
+MANY_FILES = 2000  # more than these are decoded by several processes
 
 
 class Transform(NamedTuple):
@@ -83,8 +84,8 @@ class Pictures(Dataset):
 
 
 class Data(NamedTuple):
-    train: Pictures
-    test: Pictures
+    train: Pictures | None  # None: only the shape of the images is known
+    test: Pictures | None
     classes: list[str]
     input_shape: tuple[int, int, int]  # (C, H, W)
     validation: Pictures | None = None  # held out of the training set, to choose the best epoch on
@@ -144,9 +145,9 @@ def load(name: str, data_dir: str | Path, image_size: int = 32, sampling: Sampli
     num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout: of training images, see
     Transform.
     """
-    if name not in _BUILDERS:
+    if name not in BUILDERS:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
-    whole = _BUILDERS[name](name, Path(os.path.expanduser(data_dir)), image_size)
+    whole = BUILDERS[name](name, Path(os.path.expanduser(data_dir)), image_size)
     _, height, width = whole.input_shape
     if cutout >= min(height, width):
         raise UserError(f'--cutout {cutout}: may leave nothing of images of {height}x{width} pixels; take a smaller '
@@ -313,8 +314,8 @@ def _imagenet(name, root, _):
     inner = root if (root / 'train').is_dir() else root / 'imagenet'
     train, test, classes, notes = _parts(name, inner, ['val'], f'{root} or {root / "imagenet"}')
     v2 = _import_torchvision(name).transforms.v2
-    augment = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
-    return Data(Pictures(*train, Transform(augment)), Pictures(*test, Transform(_resizing(name, 224))), classes,
+    crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+    return Data(Pictures(*train, Transform(crop)), Pictures(*test, Transform(_resizing(name, 224))), classes,
                 INPUT_SHAPES[name], notes=notes)
 
 
@@ -325,7 +326,7 @@ def _folder(name, root, size):
                 notes=notes)
 
 
-_BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMAGENET': _imagenet, 'FOLDER': _folder}
+BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMAGENET': _imagenet, 'FOLDER': _folder}
 
 
 def _parts(name, root, tests, where):
@@ -397,7 +398,8 @@ def _decode(files, prepare, size, num_workers):
     # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
     batch_size = max(1, 2 ** 20 // (3 * size ** 2))
     batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
-    loader = _Loader(batches, partial(_read_all, files, prepare), num_workers=num_workers if len(files) > 2000 else 0,
+    workers = num_workers if len(files) > MANY_FILES else 0
+    loader = _Loader(batches, partial(_read_all, files, prepare), num_workers=workers,
                      generator=torch.Generator())  # else it would draw from the global one
     with tqdm(total=len(files), desc='reading pictures', leave=False, disable=None) as bar:
         for numbers, batch in zip(batches, loader):

@@ -18,6 +18,7 @@ from experiment import UserError, options
 from experiment.files import identifier, paths, write_atomically
 from experiment.reporting import figures, summary
 
+SBATCH = ('gpus', 'time', 'partition')  # flags that are sbatch's
 Pair = tuple[str, str | None]  # an option and its value, None for a flag without one
 
 
@@ -231,8 +232,7 @@ def main(module: ModuleType, published: list[str], argv: list[str] | None = None
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """End with an error if flags do not go together."""
-    for needed, flags in (('slurm', ('gpus', 'time', 'partition')),
-                          ('summarize', ('markdown', 'columns', 'figure', 'over_timesteps'))):
+    for needed, flags in (('slurm', SBATCH), ('summarize', ('markdown', 'columns', 'figure', 'over_timesteps'))):
         for flag in flags:
             if getattr(args, flag) and not getattr(args, needed):
                 parser.error(f'argument --{flag}: goes with --{needed}')
@@ -275,7 +275,8 @@ def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Na
         made_by=' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines()),
         runs='\n'.join(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
         go_home=f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
-        sbatch=sbatch_lines(args, total))
+        job_name=plain(Path(args.script).stem), at_once=f'%{args.jobs}' if args.jobs else '',
+        sbatch=''.join(f'#SBATCH --{flag}={getattr(args, flag)}\n' for flag in SBATCH if getattr(args, flag)))
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
         write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
@@ -298,12 +299,3 @@ def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Na
             'with --resume auto among the flags it would go on from its last checkpoint'))
     if add_log:
         print('--log is added to each, as the output of runs side by side would mix; see logs/')
-
-
-def sbatch_lines(args: argparse.Namespace, total: int) -> str:
-    """What sbatch is told: the lines of an array of so many tasks."""
-    values = {'job-name': plain(Path(args.script).stem),
-              'array': f'1-{total}' + (f'%{args.jobs}' if args.jobs else ''),
-              'output': 'slurm-%x-%A_%a.out',  # %x: the job's name, %A: its number, %a: the task's
-              'gpus': args.gpus, 'time': args.time, 'partition': args.partition}
-    return '\n'.join(f'#SBATCH --{option}={value}' for option, value in values.items() if value is not None)
