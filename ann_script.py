@@ -16,7 +16,7 @@ PUBLISHED = [
 ]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     sweep.main(ann, PUBLISHED, argv)
 
 

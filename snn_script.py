@@ -20,7 +20,7 @@ PUBLISHED = [
 ]
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     sweep.main(snn, PUBLISHED, argv)
 
 

@@ -1,51 +1,95 @@
 """The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
 import contextlib
-import copy
 import io
 import math
 import os
 import socket
-import warnings
-from collections import Counter, deque
+from collections.abc import Callable
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from experiment import UserError, importing
-from experiment.distributed import ALONE
+from experiment import UserError, importing, picture_files
+from experiment.distributed import ALONE, Process
 from experiment.options import dead_worker
 from self_models.architectures import INPUT_SHAPES
 
-_IDX = [f'{part}-{kind}-ubyte' for part in ('train', 't10k') for kind in ('images-idx3', 'labels-idx1')]
-_CIFAR10 = [f'data_batch_{n}' for n in range(1, 6)] + ['test_batch', 'batches.meta']
-# name: torchvision's class, its folder under data_dir, the folder in that which holds the files, the files
-_TORCHVISION = {
-    'MNIST': ('MNIST', 'mnist', 'MNIST/raw', _IDX),
-    'FASHIONMNIST': ('FashionMNIST', 'fashion_mnist', 'FashionMNIST/raw', _IDX),
-    'CIFAR10': ('CIFAR10', 'cifar_data', 'cifar-10-batches-py', _CIFAR10),
-    'CIFAR100': ('CIFAR100', 'cifar_data', 'cifar-100-python', ['train', 'test', 'meta']),
-}
+# torchvision's class and its folder under data_dir
+_TORCHVISION = {'MNIST': ('MNIST', 'mnist'), 'FASHIONMNIST': ('FashionMNIST', 'fashion_mnist'),
+                'CIFAR10': ('CIFAR10', 'cifar_data'), 'CIFAR100': ('CIFAR100', 'cifar_data')}
 # of the sets that say it without their files
 CLASS_COUNTS = {'MNIST': 10, 'FASHIONMNIST': 10, 'CIFAR10': 10, 'CIFAR100': 100, 'DIGITS': 10}
-# what Pillow opens and is no picture: documents and drawings, videos, measurements
-_NO_PICTURES = {'EPS', 'WMF', 'MPEG', 'BUFR', 'FITS', 'GRIB', 'HDF5'}
 NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
-# EXIF's orientation: what brings such a picture upright, as Pillow names it
-_UPRIGHT = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
-            7: 'TRANSVERSE', 8: 'ROTATE_90'}
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
+MANY_FILES = 2000  # more than these are decoded by several processes
+
+
+class Transform(NamedTuple):
+    """What becomes of the images of a set on their way to a network.
+
+    prepare: brings a picture from PIL to the size of the set. top: the largest value of a pixel. signed: whether values
+    become -1 .. 1, else 0 .. 1. augment: crop and flip at random. cutout: the size of a square that is blotted out, in
+    pixels. These two draw from torch's global generator.
+    """
+    prepare: Callable | None = None
+    top: int = 255
+    signed: bool = True
+    augment: bool = False
+    cutout: int = 0
+
+
+class Pictures(Dataset):
+    """Samples (image, label): float32 (C, H, W), and an int.
+
+    images: uint8 (N, C, H, W), or a list of N picture files, which are read in every epoch. labels: int64 (N,).
+    """
+
+    def __init__(self, images: torch.Tensor | list, labels: torch.Tensor, transform: Transform):
+        self.images, self.labels, self.transform = images, labels, transform
+        self.in_memory = isinstance(images, torch.Tensor)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        images, labels = self.batch([index])
+        return images[0], int(labels[0])
+
+    def subset(self, numbers: torch.Tensor, transform: Transform | None = None) -> 'Pictures':
+        """The images of these numbers, sorted by them, with the transform of this set or another one."""
+        numbers = numbers.sort().values
+        images = self.images[numbers] if self.in_memory else [self.images[number] for number in numbers.tolist()]
+        return Pictures(images, self.labels[numbers], transform or self.transform)
+
+    def sample(self, count: int, seed: int, like: 'Pictures') -> 'Pictures':
+        """So many of them (all, if they are fewer), the same ones for the same seed, transformed as `like` is."""
+        return self.subset(shuffled(len(self), seed)[:count], like.transform)
+
+    def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times as quick as one after another."""
+        prepare, top, signed, augment, cutout = self.transform
+        images = self.images[indices] if self.in_memory else _read_all(self.images, prepare, indices)
+        if augment:
+            images = crop_and_flip(images)
+        images = images.float().div_(top)
+        if signed:
+            images = images.mul_(2).sub_(1)
+        if cutout:
+            images = cut_out(images, cutout)
+        return images, self.labels[indices]
 
 
 class Data(NamedTuple):
-    train: Dataset
-    test: Dataset
+    train: Pictures | None  # None: only the shape of the images is known
+    test: Pictures | None
     classes: list[str]
     input_shape: tuple[int, int, int]  # (C, H, W)
-    validation: Dataset | None = None  # held out of the training set, to choose the best epoch on
-    whole: int = 0  # images in the training set before any were left out
+    validation: Pictures | None = None  # held out of the training set, to choose the best epoch on
+    full_train_size: int = 0  # images in the training set before any were left out
     notes: tuple[str, ...] = ()  # lines to say of its files
 
     @property
@@ -54,47 +98,7 @@ class Data(NamedTuple):
         return 'test' if self.validation is None else 'validation'
 
 
-class Pictures(Dataset):
-    """Samples (image, label): float32 (C, H, W) in [0, 1], or [-1, 1] where `signed`, and an int.
-
-    images: uint8 (N, C, H, W) with values 0 .. top; or a list of files, which `prepare` brings from PIL to one size.
-    labels: int64 (N,). augment: crop and flip at random; cutout: pixels of a square that is blotted out, 0 for none.
-    Both draw from torch's global generator.
-    """
-
-    def __init__(self, images, labels, top=255, signed=True, augment=False, cutout=0, prepare=None):
-        self.images, self.labels = images, labels
-        self.top, self.signed, self.augment, self.cutout, self.prepare = top, signed, augment, cutout, prepare
-        self.in_memory = isinstance(images, torch.Tensor)
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        images, labels = self.batch([index])
-        return images[0], int(labels[0])
-
-    def sample(self, count, seed, like):
-        """So many of them (all, where they are fewer), the same ones for the same seed, cropped as `like` has it."""
-        chosen = copy.copy(self)
-        chosen.augment, chosen.cutout, chosen.prepare = like.augment, like.cutout, like.prepare
-        chosen.images, chosen.labels = _subset(self.images, self.labels, min(count, len(self)), seed, 'train')
-        return chosen
-
-    def batch(self, indices):
-        """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times as quick as one after another."""
-        if self.in_memory:
-            images = self.images[indices]
-        else:
-            images = _read_all(self.images, self.prepare, indices)
-        if self.augment:
-            images = crop_and_flip(images)
-        images = images.float().div_(self.top)
-        images = images.mul_(2).sub_(1) if self.signed else images
-        return (cut_out(images, self.cutout) if self.cutout else images), self.labels[indices]
-
-
-def crop_and_flip(images, padding=4):
+def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
     """Pad (B, C, H, W) with zeros (black), cut each image out at its own random place and flip every other one."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
@@ -103,7 +107,7 @@ def crop_and_flip(images, padding=4):
     return torch.where(torch.rand(count, 1, 1, 1) < 0.5, crops.flip(3), crops)
 
 
-def cut_out(images, size):
+def cut_out(images: torch.Tensor, size: int) -> torch.Tensor:
     """Set a square of `size` pixels in each of the images (B, C, H, W) to 0, its centre at a random pixel of the image
     and what lies outside cut off (cutout: DeVries and Taylor, 2017)."""
     count, _, height, width = images.shape
@@ -133,64 +137,51 @@ class Sampling(NamedTuple):
 ALL = Sampling()
 
 
-def load(name, data_dir, image_size=32, sampling=ALL, num_workers=0, cutout=0):
-    """The data set `name` as Data; UserError where it is missing, damaged or not as it should be.
+def load(name: str, data_dir: str | Path, image_size: int = 32, sampling: Sampling = ALL, num_workers: int = 0,
+         cutout: int = 0) -> Data:
+    """The data set `name`; UserError if it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
-    num_workers: processes that decode the pictures of a FOLDER, where that is done here; 0 for none. cutout: of
-    training images, see Pictures.
+    num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout: of training images, see
+    Transform.
     """
-    train_samples, test_samples, seed, validation_fraction, split_seed = sampling
-    split_seed = seed if split_seed is None else split_seed
-    root, notes = Path(os.path.expanduser(data_dir)), []
-    if name in _TORCHVISION:
-        train, test, classes = _torchvision(name, root)
-    elif name == 'DIGITS':
-        train, test, classes = _digits()
-    elif name in ('IMAGENET', 'FOLDER'):
-        try:
-            train, test, classes = _folders(name, root, notes.append)
-        except OSError as error:
-            raise UserError(f'{error.filename}: cannot be read ({error.strerror}); mend or delete it, or say with '
-                            '--data_dir where the pictures are') from error
-    else:
+    if name not in BUILDERS:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
-    whole = len(train[1])
-    if validation_fraction and not held_out_of(whole, validation_fraction):
-        raise UserError(f'--validation_fraction {validation_fraction} holds out none of {whole} train images; hold out '
-                        'a larger part, or leave the flag out to choose the best epoch on the test set')
-    held_out = _subset(*train, held_out_of(whole, validation_fraction), split_seed, 'train', from_end=True)
-    left = whole - len(held_out[1])
-    if left < (train_samples or 1) and validation_fraction:
-        raise UserError(f'--validation_fraction {validation_fraction} leaves {left} of {whole} train images; '
-                        'hold out a smaller part, or ask for fewer with --train_samples')
-    train = _subset(*train, train_samples or left, split_seed, 'train')
-    test = _subset(*test, test_samples, seed, 'test')
-
-    augment, how, test_how, shape = True, {}, {}, None
-    if name == 'IMAGENET':
-        augment, v2 = False, _transforms()  # which do it
-        how = {'prepare': v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])}
-        test_how = {'prepare': _imagenet_test()}
-        shape = (3, 224, 224)
-    elif name == 'FOLDER':
-        resize, shape = partial(_resize, size=image_size), (3, image_size, image_size)
-        if sum(len(labels) for _, labels in (train, held_out, test)) * math.prod(shape) <= IN_MEMORY_BYTES:
-            train, held_out, test = [(_decode(files, resize, image_size, num_workers) if files else files, labels)
-                                     for files, labels in (train, held_out, test)]
-        how = test_how = {'prepare': resize}
-    else:
-        augment = name in ('CIFAR10', 'CIFAR100')
-        how = test_how = {'top': 16 if name == 'DIGITS' else 255, 'signed': augment}
-        shape = tuple(train[0].shape[1:])
-    if cutout >= min(shape[1:]):
-        raise UserError(f'--cutout {cutout}: may leave nothing of images of {shape[1]}x{shape[2]} pixels; take a '
-                        'smaller square')
-    return Data(Pictures(*train, augment=augment, cutout=cutout, **how), Pictures(*test, **test_how), classes, shape,
-                Pictures(*held_out, **test_how) if len(held_out[1]) else None, whole, tuple(notes))
+    whole = BUILDERS[name](name, Path(os.path.expanduser(data_dir)), image_size)
+    _, height, width = whole.input_shape
+    if cutout >= min(height, width):
+        raise UserError(f'--cutout {cutout}: may leave nothing of images of {height}x{width} pixels; take a smaller '
+                        'square')
+    sets = _sampled(whole.train, whole.test, sampling)
+    if name == 'FOLDER' and sum(map(len, sets)) * math.prod(whole.input_shape) <= IN_MEMORY_BYTES:
+        sets = [Pictures(_decode(part.images, part.transform.prepare, image_size, num_workers), part.labels,
+                         part.transform) for part in sets]
+    train, validation, test = sets
+    train.transform = train.transform._replace(cutout=cutout)
+    return whole._replace(train=train, test=test, validation=validation if len(validation) else None,
+                          full_train_size=len(whole.train))
 
 
-def epoch_loader(dataset, batch_size, num_workers=0, seed=0, shuffle=False, pin_memory=False, process=ALONE):
+def _sampled(train, test, sampling):
+    """[training, validation, test set], the Pictures that `sampling` takes of a whole training set and test set."""
+    train_samples, test_samples, seed, fraction, split_seed = sampling
+    left = len(train) - held_out_of(len(train), fraction)
+    if fraction and left == len(train):
+        raise UserError(f'--validation_fraction {fraction} holds out none of {left} train images; hold out a larger '
+                        'part, or leave the flag out to choose the best epoch on the test set')
+    if fraction and left < (train_samples or 1):
+        raise UserError(f'--validation_fraction {fraction} leaves {left} of {len(train)} train images; hold out a '
+                        'smaller part, or ask for fewer with --train_samples')
+    for part, samples, images in (('train', train_samples, train), ('test', test_samples, test)):
+        if samples and samples > len(images):
+            raise UserError(f'--{part}_samples {samples}: there are {len(images)} {part} images; ask for fewer')
+    order = shuffled(len(train), seed if split_seed is None else split_seed)
+    return [train.subset(order[:train_samples or left]), train.subset(order[left:], test.transform),
+            test.subset(shuffled(len(test), seed)[:test_samples])]
+
+
+def epoch_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, seed: int = 0, shuffle: bool = False,
+                 pin_memory: bool = False, process: Process = ALONE) -> DataLoader:
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
     process: a distributed.Process. Together they go through batches of world_size times batch_size, of which each gets
@@ -248,327 +239,170 @@ def _error_as_value(make, indices):
         return error
 
 
-def held_out_of(count, validation_fraction):
+def held_out_of(count: int, validation_fraction: float) -> int:
     """How many of so many training images are held out."""
     return round(validation_fraction * count)
 
 
-def shuffled(count, seed):
+def shuffled(count: int, seed: int) -> torch.Tensor:
     """The order that a seed gives so many images: a tensor of their numbers."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def _subset(images, labels, samples, seed, part, from_end=False):
-    """`samples` of the images and labels, from the beginning or the end of the order that the seed gives them."""
-    if samples is None:
-        return images, labels
-    if samples > len(labels):
-        raise UserError(f'--{part}_samples {samples}: there are {len(labels)} {part} images; ask for fewer')
-    order = shuffled(len(labels), seed)
-    chosen = (order[len(order) - samples:] if from_end else order[:samples]).sort().values
-    images = images[chosen] if isinstance(images, torch.Tensor) else [images[index] for index in chosen.tolist()]
-    return images, labels[chosen]
-
-
-def _digits():
-    with importing('scikit-learn', 'DIGITS'):
+def _digits(name, *_):
+    with importing('scikit-learn', name):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
     digits = load_digits()
     images, labels = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(digits.target)
-    train, test = train_test_split(range(len(labels)), test_size=360, stratify=digits.target, random_state=0)
-    return (images[train], labels[train]), (images[test], labels[test]), [str(n) for n in digits.target_names]
+    parts = train_test_split(range(len(labels)), test_size=360, stratify=digits.target, random_state=0)
+    train, test = (Pictures(images[part], labels[part], Transform(top=16, signed=False)) for part in parts)
+    return Data(train, test, [str(n) for n in digits.target_names], INPUT_SHAPES[name])
 
 
-def _torchvision(name, root):
-    """((images, labels) to train on, the same to test on, classes); downloaded where files are missing."""
-    with _importing_torchvision(name):
+def _import_torchvision(name):
+    """The package torchvision, whose version has to be that of torch."""
+    fitting = f'0.{int(torch.__version__.split(".")[1]) + 15}'  # torch 2.11 came with 0.26, and so on
+    with importing('torchvision', name, f'torch {torch.__version__} goes with torchvision {fitting}; install the two '
+                   'together, from one index'):
         import torchvision
-    kind, folder, inner, files = _TORCHVISION[name]
-    kind, root = getattr(torchvision.datasets, kind), root / folder
+        import torchvision.transforms.v2
+    return torchvision
 
-    def read(train, download):
-        dataset = kind(root, train=train, download=download)
+
+def _torchvision(name, data_dir, _):
+    """A data set of torchvision's, downloaded if files are missing."""
+    of_class, folder = _TORCHVISION[name]
+    kind, root = getattr(_import_torchvision(name).datasets, of_class), data_dir / folder
+    cifar = name.startswith('CIFAR')
+    if cifar:
+        at, files = root / kind.base_folder, [file for file, _ in kind.train_list + kind.test_list]
+        files.append(kind.meta['filename'])
+    else:
+        at, files = root / of_class / 'raw', [Path(archive).stem for archive, _ in kind.resources]
+
+    def missing():
+        return [file for file in files if not (at / file).is_file()]
+
+    def read(train):
+        dataset = kind(root, train=train, download=bool(missing()))
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        images = images.permute(0, 3, 1, 2).contiguous() if cifar else images.unsqueeze(1)
         if not len(images) == len(labels) > 0:
             raise ValueError(f'{len(images)} images and {len(labels)} labels')
-        return images, labels, dataset.classes
+        return Pictures(images, labels, Transform(signed=cifar, augment=cifar and train)), list(dataset.classes)
 
-    where, timeout = root / inner, socket.getdefaulttimeout()
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; without it a firewall that drops packets keeps one waiting for minutes
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            missing = [file for file in files if not (where / file).is_file()]
-            train, test = read(train=True, download=bool(missing)), read(train=False, download=False)
+            (train, classes), (test, _) = read(train=True), read(train=False)
     except Exception as error:  # what torchvision raises for missing and damaged files differs from set to set
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
-        missing = [file for file in files if not (where / file).is_file()]
-        if missing:
-            archive = f'{kind.filename} into {root}' if name.startswith('CIFAR') else 'the same as .gz'
-            raise UserError(f'{name}: cannot be downloaded ({reason}); put {", ".join(missing)} into {where}, '
+        if missing():
+            archive = f'{kind.filename} into {root}' if cifar else 'the same as .gz'
+            raise UserError(f'{name}: cannot be downloaded ({reason}); put {", ".join(missing())} into {at}, '
                             f'or {archive}, or say with --data_dir where it is') from error
-        raise UserError(f'{name}: the files in {where} are damaged ({reason}); delete that folder and run again '
+        raise UserError(f'{name}: the files in {at} are damaged ({reason}); delete that folder and run again '
                         'to download it anew') from error
     finally:
         socket.setdefaulttimeout(timeout)
-    return train[:2], test[:2], list(train[2])
+    return Data(train, test, classes, INPUT_SHAPES[name])
 
 
-def _folders(name, root, note=lambda line: None):
-    """((files, labels) to train on, the same to test on, classes) of train/ and test/ or val/, by sub-folder.
+def _imagenet(name, root, _):
+    inner = root if (root / 'train').is_dir() else root / 'imagenet'
+    train, test, classes, notes = _parts(name, inner, ['val'], f'{root} or {root / "imagenet"}')
+    v2 = _import_torchvision(name).transforms.v2
+    crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
+    return Data(Pictures(*train, Transform(crop)), Pictures(*test, Transform(_resizing(name, 224))), classes,
+                INPUT_SHAPES[name], notes=notes)
 
-    note: is given a line about the files that are left out, if any.
+
+def _folder(name, root, size):
+    train, test, classes, notes = _parts(name, root, ['test', 'val'], root)
+    shown = Transform(_resizing(name, size))
+    return Data(Pictures(*train, shown._replace(augment=True)), Pictures(*test, shown), classes, (3, size, size),
+                notes=notes)
+
+
+BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMAGENET': _imagenet, 'FOLDER': _folder}
+
+
+def _parts(name, root, tests, where):
+    """((files, labels) to train on, the same to test on, classes, notes) of pictures in a sub-folder for each class.
+
+    tests: what the folder of pictures to test on may be called. where: a root as the user may have it.
     """
-    if name == 'IMAGENET':
-        wanted, tests = f'{root} or {root / "imagenet"} has to hold train/ and val/', ('val',)
-        root = root if (root / 'train').is_dir() else root / 'imagenet'
-    else:
-        wanted, tests = f'{root} has to hold train/ and test/ or val/', ('test', 'val')
-    wanted += ', with one sub-folder of pictures for each class; say with --data_dir where it is'
-    test_dir = next((root / test for test in tests if (root / test).is_dir()), None)
-    for there, what in ((root.is_dir(), root), ((root / 'train').is_dir(), root / 'train'),
-                        (test_dir, ' or '.join(str(root / test) for test in tests))):
+    wanted = (f'{where} has to hold train/ and {" or ".join(f"{test}/" for test in tests)}, with one sub-folder of '
+              'pictures for each class; say with --data_dir where it is')
+    train_dir, test_dirs = root / 'train', [root / test for test in tests]
+    test_dir = next(filter(Path.is_dir, test_dirs), None)
+    for there, what in ((root.is_dir(), root), (train_dir.is_dir(), train_dir),
+                        (test_dir, ' or '.join(map(str, test_dirs)))):
         if not there:
             raise UserError(f'{name}: there is no {what}; {wanted}')
-
-    left = {root / 'train': Counter(), test_dir: Counter()}
-    train, test = (_by_class(folder, found) for folder, found in left.items())
-    but = '; '.join(f'{folder}: {_listed(found)}' for folder, found in left.items() if found)
-    if but:
-        but = f'files left out, being no pictures that Pillow reads or in no class: {but}'
-        note(but)
-        but = f' ({but})'
-    for folder, pictures in ((root / 'train', train), (test_dir, test)):
-        if not any(pictures.values()):
+    try:
+        (train, train_others), (test, test_others) = picture_files.by_class(train_dir), picture_files.by_class(test_dir)
+    except OSError as error:
+        raise UserError(f'{error.filename}: cannot be read ({error.strerror}); mend or delete it, or say with '
+                        '--data_dir where the pictures are') from error
+    left_out = '; '.join(f'{folder}: {picture_files.listed(others)}'
+                         for folder, others in ((train_dir, train_others), (test_dir, test_others)) if others)
+    notes = (f'files left out, being no pictures that Pillow reads or in no class: {left_out}',) if left_out else ()
+    but = ''.join(f' ({note})' for note in notes)
+    for folder, found in ((train_dir, train), (test_dir, test)):
+        if not any(found.values()):
             raise UserError(f'{name}: no pictures in sub-folders of {folder}; {wanted}{but}')
     if len(train) < 2:
-        raise UserError(f'{root / "train"}: holds one class only, so there is nothing to learn; {wanted}')
-    empty = [label for label, files in train.items() if not files]
-    if empty:
-        raise UserError(f'{root / "train"}: no pictures of class {", ".join(empty)}; add some or delete the folder'
-                        + but)
-    unknown = [label for label in test if label not in train]
-    if unknown:
-        raise UserError(f'{test_dir}: class {", ".join(unknown)} is not in {root / "train"}; '
+        raise UserError(f'{train_dir}: holds one class only, so there is nothing to learn; {wanted}')
+    if empty := [label for label, files in train.items() if not files]:
+        raise UserError(f'{train_dir}: no pictures of class {", ".join(empty)}; add some or delete the folder{but}')
+    if unknown := [label for label in test if label not in train]:
+        raise UserError(f'{test_dir}: class {", ".join(unknown)} is not in {train_dir}; '
                         'the sub-folders of both must have the same names')
     number = {label: n for n, label in enumerate(train)}
-    train_set, test_set = [([file for files in part.values() for file in files],
+    train_set, test_set = (([file for files in part.values() for file in files],
                             torch.tensor([number[label] for label, files in part.items() for _ in files]))
-                           for part in (train, test)]
-    return train_set, test_set, list(train)
+                           for part in (train, test))
+    return train_set, test_set, list(train), notes
 
 
-def _endings():
-    """The ends of names of pictures that Pillow reads, in lower case; also those of plugins that are loaded."""
-    from PIL import Image
-    formats = Image.registered_extensions()  # which loads Pillow's own, too
-    readable = {*Image.OPEN, 'MPO'} - _NO_PICTURES  # an MPO is opened as a JPEG
-    return {ending for ending, kind in formats.items() if kind in readable}
+def _resizing(name, size):
+    """What brings a picture of PIL to the size of a test set."""
+    if name == 'IMAGENET':
+        v2 = _import_torchvision(name).transforms.v2
+        return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+    return methodcaller('resize', (size, size), 2)  # bilinear
 
 
-def _by_class(folder, left):
-    """{class: its picture files}, both sorted; files and folders whose names start with a dot are passed over.
-
-    left: a Counter, to which the other files are added by the ends of their names.
-
-    A folder is walked once, however many links lead to it, and where it lies rather than where a link leads to it. A
-    link to a folder that holds the class folders leads back, and is passed over. A link to a file counts as a file.
-    """
-    set_places = (_real(folder), _real(folder.parent))
-    around = {path for place in set_places for path in (place, *place.parents)}
-    entries, endings = _entries(folder), _endings()
-    left.update(f'{_ending(entry)} in no class' for entry in entries if not entry.is_dir())
-    places = {entry.name: _real(entry.path) for entry in entries if entry.is_dir()}
-    places = {label: place for label, place in places.items() if place not in around}
-    first = {}
-    for label, place in places.items():
-        if (other := first.setdefault(place, label)) != label:
-            raise UserError(f'{folder}: classes {other} and {label} are one and the same folder; delete a link')
-    walked = around.union(*(place.parents for place in first)) - first.keys()
-    files = {label: [] for label in places}
-    to_walk = deque((label, os.path.join(folder, label)) for label in places)
-    while to_walk:
-        label, at = to_walk.popleft()
-        if (place := _real(at)) in walked:
-            continue
-        walked.add(place)
-        for entry in _entries(at):
-            if entry.is_dir():
-                put = to_walk.append if entry.is_symlink() else to_walk.appendleft  # links are followed last
-                put((label, entry.path))
-            elif _ending(entry) not in endings:
-                left[_ending(entry)] += 1
-            else:
-                if not entry.is_file():
-                    raise UserError(f'{entry.path}: is no file, or a link to none; mend or delete it')
-                files[label].append(entry.path)
-    return {label: sorted(found) for label, found in files.items()}
-
-
-def _ending(entry):
-    ending = os.path.splitext(entry.name)[1].lower() or 'without an extension'
-    return ending if ending.isprintable() else ascii(ending)[1:-1]
-
-
-def _listed(left, most=30):
-    """A Counter of _by_class() in words, those that are met most often first."""
-    shown = left.most_common(most)
-    others = left.total() - sum(count for _, count in shown)
-    return ', '.join(f'{count} {what}' for what, count in [*shown, *([('of other names', others)] if others else [])])
-
-
-def _entries(folder):
-    """What a folder holds, sorted by name, but for names that start with a dot."""
-    with os.scandir(folder) as entries:
-        return sorted((entry for entry in entries if not entry.name.startswith('.')), key=lambda entry: entry.name)
-
-
-def _real(path):
-    return Path(os.path.realpath(path))
-
-
-def _resize(image, size):
-    from PIL import Image
-    return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def picture(file, name, input_shape):
-    """A picture file as a sample of the test set `name`: float32 (C, H, W). Raises UserError where it cannot be read.
+def picture(file: str | Path, name: str, input_shape: tuple[int, int, int]) -> torch.Tensor:
+    """A picture file as a sample of the test set `name`: float32 (C, H, W). Raises UserError if it cannot be read.
 
     For sets of one channel it becomes grey; light on dark is what they hold.
     """
-    channels, height, width = input_shape
-    image = _read(file, _imagenet_test() if name == 'IMAGENET' else partial(_resize, size=height))
-    if channels == 1:
-        parts = torch.tensor([299, 587, 114])[:, None, None]  # in thousandths, of ITU-R 601: grey stays as it is
-        image = ((parts * image).sum(0, keepdim=True) + 500).div(1000, rounding_mode='floor').to(torch.uint8)
-    images, _ = Pictures(image[None], torch.zeros(1, dtype=torch.int64), signed=channels > 1).batch([0])
-    return images[0]
-
-
-def _imagenet_test():
-    v2 = _transforms()
-    return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-
-
-def _transforms():
-    with _importing_torchvision('IMAGENET'):
-        from torchvision.transforms import v2
-    return v2
-
-
-def _importing_torchvision(name):
-    """importing() of the package whose version has to be that of torch."""
-    fitting = f'0.{int(torch.__version__.split(".")[1]) + 15}'  # torch 2.11 came with 0.26, and so on
-    return importing('torchvision', name, f'torch {torch.__version__} goes with torchvision {fitting}; install the two '
-                     'together, from one index')
-
-
-def _read(file, prepare):
-    """A picture file as RGB, prepared: uint8 (3, H, W)."""
-    import numpy as np
-    with importing('pillow', 'pictures'):
-        from PIL import Image
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken
-            with Image.open(file) as opened:
-                image = _rgb(opened)
-    except UserError as error:
-        raise UserError(f'{file}: {error}') from error
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
-    return torch.from_numpy(np.array(prepare(image))).permute(2, 0, 1)
-
-
-def _rgb(image):
-    """The first frame of a picture that was just opened, as RGB: upright, and over black where it is transparent."""
-    import numpy as np
-    from PIL import Image
-    decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
-    tags = image.tag_v2 if image.format == 'TIFF' else {}
-    if decoder == 'raw' and tags.get(284) == 2 and 16 in tags.get(258, ()):  # PlanarConfiguration, BitsPerSample
-        raise UserError('holds uncompressed 16-bit colours in separate planes, which Pillow misreads; '
-                        'save it compressed or as an 8-bit picture')
-    image.filename = ''  # or Pillow maps the file into memory, a TIFF that lies on its side with its sides exchanged
-    image.load()
-    upright = _UPRIGHT.get(_orientation(image))
-    key = image.info.get('transparency')
-    if image.mode in ('P', 'PA', 'LA', 'RGBA', 'RGBa'):
-        colours = image.convert('RGBA')
-        image = Image.new('RGB', image.size)
-        image.paste(colours, mask=colours)
-    elif image.mode == 'La':  # grey that is composed over black already
-        image = image.getchannel(0)
-    elif image.mode.startswith('I') or image.mode == 'F':
-        image = _eight_bits(image, key, tags)
-    elif key is not None:  # one colour that is transparent, in the file's own depth
-        if layout in ('L;2', 'L;4'):
-            key *= {'L;2': 85, 'L;4': 17}[layout]
-        elif layout == 'RGB;16B':
-            key = [value // 256 for value in key]
-        values = np.array(image.convert('L') if image.mode == '1' else image)
-        values[(np.atleast_3d(values) == key).all(-1)] = 0
-        image = Image.fromarray(values)
-    if image.mode != 'RGB':
-        image = image.convert('RGB')
-    return image.transpose(Image.Transpose[upright]) if upright else image
-
-
-def _orientation(image):
-    """The EXIF tag of a loaded picture, or None. It is no part of a TIFF any more, which Pillow turns in loading."""
-    try:
-        return image.getexif().get(0x0112)
-    except Exception:  # a damaged block; the picture itself is whole
-        return None
-
-
-def _eight_bits(image, key, tags):
-    """A grey picture of 16 bits, or of floats from 0 to 1, as one of 8 bits, which Pillow would clip rather than scale.
-
-    key: the value that is transparent, or None. tags: a TIFF's. Raises UserError where nothing says which value is
-    white: for signed and 32-bit integers, and for floats beyond 0 to 1, the range that pictures of floats have by
-    convention, and for those that are not numbers.
-    """
-    import numpy as np
-    from PIL import Image
-    values = np.array(image)
-    if image.mode == 'F':
-        if not ((values >= 0) & (values <= 1)).all():
-            raise UserError('holds floats that are not from 0 to 1, so what is white is unknown; '
-                            'save it as an 8- or 16-bit picture')
-        levels = np.rint(values * 255)
-    elif image.mode.startswith('I;16') or image.format in ('PNG', 'PPM'):  # the latter have 16 bits at most
-        if key is not None:
-            values[values == key] = 0
-        levels = values // (16 if tags.get(258) == (12,) else 256)  # BitsPerSample
-    else:
-        raise UserError(f'holds integers of mode {image.mode}, so what is white is unknown; '
-                        'save it as an 8- or 16-bit picture')
-    levels = levels.astype(np.uint8)
-    return Image.fromarray(255 - levels if tags.get(262) == 0 else levels)  # PhotometricInterpretation: white is 0
+    channels, height, _ = input_shape
+    resize = _resizing(name, height)
+    image = picture_files.read(file, resize if channels == 3 else lambda image: resize(image).convert('L'))
+    return Pictures(image[None], torch.zeros(1), Transform(signed=channels == 3))[0][0]
 
 
 def _read_all(files, prepare, indices):
-    return torch.stack([_read(files[index], prepare) for index in indices])
+    return torch.stack([picture_files.read(files[index], prepare) for index in indices])
 
 
 def _decode(files, prepare, size, num_workers):
-    """All the files as uint8 (N, 3, size, size), read by so many processes where there are many files."""
+    """All the files as uint8 (N, 3, size, size), read by so many processes if there are many files."""
     from tqdm import tqdm
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    workers = num_workers if len(files) > 2000 else 0
     # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
-    batch_size = max(1, 2 ** 20 // images[0].nbytes)
+    batch_size = max(1, 2 ** 20 // (3 * size ** 2))
     batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
+    workers = num_workers if len(files) > MANY_FILES else 0
     loader = _Loader(batches, partial(_read_all, files, prepare), num_workers=workers,
                      generator=torch.Generator())  # else it would draw from the global one
-    done = 0
     with tqdm(total=len(files), desc='reading pictures', leave=False, disable=None) as bar:
-        for batch in loader:
-            images[done:done + len(batch)] = batch
-            done += len(batch)
+        for numbers, batch in zip(batches, loader):
+            images[numbers.start:numbers.stop] = batch
             bar.update(len(batch))
     return images

@@ -1,4 +1,5 @@
 """What a trained spiking network says of pictures that are in no data set."""
+import argparse
 import os
 
 import torch
@@ -7,7 +8,7 @@ from experiment import UserError, checkpoint, data, engine, options, setup, star
 from self_models import INPUT_SHAPES
 
 
-def lines(args, device):
+def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
     """A line for each picture of args.predict: its likeliest classes with their confidences, the softmax of the output.
 
     Raises UserError for pictures and checkpoints that cannot be read.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Dataset
 
-from experiment import engine, log, setup, split
+from experiment import engine, log, setup, trained_on
 from experiment.data import Data
 from experiment.files import Paths
 from experiment.reporting import metrics
@@ -42,15 +42,15 @@ def open_run(kind: str, args: argparse.Namespace, start: Start, data: Data, mode
     Raises UserError where a run would go on with other images.
     """
     # before a log is touched
-    others = split.check_classes(
+    others = trained_on.check_classes(
         data, start.state, start.path, start.resumed and not args.test_only) if start.state else []
     board = None if args.test_only else metrics.open_board(start.paths.events, args.tensorboard)
     say = log.open_log(kind, start.name, args.log)
     say(log.header(args, model, device))
     notes = [*setup.notes(args, device, model), *start.said, *getattr(model, 'notes', ()), *data.notes, *others]
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):
-        notes += split.notes(args, data, start.state, start.path)
+        notes += trained_on.notes(args, data, start.state, start.path)
     for note in notes:
         say(note)
-    extra = {'classes': data.classes, 'trained_on': split.all_trainings(args, data, start.state)}
+    extra = {'classes': data.classes, 'trained_on': trained_on.all_trainings(args, data, start.state)}
     return Run(args, device, start.paths, say, board, loss_function, extra)

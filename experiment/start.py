@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, split
+from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, trained_on
 from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
@@ -102,7 +102,7 @@ def _checked(start, args, said, layers):
     if start.resumed and not args.test_only:
         check_lasting(args, start.state, start.path)
     check_network(args, start, layers)
-    split.choose(args, start.state, resumed=start.resumed)
+    trained_on.choose_split_seed(args, start.state, resumed=start.resumed)
     return start._replace(said=said)
 
 

@@ -181,7 +181,8 @@ def test_what_is_not_finite_is_named():
             model.layer1[0].residual[0].weight.fill_(3e38)  # finite, but sums of it are not
         before = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        loader = data.epoch_loader(data.Pictures((images * 255).byte(), labels, signed=False), 4)
+        shown = data.Pictures((images * 255).byte(), labels, data.Transform(signed=False))
+        loader = data.epoch_loader(shown, 4)
         with pytest.raises(UserError, match=f'at batch 1, as {named} left the finite range'):
             engine.train_epoch(model, loader, optimizer, engine.cross_entropy, torch.device('cpu'))
         assert same(before, model.state_dict())  # the step was not taken

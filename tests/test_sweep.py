@@ -23,7 +23,8 @@ from experiment import options
 from experiment.files import identifier, paths
 from experiment.sweeps import sweep
 
-# A target that notes each run's start and end, and exits with the status of its seed in STATUS.
+# A target that notes each run's start and end, waits between for TOGETHER starts in all, and exits with the status of
+# its seed in STATUS.
 TARGET = '''
 import os, sys, time
 args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -33,6 +34,9 @@ def note(event):
 with open('threads', 'a') as file:
     file.write(os.environ.get('OMP_NUM_THREADS', 'all') + '\\n')
 note('start')
+deadline = time.monotonic() + 60
+while open('events').read().count('start') < int(os.environ.get('TOGETHER', 0)) and time.monotonic() < deadline:
+    time.sleep(0.02)
 time.sleep(float(os.environ.get('SECONDS_EACH', 0)))
 note('end')
 sys.exit(int(os.environ.get('STATUS', '0,0,0,0').split(',')[int(args['--seed'])]))
@@ -278,7 +282,7 @@ def test_at_most_jobs_at_a_time(module, tmp_path, capsys):
 def test_parallel_starts_all_and_waits(module, tmp_path, capsys):
     generate(module, '--parallel --seed 0 1 2 3')
     assert 'all at once' in capsys.readouterr().out
-    assert bash(tmp_path, SECONDS_EACH='4')[0] == 0
+    assert bash(tmp_path, TOGETHER='4')[0] == 0  # none ends before all have started
     assert [line.split()[0] for line in events(tmp_path)] == ['start'] * 4 + ['end'] * 4
 
 

@@ -11,7 +11,7 @@ import torch
 
 from conftest import fill, ternary
 from experiment import distributed, engine
-from experiment.data import Pictures, epoch_loader
+from experiment.data import Pictures, Transform, epoch_loader
 from self_models import RESNET_SNN_STDB
 
 
@@ -21,7 +21,7 @@ def main(path, batch_size):
         distributed.start(device)
     process = distributed.process()
     images = ternary((19, 1, 8, 8), 5, low=0).to(torch.uint8)
-    dataset = Pictures(images, torch.arange(19) % 10, top=1, signed=False)
+    dataset = Pictures(images, torch.arange(19) % 10, Transform(top=1, signed=False))
     model = fill(RESNET_SNN_STDB('RESNET6', dataset='DIGITS', timesteps=12, dropout=0.0), 3)
     model.input_layer.rate = 1.0
     model.threshold_update(1.0, [2.0] * 7)

@@ -10,38 +10,16 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
-from experiment import UserError
+from experiment import UserError, options
 from experiment.files import identifier, paths, write_atomically
-from experiment.options import (
-    OneLineParser,
-    fail,
-    is_own_network,
-    not_empty,
-    output_fails,
-    positive_int,
-    prepare_streams,
-    said,
-)
 from experiment.reporting import figures, summary
 
-
-def part(name):
-    """A part of the scripts, from the file beside this one; an empty line stands before it."""
-    return '\n' + Path(__file__).with_name(name).read_text()
-
-
-# Works with every bash since 3.2, which is macOS's; `wait -n` would need 4.3.
-FUNCTIONS = part('run.sh.in')
-
-REPORT = part('report.sh.in')
-
-
-# Of a Slurm array. A task becomes its run, whose status and signals are thus the task's own.
-TASK = part('task.sh.in')
-
-NO_TASK = part('no_task.sh.in')
+SBATCH = ('gpus', 'time', 'partition')  # flags that are sbatch's
+Pair = tuple[str, str | None]  # an option and its value, None for a flag without one
 
 
 class Values(argparse.Action):
@@ -55,7 +33,7 @@ class Values(argparse.Action):
         args.flags = {**args.flags, self.dest: args.flags.get(self.dest, []) + pairs}
 
 
-def script_path(text):
+def script_path(text: str) -> str:
     if not text.endswith('.sh'):
         raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; what is there would be replaced')
     path = Path(text)
@@ -64,50 +42,48 @@ def script_path(text):
     return text
 
 
-def figure_path(text):
+def figure_path(text: str) -> str:
     if not text.endswith('.png'):
         raise argparse.ArgumentTypeError(f'{text!r} does not end in .png')
     return text
 
 
-def slurm_value(text):
+def slurm_value(text: str) -> str:
     if text[:1] in ('', '-') or ' ' in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is no value for an #SBATCH line: no spaces, no '-' in front")
     return text
 
 
-def get_args_parser(kind, target):
+def get_args_parser(kind: str, target: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The flags of the parser `target` (of ann.py or snn.py), each with one value or several, and the sweep's own."""
-    parser = OneLineParser(
+    parser = options.OneLineParser(
         prog=f'{kind}_script.py',
         usage=f'%(prog)s [--parallel | --jobs N] [--script FILE] [--slurm [--gpus G] [--time T] [--partition P]] '
               f'[flags of {kind}.py, each with one value or several], or --summarize FILE ... [--markdown] '
               '[--columns NAME ...] [--figure FILE.png] [--over_timesteps FILE.png]',
         description=f'Write a script that runs {kind}.py for every combination of the values given, the last flag '
                     f'varying fastest, each run under its own --name. Without flags of {kind}.py: the published run.')
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument('--parallel', action='store_true', help='start all runs at once')
-    group.add_argument('--jobs', type=positive_int, metavar='N',
-                       help='at most N runs at a time; default 1, with --slurm as many as Slurm starts')
+    add = parser.add_mutually_exclusive_group().add_argument
+    add('--parallel', action='store_true', help='start all runs at once')
+    add('--jobs', type=options.positive_int, metavar='N',
+        help='at most N runs at a time; default 1, with --slurm as many as Slurm starts')
     parser.add_argument('--script', type=script_path, default='script.sh', metavar='FILE',
                         help='the script to write; default %(default)s')
-    group = parser.add_argument_group('Slurm')
-    group.add_argument('--slurm', action='store_true', help='write an array of jobs for sbatch, one task a run')
-    for flag, metavar, what in (('--gpus', 'N', 'GPUs of a task'), ('--time', 'TIME', 'the limit of a task'),
-                                ('--partition', 'NAME', 'where the tasks run')):
-        group.add_argument(flag, type=slurm_value, metavar=metavar, help=f'{what}; as of sbatch')
-    group = parser.add_argument_group('results')
-    group.add_argument('--summarize', type=not_empty, nargs='+', metavar='FILE',
-                       help=f'write no script but a table of these metrics files (logs/{kind}/*.jsonl), with mean and '
-                            'spread over seeds')
-    group.add_argument('--markdown', action='store_true', help='the table for a README')
-    group.add_argument('--columns', nargs='+', metavar='NAME',
-                       help='these columns only: settings, seeds, ANN, converted, last epoch, test accuracy, epochs '
-                            'done, s/epoch, machine; or scaling factors that were tried')
-    group.add_argument('--figure', type=figure_path, metavar='FILE.png',
-                       help='draw them too: accuracy over epochs, over time steps and by scaling factor')
-    group.add_argument('--over_timesteps', type=figure_path, metavar='FILE.png',
-                       help="draw the best epochs' accuracy over T: ANNs, published and low latency networks")
+    add = parser.add_argument_group('Slurm').add_argument
+    add('--slurm', action='store_true', help='write an array of jobs for sbatch, one task a run')
+    add('--gpus', type=slurm_value, metavar='N', help='GPUs of a task; as of sbatch')
+    add('--time', type=slurm_value, metavar='TIME', help='the limit of a task; as of sbatch')
+    add('--partition', type=slurm_value, metavar='NAME', help='where the tasks run; as of sbatch')
+    add = parser.add_argument_group('results').add_argument
+    add('--summarize', type=options.not_empty, nargs='+', metavar='FILE', help='write no script but a table of these '
+        f'metrics files (logs/{kind}/*.jsonl), with mean and spread over seeds')
+    add('--markdown', action='store_true', help='the table for a README')
+    add('--columns', nargs='+', metavar='NAME', help='these columns only: settings, seeds, ANN, converted, last epoch, '
+        'test accuracy, epochs done, s/epoch, machine; or scaling factors that were tried')
+    add('--figure', type=figure_path, metavar='FILE.png',
+        help='draw them too: accuracy over epochs, over time steps and by scaling factor')
+    add('--over_timesteps', type=figure_path, metavar='FILE.png',
+        help="draw the best epochs' accuracy over T: ANNs, published and low latency networks")
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -122,24 +98,24 @@ def get_args_parser(kind, target):
     return parser
 
 
-def words(pairs):
+def words(pairs: Iterable[Pair]) -> list[str]:
     """[('--seed', '0'), ('--gpu', None)] -> ['--seed', '0', '--gpu']"""
     # A value that begins with '-' would be taken for a flag; '=' ties it to its own.
     return [word for option, text in pairs for word in (
         [option] if text is None else [f'{option}={text}'] if text.startswith('-') else [option, text])]
 
 
-def distinct(texts):
+def distinct(texts: list[str]) -> bool:
     """Whether no two are equal, also on a file system that does not tell upper from lower case."""
     return len({text.casefold() for text in texts}) == len(texts)
 
 
-def plain(text):
+def plain(text: str) -> str:
     """The text with a dash for whatever might mean something in the name of a file."""
     return re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text)
 
 
-def labels(texts):
+def labels(texts: list[str]) -> list[str]:
     """Distinct parts of a file name for the values of one flag: 'x/a.pth' is 'a', or 'x-a.pth' beside 'y/a.pth'."""
     short = [os.path.basename(text.rstrip('/')).removesuffix('.pth') for text in texts]
     numbered = [f'{text}-{i}' for i, text in enumerate(short, 1)]
@@ -147,26 +123,25 @@ def labels(texts):
     return next(filter(distinct, candidates))
 
 
-def checkpoints_of(kind, flags):
+def checkpoints_of(kind: str, flags: dict[str, list[Pair]]) -> list[str]:
     """Of a sweep's flags those that name a checkpoint which says what the flags do not: network, data, time steps."""
-    named = {'snn': ['pretrained_snn', 'resume'], 'ann': []}[kind]
+    named = ['pretrained_snn', 'resume'] if kind == 'snn' else []
     if not {'architecture', 'dataset'} <= flags.keys():
-        named = {*named, 'pretrained_ann', 'resume'}
-    return [dest for dest in sorted(named)
-            if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
+        named += ['pretrained_ann', 'resume']
+    return [dest for dest in named if any(text not in (None, 'auto', 'last') for _, text in flags.get(dest, []))]
 
 
-def seen_from(root, word):
+def seen_from(root: str, word: str) -> str:
     """A network of one's own, FILE.py:NAME, as a script that runs in `root` finds it; any other word as it is.
 
     A FILE that is not here is taken to be seen from there already, as paths of other flags are.
     """
     path, _, name = word.rpartition(':')
-    here = is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
+    here = options.is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
     return f'{os.path.relpath(path, os.path.realpath(root))}:{name}' if here else word
 
 
-def expand(kind, target, flags):
+def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pair]]) -> list[list[str]]:
     """The command-line words of each run, every one of them parsed by `target`; its error() ends the first misfit.
 
     flags: {dest: [(option, text), ...]} as Values collects them. Several runs each get a --name: the identifier that
@@ -174,9 +149,12 @@ def expand(kind, target, flags):
     the order in which flags are written, and a sweep can be generated anew to resume it. If a checkpoint says what
     network it is, the name is made of that file's and of what flags say: nobody has read the checkpoint.
     """
+    def parse(run):
+        return target.parse_args(words(run.values()))
+
     runs = [dict(zip(flags, pairs)) for pairs in itertools.product(*flags.values())]
     if len(runs) == 1:
-        target.parse_args(words(runs[0].values()))
+        parse(runs[0])
         return [words(runs[0].values())]
     for dest in ('report', 'export_nir'):
         if len(flags.get(dest, runs)) < len(runs):
@@ -191,28 +169,26 @@ def expand(kind, target, flags):
 
     parts = {}  # {dest: {(option, text): the part of a name}}
     for dest, pairs in flags.items():
-        parsed = [target.parse_args(words({**runs[0], dest: pair}.values())) for pair in pairs]
+        parsed = [parse({**runs[0], dest: pair}) for pair in pairs]
         values = [getattr(args, dest) for args in parsed]
         texts = [str(value) if text is None else text for value, (_, text) in zip(values, pairs)]
-        for i, value in enumerate(values):
-            if value in values[:i]:
-                same = texts[values.index(value)]
-                target.error(f'argument {pairs[i][0]}: {same!r} and {texts[i]!r} are the same value; leave out one')
+        for i, (option, _) in enumerate(pairs):
+            if (first := values.index(values[i])) < i:
+                target.error(f'argument {option}: {texts[first]!r} and {texts[i]!r} are the same value; leave out one')
         if dest in named or not distinct(list(map(own, parsed))):
             parts[dest] = {pair: dest + ('' if label[:1].isdigit() else '-') + label
                            for pair, label in zip(pairs, labels(texts))}
 
     for run in runs:
-        name = [own(target.parse_args(words(run.values()))), *(parts[dest][run[dest]] for dest in sorted(parts))]
-        run['name'] = ('--name', '_'.join(name).removesuffix('.last'))
-    commands = [words(run.values()) for run in runs]
-    names = [identifier(kind, target.parse_args(command)) for command in commands]
+        name = '_'.join([own(parse(run)), *(parts[dest][run[dest]] for dest in sorted(parts))])
+        run['name'] = ('--name', name.removesuffix('.last'))
+    names = [identifier(kind, parse(run)) for run in runs]
     if not distinct([str(path) for name in names for path in paths(kind, name)]):
         target.error(f'two runs would share a checkpoint, among: {" ".join(sorted(names))}')
-    return commands
+    return [words(run.values()) for run in runs]
 
 
-def way_home(path, root):
+def way_home(path: str, root: str) -> str:
     """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root.
 
     The script finds it also when it is called through a link. A link that stands at `path` is replaced.
@@ -224,110 +200,83 @@ def way_home(path, root):
     return here + ('' if up == '.' else f'/{up}')
 
 
-def made_by(kind, argv):
-    """The command that wrote a script, to stay in its comment."""
-    return 'Written by: ' + ' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines())
+def fill(template: str, **values) -> str:
+    """The text of a file beside this one, with a value for each @name@ in it."""
+    text = Path(__file__).with_name(template).read_text()
+    return re.sub('@([a-z_]+)@', lambda found: str(values[found[1]]), text)
 
 
-def lines(kind, commands):
-    """A line of bash for each run: calls of a function `run` that the script defines."""
-    return [f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands]
-
-
-def slurm_script(kind, commands, limit, argv, args):
-    """The text of the script as an array of Slurm jobs, at most `limit` at a time where that is not None."""
-    options = {'job-name': plain(Path(args.script).stem),
-               'array': f'1-{len(commands)}' + (f'%{limit}' if limit else ''),
-               'output': 'slurm-%x-%A_%a.out',  # %x: the job's name, %A: its number, %a: the task's
-               'gpus': args.gpus, 'time': args.time, 'partition': args.partition}
-    return '\n'.join([
-        '#!/usr/bin/env bash',
-        f'# Runs of {kind}.py: {len(commands)}, each a task of a Slurm array. {made_by(kind, argv)}',
-        f'# To be started in the folder of {kind}.py with: sbatch FILE',  # Slurm runs a copy that lies elsewhere
-        '# A task that failed starts again alone with: sbatch --array=N FILE. Where the flags have --resume auto, it',
-        '# goes on from its last checkpoint.',
-        '# Without Slurm: SLURM_ARRAY_TASK_ID=N bash FILE. PYTHON=... names another Python than the one in PATH.',
-        *(f'#SBATCH --{option}={value}' for option, value in options.items() if value is not None),
-        'set -u',
-        f'total={len(commands)}',
-        TASK,
-        *lines(kind, commands),
-        NO_TASK])
-
-
-def script(kind, commands, limit, argv, home):
-    """The text of the script; home as way_home() gives it."""
-    return '\n'.join([
-        '#!/usr/bin/env bash',
-        f'# Runs of {kind}.py: {len(commands)}, at most {limit} at a time. {made_by(kind, argv)}',
-        '# PYTHON=... names another Python than the one in PATH.',
-        'set -u',
-        f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
-        f'limit={limit} total={len(commands)}',
-        FUNCTIONS,
-        *lines(kind, commands),
-        REPORT])
-
-
-def main(module, published, argv=None):
-    """Write the script that runs `module` (ann or snn) with the flags in argv; where it has none, with `published`."""
-    prepare_streams()
+def main(module: ModuleType, published: list[str], argv: list[str] | None = None) -> None:
+    """Write the script that runs `module` (ann or snn) with the flags in argv; if it has none, with `published`."""
+    options.prepare_streams()
+    argv = sys.argv[1:] if argv is None else argv
     kind, target = module.__name__, module.get_args_parser()
     parser = get_args_parser(kind, target)
     target.error = parser.error
     try:
-        _main(module, kind, target, parser, published, sys.argv[1:] if argv is None else argv)
+        args = parser.parse_args(argv)
+        check(args, parser)
+        if args.summarize:
+            summarize(args, parser.prog)
+        else:
+            args.flags = args.flags or parser.parse_args(published).flags
+            write(module, target, args, argv)
         sys.stdout.flush()
     except UserError as error:
-        fail(parser.prog, str(error))
+        options.fail(parser.prog, str(error))
     except BrokenPipeError:  # `| head` has read enough
-        output_fails()
+        options.output_fails()
     except OSError as error:
-        fail(parser.prog, said(error))
+        options.fail(parser.prog, options.said(error))
 
 
-def _main(module, kind, target, parser, published, argv):
-    args, error = parser.parse_args(argv), parser.error
-    for flag in ('gpus', 'time', 'partition'):
-        if getattr(args, flag) is not None and not args.slurm:
-            error(f'argument --{flag}: goes with --slurm')
-    for flag in ('markdown', 'columns', 'figure', 'over_timesteps'):
-        if getattr(args, flag) and not args.summarize:
-            error(f'argument --{flag}: goes with --summarize')
-    if args.summarize:
-        if args.flags or args.slurm:
-            error('argument --summarize: writes no script, so the flags of one do not go with it')
-        for flag in ('figure', 'over_timesteps'):
-            if getattr(args, flag):
-                figures.check(f'--{flag}')
-        aside = list(filter(summary.is_set_aside, args.summarize))
-        if 0 < len(aside) < len(args.summarize):
-            print(f'{parser.prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
-                  'them alone to see them', file=sys.stderr)
-        try:
-            print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
-                  summary.summarize(args.summarize, args.markdown), flush=True)
-        except BrokenPipeError:  # the figure is drawn all the same
-            output_fails()
-        if args.figure:
-            summary.draw(args.summarize, Path(args.figure))
-        if args.over_timesteps:
-            summary.draw_over_time_steps(args.summarize, Path(args.over_timesteps))
-        return
-    flags = args.flags or parser.parse_args(published).flags
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with an error if flags do not go together."""
+    for needed, flags in (('slurm', SBATCH), ('summarize', ('markdown', 'columns', 'figure', 'over_timesteps'))):
+        for flag in flags:
+            if getattr(args, flag) and not getattr(args, needed):
+                parser.error(f'argument --{flag}: goes with --{needed}')
+    if args.summarize and (args.flags or args.slurm):
+        parser.error('argument --summarize: writes no script, so the flags of one do not go with it')
+
+
+def summarize(args: argparse.Namespace, prog: str) -> None:
+    """Print the table of metrics files, and draw the figures that are wanted."""
+    for flag in ('figure', 'over_timesteps'):
+        if getattr(args, flag):
+            figures.check(f'--{flag}')
+    aside = list(filter(summary.is_set_aside, args.summarize))
+    if 0 < len(aside) < len(args.summarize):
+        print(f'{prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
+              'them alone to see them', file=sys.stderr)
+    try:
+        print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
+              summary.summarize(args.summarize, args.markdown), flush=True)
+    except BrokenPipeError:  # the figure is drawn all the same
+        options.output_fails()
+    if args.figure:
+        summary.draw(args.summarize, Path(args.figure))
+    if args.over_timesteps:
+        summary.draw_over_time_steps(args.summarize, Path(args.over_timesteps))
+
+
+def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
+    """Write the script of the runs that args.flags ask for, and say how to start it."""
+    kind, root, flags = module.__name__, os.path.dirname(module.__file__), args.flags
     total = math.prod(map(len, flags.values()))
     limit = total if args.parallel else min(args.jobs or 1, total)
     add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
-    root = os.path.dirname(module.__file__)
     commands = [[seen_from(root, word) for word in command] for command in expand(kind, target, flags)]
-
-    if args.slurm:
-        home, text = '', slurm_script(kind, commands, args.jobs, argv, args)
-    else:
-        home = way_home(args.script, root)
-        text = script(kind, commands, limit, argv, home)
+    home = '' if args.slurm else way_home(args.script, root)  # Slurm runs a copy that lies elsewhere
+    text = fill(  # scripts for every bash since 3.2, which is macOS's
+        'slurm.sh.in' if args.slurm else 'script.sh.in', kind=kind, total=total, limit=limit,
+        made_by=' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines()),
+        runs='\n'.join(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
+        go_home=f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
+        job_name=plain(Path(args.script).stem), at_once=f'%{args.jobs}' if args.jobs else '',
+        sbatch=''.join(f'#SBATCH --{flag}={getattr(args, flag)}\n' for flag in SBATCH if getattr(args, flag)))
     try:
         # Atomically, so that a bash that is just reading the script goes on with the one it started.
         write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
@@ -336,16 +285,15 @@ def _main(module, kind, target, parser, published, argv):
     mode = os.stat(args.script).st_mode
     os.chmod(args.script, mode | (mode & 0o444) >> 2)  # who may read it may run it
 
+    pace = (f'at most {args.jobs} at a time' if args.jobs else 'as Slurm has room') if args.slurm else (
+        'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time')
     varying = ' × '.join(shlex.join(dict.fromkeys(words(pairs))) for pairs in flags.values() if len(pairs) > 1)
-    if args.slurm:
-        pace = f'at most {args.jobs} at a time' if args.jobs else 'as Slurm has room'
-    else:
-        pace = 'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time'
-    program, path = 'sbatch' if args.slurm else 'bash', shlex.quote(args.script)
+    path = shlex.quote(args.script)
     print(f'{args.script}: ' + (f'{total} runs ({varying}), {pace}' if total > 1 else '1 run')
-          + f'; start it with: {program} {path}' + ('' if home else f' in the folder of {kind}.py'))
+          + f'; start it with: {"sbatch" if args.slurm else "bash"} {path}'
+          + ('' if home else f' in the folder of {kind}.py'))
     if args.slurm:
-        resumes = any(option == '--resume' and text == 'auto' for option, text in flags.get('resume', []))
+        resumes = ('--resume', 'auto') in flags.get('resume', [])
         print(f'a task that failed starts again alone with: sbatch --array=N {path}; ' + (
             'it goes on from its last checkpoint' if resumes else
             'with --resume auto among the flags it would go on from its last checkpoint'))

@@ -1,0 +1,141 @@
+"""Picture files: which ones there are in the folders of classes, and reading one. Pillow comes in where it is used."""
+import contextlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiment import UserError, importing
+
+# what Pillow opens and is no picture: documents and drawings, videos, measurements
+NO_PICTURES = {'EPS', 'WMF', 'MPEG', 'BUFR', 'FITS', 'GRIB', 'HDF5'}
+
+
+def by_class(folder: Path) -> tuple[dict[str, list[str]], Counter]:
+    """({class: its picture files}, both sorted; a Counter of the other files by the ends of their names).
+
+    A folder counts once, however many links lead to it: links are followed last, and none to a folder around a class.
+    """
+    _, labels, files = next(_walk(folder))
+    others, endings = Counter(f'{_ending(file)} in no class' for file in files), _endings()
+    around = {place for top in (folder.resolve(), folder.parent.resolve()) for place in (top, *top.parents)}
+    places = {label: place for label in labels if (place := (folder / label).resolve()) not in around}
+    first = {}
+    for label, place in places.items():
+        if (other := first.setdefault(place, label)) != label:
+            raise UserError(f'{folder}: classes {other} and {label} are one and the same folder; delete a link')
+    walked = around.union(*(place.parents for place in first)) - first.keys()
+    found, to_walk = {label: [] for label in places}, [(label, folder / label) for label in places]
+    for label, top in to_walk:  # which grows
+        for at, folders, files in _walk(top):
+            if (place := Path(at).resolve()) in walked:
+                folders.clear()
+                continue
+            walked.add(place)
+            to_walk += [(label, link) for name in folders if os.path.islink(link := os.path.join(at, name))]
+            for file in files:
+                if (ending := _ending(file)) not in endings:
+                    others[ending] += 1
+                elif not os.path.isfile(path := os.path.join(at, file)):
+                    raise UserError(f'{path}: is no file, or a link to none; mend or delete it')
+                else:
+                    found[label].append(path)
+    return {label: sorted(files) for label, files in found.items()}, others
+
+
+def _walk(top):
+    """os.walk() in the order of names, without those that begin with a dot; raises OSError. It follows no links."""
+    def fail(error):
+        raise error
+
+    for at, folders, files in os.walk(top, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        yield at, folders, [name for name in files if not name.startswith('.')]
+
+
+def _endings():
+    """The ends of names of pictures that Pillow reads, in lower case; also those of plugins that are loaded."""
+    from PIL import Image
+    formats = Image.registered_extensions()  # which loads Pillow's own, too
+    readable = {*Image.OPEN, 'MPO'} - NO_PICTURES  # an MPO is opened as a JPEG
+    return {ending for ending, kind in formats.items() if kind in readable}
+
+
+def _ending(name):
+    ending = os.path.splitext(name)[1].lower() or 'without an extension'
+    return ending if ending.isprintable() else ascii(ending)[1:-1]
+
+
+def listed(counts: Counter, most: int = 30) -> str:
+    """A Counter in words, those that are met most often first."""
+    shown = counts.most_common(most)
+    others = counts.total() - sum(count for _, count in shown)
+    return ', '.join(f'{count} {what}' for what, count in [*shown, *([('of other names', others)] if others else [])])
+
+
+def read(file: str | Path, prepare: Callable) -> torch.Tensor:
+    """A picture file as RGB, prepared: uint8 (C, H, W)."""
+    with importing('pillow', 'pictures'):
+        from PIL import Image
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken
+            with Image.open(file) as opened:
+                image = _rgb(opened)
+    except UserError as error:
+        raise UserError(f'{file}: {error}') from error
+    except Exception as error:  # Pillow's decoders raise nearly anything
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
+    return torch.from_numpy(np.atleast_3d(np.array(prepare(image)))).permute(2, 0, 1)
+
+
+def _rgb(image):
+    """The first frame of a picture that was just opened, as RGB: upright, and over black where it is transparent."""
+    from PIL import Image, ImageOps
+    decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
+    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    if decoder == 'raw' and tags.get(284) == 2 and 16 in tags.get(258, ()):  # PlanarConfiguration, BitsPerSample
+        raise UserError('holds uncompressed 16-bit colours in separate planes, which Pillow misreads; '
+                        'save it compressed or as an 8-bit picture')
+    image.filename = ''  # or Pillow maps the file into memory, a TIFF that lies on its side with its sides exchanged
+    image.load()
+    with contextlib.suppress(Exception):  # damaged EXIF; the picture itself is whole
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith('I') or image.mode == 'F':
+        image = _eight_bits(image, tags)
+    elif image.mode == 'La':  # grey that is composed over black already
+        image = image.getchannel(0)
+    elif image.has_transparency_data:
+        if layout in ('L;2', 'L;4'):  # the colour that is transparent is in the file's own depth
+            image.info['transparency'] *= {'L;2': 85, 'L;4': 17}[layout]
+        elif layout == 'RGB;16B':
+            image.info['transparency'] = tuple(value // 256 for value in image.info['transparency'])
+        colours = image.convert('RGBA')
+        image = Image.new('RGB', image.size)
+        image.paste(colours, mask=colours)
+    return image.convert('RGB')
+
+
+def _eight_bits(image, tags):
+    """A grey picture of 16 bits, or of floats from 0 to 1, as one of 8 bits, which Pillow would clip rather than scale.
+
+    tags: a TIFF's. Raises UserError if nothing says which value is white: for signed and 32-bit integers, for floats
+    beyond 0 to 1, the range that pictures of floats have by convention, and for those that are not numbers.
+    """
+    from PIL import Image
+    values = np.array(image)
+    if image.mode == 'F' and ((values >= 0) & (values <= 1)).all():
+        levels = np.rint(values * 255)
+    elif image.mode.startswith('I;16') or image.format == 'PPM':  # whose integers have 16 bits at most
+        values[values == image.info.get('transparency', -1)] = 0
+        levels = values // (16 if tags.get(258) == (12,) else 256)  # BitsPerSample
+    else:
+        what = 'floats that are not from 0 to 1' if image.mode == 'F' else f'integers of mode {image.mode}'
+        raise UserError(f'holds {what}, so what is white is unknown; save it as an 8- or 16-bit picture')
+    levels = levels.astype(np.uint8)
+    return Image.fromarray(255 - levels if tags.get(262) == 0 else levels)  # PhotometricInterpretation: white is 0

@@ -1,0 +1,128 @@
+"""Which images a network was trained on, as its checkpoint says, and which are held out from its next training.
+
+A seed puts a training set into an order: a run trains on the beginning and holds out the end. So that what an ANN never
+saw stays unseen by the SNN, whatever that one's --seed, a run that starts from a checkpoint takes over its order.
+"""
+import argparse
+import os
+from pathlib import Path
+
+from experiment import UserError
+from experiment.data import Data, held_out_of, shuffled
+
+_PICTURES = ('FOLDER', 'IMAGENET')  # sets that are another one in another folder
+
+
+def trainings(state: dict) -> list[dict | None]:
+    """The trainings that a checkpoint's network went through, as of all_trainings(); None stands for unknown ones.
+
+    Files of former versions have but the arguments of the last one.
+    """
+    found, args = state.get('trained_on'), state.get('args')
+    if isinstance(found, list) and found and all(entry is None or _is_whole(entry) for entry in found):
+        return found
+    if not _is_whole(args):
+        return [None]
+    before = [None] if args.get('pretrained_ann') or args.get('pretrained_snn') else []
+    return [*before, _training(args, images=None)]
+
+
+def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = None) -> list[dict | None]:
+    """The trainings that the network of a run has behind it in the end. state: of the checkpoint that it began with."""
+    before = trainings(state) if state else []
+    last = _training({**vars(args), 'seed': args.split_seed}, images.full_train_size)
+    return before if last in before else [*before, last]
+
+
+def _training(args, images):
+    """What a checkpoint says of a training with these arguments, a dict, on a set of so many images."""
+    return {**_set(args), 'images': images, 'seed': args['seed'], 'train_samples': args.get('train_samples'),
+            'validation_fraction': args['validation_fraction']}
+
+
+def _set(entry):
+    """Which set a training is of, a dict: its name and, of one's own pictures, where they lie."""
+    folder = os.path.realpath(os.path.expanduser(entry['data_dir'])) if entry['dataset'] in _PICTURES else None
+    return {'dataset': entry['dataset'], 'data_dir': folder}
+
+
+def _is_whole(entry):
+    """Whether an entry of a file, or a run's arguments there, says all of a training."""
+    return (isinstance(entry, dict) and isinstance(entry.get('dataset'), str)
+            and (entry['dataset'] not in _PICTURES or isinstance(entry.get('data_dir'), str))
+            and type(entry.get('seed')) is int and 0 <= entry['seed'] < 2 ** 63
+            and all(entry.get(key) is None or type(entry[key]) is int and entry[key] > 0
+                    for key in ('images', 'train_samples'))
+            and type(entry.get('validation_fraction')) in (int, float) and 0 <= entry['validation_fraction'] < 1)
+
+
+def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resumed: bool = False) -> None:
+    """Set args.split_seed, the seed that orders the training set.
+
+    It is --seed; of a resumed run, what it was; if images are held out, that of a training of `state` on this set.
+    """
+    args.split_seed = args.seed
+    if resumed:
+        seed = state['args'].get('split_seed')
+        args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
+    elif state and args.validation_fraction:
+        here = [entry for entry in trainings(state) if entry and _set(entry) == _set(vars(args))]
+        args.split_seed = _least_seen(here, args.validation_fraction) if here else args.seed
+
+
+def _least_seen(here, validation_fraction):
+    """The seed, of the trainings `here` on one set, that holds out the fewest images which they saw; the last such."""
+    last = here[-1]
+    if last['images'] is None:
+        return last['seed']
+    count, seen = held_out_of(last['images'], validation_fraction), _seen(here, last['images'])
+    overlaps = {entry['seed']: len(_held_out(last['images'], entry['seed'], count) & seen) for entry in reversed(here)}
+    return min(overlaps, key=overlaps.get)
+
+
+def _held_out(whole, seed, count):
+    """The numbers of the images that are held out of a set of so many."""
+    return set(shuffled(whole, seed)[whole - count:].tolist())
+
+
+def _seen(here, whole):
+    """The numbers of the images that trainings on a set of so many were of."""
+    counts = [entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction']) for entry in here]
+    return {number for entry, count in zip(here, counts) for number in shuffled(whole, entry['seed'])[:count].tolist()}
+
+
+def check_classes(images: Data, state: dict, path: str | Path, resumed: bool) -> list[str]:
+    """What is to be said if the network of `state`, read from `path`, is of other classes than the images: lines.
+
+    resumed: whether its training is; then other classes, or another number of images, raise a UserError.
+    """
+    known, here, last = state.get('classes'), images.classes, trainings(state)[-1]
+    line = None
+    if isinstance(known, list) and len(known) == len(here) and known != here:
+        number = next(i for i, name in enumerate(here) if name != known[i])
+        line = f'{path}: its output {number} is of the class {known[number]}, which is {here[number]} here'
+    elif resumed and last and last['images'] not in (None, images.full_train_size):
+        line = f'{path}: was trained on a set of {last["images"]} images, and here are {images.full_train_size}'
+    if line and resumed:
+        raise UserError(f'{line}; go on with the same images, or start anew from its weights with --pretrained_ann or '
+                        '--pretrained_snn')
+    return [f'{line}; what it has learned is of other classes'] if line else []
+
+
+def notes(args: argparse.Namespace, images: Data, state: dict, path: str | Path) -> list[str]:
+    """What is to be said of the images held out and the network of `state`, read from `path`: lines."""
+    if images.validation is None:
+        return []
+    here, others, whole = [], [], images.full_train_size
+    for entry in trainings(state):
+        if entry is None:
+            others.append('it does not say all that it was trained on')
+        elif _set(entry) == _set(vars(args)) and entry['images'] in (None, whole):
+            here.append(entry)
+        else:
+            others.append(' '.join(['it was trained on other images, too, of', *filter(None, _set(entry).values())]))
+    held = _held_out(whole, args.split_seed, len(images.validation))
+    as_before = f'as in the training of {path} ' if args.split_seed in [entry['seed'] for entry in here] else ''
+    line = (f'{len(held)} images are held out, {as_before}by seed {args.split_seed}; {path} was trained on '
+            f'{len(held & _seen(here, whole))} of them')
+    return [line + ''.join(f', as far as is known: {why}' for why in others[:1])]
