@@ -91,14 +91,14 @@ class SpikeTrain:
                   scale: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The gradient of floats(), (n, b, N'), times scale, back through pools and mask: (n, b, N) of `dtype`."""
         steps, batch, _ = grad.shape
-        # each pixel of a 2x2 window gets a quarter
+        # p pools average windows of 2^p x 2^p pixels: each pixel gets the window's gradient, divided by their number
         grad = torch.mul(grad.to(dtype), scale * 0.25 ** self.pools)
-        for pool in range(self.pools, 0, -1):
-            (h, w), (high, wide) = ([size >> p for size in self.shape[1:]] for p in (pool, pool - 1))
-            grad = (grad.view(-1, h, 1, w, 1, self.shape[0]).expand(-1, -1, 2, -1, 2, -1)
-                    .reshape(-1, 2 * h, 2 * w, self.shape[0]).contiguous())  # of one pixel reshape makes a view
-            if (high, wide) != (2 * h, 2 * w):  # an odd last row or column belongs to no window
-                grad = F.pad(grad, (0, 0, 0, wide - 2 * w, 0, high - 2 * h))
+        if self.pools:
+            (c, high, wide), (_, h, w), k = self.shape, self.pooled_shape, 2 ** self.pools
+            grad = (grad.view(-1, h, 1, w, 1, c).expand(-1, -1, k, -1, k, -1)
+                    .reshape(-1, k * h, k * w, c).contiguous())  # of one pixel reshape makes a view
+            if (high, wide) != (k * h, k * w):  # a last row or column that belongs to no window
+                grad = F.pad(grad, (0, 0, 0, wide - k * w, 0, high - k * h))
         grad = grad.view(steps, batch, -1)
         return grad if self.mask is None else grad.mul_(self.mask[samples])
 
