@@ -30,7 +30,7 @@ def by_class(folder: Path) -> tuple[dict[str, list[str]], Counter]:
             raise UserError(f'{folder}: classes {other} and {label} are one and the same folder; delete a link')
     walked = around.union(*(place.parents for place in first)) - first.keys()
     found, to_walk = {label: [] for label in places}, [(label, folder / label) for label in places]
-    for label, top in to_walk:  # which grows
+    for label, top in to_walk:  # which grows by the links that are met
         for at, folders, files in _walk(top):
             if (place := Path(at).resolve()) in walked:
                 folders.clear()
