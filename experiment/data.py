@@ -1,4 +1,4 @@
-"""The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
+"""The data sets by name, and the loader of one epoch. Importing it is quick: torchvision is imported by its users."""
 import contextlib
 import io
 import math
@@ -185,10 +185,10 @@ def epoch_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, seed: 
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
     process: a distributed.Process. Together they go through batches of world_size times batch_size, of which each gets
-    an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
+    an even part; if there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
     lists how many images each batch has, over all processes.
     Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
-    left as it was. Iterating raises UserError where a picture cannot be read.
+    left as it was. Iterating raises UserError if a picture cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist() if shuffle else range(len(dataset))
@@ -325,12 +325,12 @@ def _folder(name, root, size):
 BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMAGENET': _imagenet, 'FOLDER': _folder}
 
 
-def _by_folders(name, root, tests, where, shape, transforms):
+def _by_folders(name, root, tests, place, shape, transforms):
     """The Data of pictures that lie in a sub-folder for each class of train/ and of the first of `tests` that is there.
 
-    where: a root as the user may have it. transforms: of training and of test images.
+    place: the root, as errors name it. transforms: of training and of test images.
     """
-    wanted = (f'{where} has to hold train/ and {" or ".join(f"{test}/" for test in tests)}, with one sub-folder of '
+    wanted = (f'{place} has to hold train/ and {" or ".join(f"{test}/" for test in tests)}, with one sub-folder of '
               'pictures for each class; say with --data_dir where it is')
     train_dir, test_dirs = root / 'train', [root / test for test in tests]
     test_dir = next(filter(Path.is_dir, test_dirs), None)
