@@ -1,4 +1,4 @@
-"""The data sets by name, and the loader of one epoch. Importing it is quick: torchvision comes in where it is used."""
+"""The data sets by name, and the loader of one epoch. Importing it is quick: torchvision is imported by its users."""
 import contextlib
 import io
 import math
@@ -185,10 +185,10 @@ def epoch_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, seed: 
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
     process: a distributed.Process. Together they go through batches of world_size times batch_size, of which each gets
-    an even part; where there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
+    an even part; if there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
     lists how many images each batch has, over all processes.
     Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
-    left as it was. Iterating raises UserError where a picture cannot be read.
+    left as it was. Iterating raises UserError if a picture cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist() if shuffle else range(len(dataset))
@@ -274,8 +274,7 @@ def _torchvision(name, data_dir, _):
     """A data set of torchvision's, downloaded if files are missing."""
     of_class, folder = _TORCHVISION[name]
     kind, root = getattr(_import_torchvision(name).datasets, of_class), data_dir / folder
-    cifar = name.startswith('CIFAR')
-    if cifar:
+    if cifar := name.startswith('CIFAR'):
         at, files = root / kind.base_folder, [file for file, _ in kind.train_list + kind.test_list]
         files.append(kind.meta['filename'])
     else:
@@ -311,30 +310,27 @@ def _torchvision(name, data_dir, _):
 
 
 def _imagenet(name, root, _):
-    inner = root if (root / 'train').is_dir() else root / 'imagenet'
-    train, test, classes, notes = _parts(name, inner, ['val'], f'{root} or {root / "imagenet"}')
     v2 = _import_torchvision(name).transforms.v2
     crop = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip()])
-    return Data(Pictures(*train, Transform(crop)), Pictures(*test, Transform(_resizing(name, 224))), classes,
-                INPUT_SHAPES[name], notes=notes)
+    inner = root if (root / 'train').is_dir() else root / 'imagenet'
+    return _by_folders(name, inner, ['val'], f'{root} or {root / "imagenet"}', INPUT_SHAPES[name],
+                       [Transform(crop), Transform(_resizing(name, 224))])
 
 
 def _folder(name, root, size):
-    train, test, classes, notes = _parts(name, root, ['test', 'val'], root)
     shown = Transform(_resizing(name, size))
-    return Data(Pictures(*train, shown._replace(augment=True)), Pictures(*test, shown), classes, (3, size, size),
-                notes=notes)
+    return _by_folders(name, root, ['test', 'val'], root, (3, size, size), [shown._replace(augment=True), shown])
 
 
 BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMAGENET': _imagenet, 'FOLDER': _folder}
 
 
-def _parts(name, root, tests, where):
-    """((files, labels) to train on, the same to test on, classes, notes) of pictures in a sub-folder for each class.
+def _by_folders(name, root, tests, place, shape, transforms):
+    """The Data of pictures that lie in a sub-folder for each class of train/ and of the first of `tests` that is there.
 
-    tests: what the folder of pictures to test on may be called. where: a root as the user may have it.
+    place: the root, as errors name it. transforms: of training and of test images.
     """
-    wanted = (f'{where} has to hold train/ and {" or ".join(f"{test}/" for test in tests)}, with one sub-folder of '
+    wanted = (f'{place} has to hold train/ and {" or ".join(f"{test}/" for test in tests)}, with one sub-folder of '
               'pictures for each class; say with --data_dir where it is')
     train_dir, test_dirs = root / 'train', [root / test for test in tests]
     test_dir = next(filter(Path.is_dir, test_dirs), None)
@@ -362,10 +358,10 @@ def _parts(name, root, tests, where):
         raise UserError(f'{test_dir}: class {", ".join(unknown)} is not in {train_dir}; '
                         'the sub-folders of both must have the same names')
     number = {label: n for n, label in enumerate(train)}
-    train_set, test_set = (([file for files in part.values() for file in files],
-                            torch.tensor([number[label] for label, files in part.items() for _ in files]))
-                           for part in (train, test))
-    return train_set, test_set, list(train), notes
+    sets = [Pictures([file for files in part.values() for file in files],
+                     torch.tensor([number[label] for label, files in part.items() for _ in files]), transform)
+            for part, transform in zip((train, test), transforms)]
+    return Data(*sets, list(train), shape, notes=notes)
 
 
 def _resizing(name, size):

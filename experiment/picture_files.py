@@ -1,4 +1,4 @@
-"""Picture files: which ones there are in the folders of classes, and reading one. Pillow comes in where it is used."""
+"""Picture files: which ones there are in the folders of classes, and reading one. Pillow is imported by its users."""
 import contextlib
 import os
 import warnings
@@ -23,14 +23,18 @@ def by_class(folder: Path) -> tuple[dict[str, list[str]], Counter]:
     _, labels, files = next(_walk(folder))
     others, endings = Counter(f'{_ending(file)} in no class' for file in files), _endings()
     around = {place for top in (folder.resolve(), folder.parent.resolve()) for place in (top, *top.parents)}
-    places = {label: place for label in labels if (place := (folder / label).resolve()) not in around}
-    first = {}
-    for label, place in places.items():
-        if (other := first.setdefault(place, label)) != label:
-            raise UserError(f'{folder}: classes {other} and {label} are one and the same folder; delete a link')
-    walked = around.union(*(place.parents for place in first)) - first.keys()
-    found, to_walk = {label: [] for label in places}, [(label, folder / label) for label in places]
-    for label, top in to_walk:  # which grows
+    classes = {}  # {where it really lies: its name}
+    for label in labels:
+        if (place := (folder / label).resolve()) in classes:
+            raise UserError(f'{folder}: classes {classes[place]} and {label} are one and the same folder; delete a '
+                            'link')
+        if place not in around:
+            classes[place] = label
+
+    walked = around.union(*(place.parents for place in classes)) - classes.keys()
+    found = {label: [] for label in classes.values()}
+    to_walk = [(label, folder / label) for label in found]
+    for label, top in to_walk:  # which grows by the links that are met
         for at, folders, files in _walk(top):
             if (place := Path(at).resolve()) in walked:
                 folders.clear()
@@ -95,7 +99,7 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
 
 
 def _rgb(image):
-    """The first frame of a picture that was just opened, as RGB: upright, and over black where it is transparent."""
+    """The first frame of a picture that was just opened, as RGB: upright, and over black if it is transparent."""
     from PIL import Image, ImageOps
     decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
     tags = image.tag_v2 if image.format == 'TIFF' else {}

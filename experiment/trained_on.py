@@ -20,11 +20,11 @@ def trainings(state: dict) -> list[dict | None]:
     """
     found, args = state.get('trained_on'), state.get('args')
     if isinstance(found, list) and found and all(entry is None or _is_whole(entry) for entry in found):
-        return found
+        return [entry and _training(entry, entry.get('images')) for entry in found]
     if not _is_whole(args):
         return [None]
     before = [None] if args.get('pretrained_ann') or args.get('pretrained_snn') else []
-    return [*before, _training(args, images=None)]
+    return [*before, _training(args, None)]
 
 
 def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = None) -> list[dict | None]:
@@ -34,9 +34,9 @@ def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = N
     return before if last in before else [*before, last]
 
 
-def _training(args, images):
+def _training(args, count):
     """What a checkpoint says of a training with these arguments, a dict, on a set of so many images."""
-    return {**_set(args), 'images': images, 'seed': args['seed'], 'train_samples': args.get('train_samples'),
+    return {**_set(args), 'images': count, 'seed': args['seed'], 'train_samples': args.get('train_samples'),
             'validation_fraction': args['validation_fraction']}
 
 
@@ -59,7 +59,7 @@ def _is_whole(entry):
 def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resumed: bool = False) -> None:
     """Set args.split_seed, the seed that orders the training set.
 
-    It is --seed; of a resumed run, what it was; if images are held out, that of a training of `state` on this set.
+    It is --seed; if a run is resumed, what it was; if images are held out, that of a training of `state` on this set.
     """
     args.split_seed = args.seed
     if resumed:

@@ -25,7 +25,7 @@ Pair = tuple[str, str | None]  # an option and its value, None for a flag withou
 class Values(argparse.Action):
     """Collect a target's flag in args.flags: {dest: [(option, text), ...]}, the text None for a flag without value."""
 
-    def __call__(self, parser, args, texts, option):
+    def __call__(self, parser, args, texts, option) -> None:
         if not option.startswith('--'):
             option = next(s for s in self.option_strings if s.startswith('--'))
         pairs = [(option, text) for text in texts or [None]]
@@ -119,8 +119,7 @@ def labels(texts: list[str]) -> list[str]:
     """Distinct parts of a file name for the values of one flag: 'x/a.pth' is 'a', or 'x-a.pth' beside 'y/a.pth'."""
     short = [os.path.basename(text.rstrip('/')).removesuffix('.pth') for text in texts]
     numbered = [f'{text}-{i}' for i, text in enumerate(short, 1)]
-    candidates = (list(map(plain, form)) for form in (short, texts, numbered))
-    return next(filter(distinct, candidates))
+    return next(filter(distinct, (list(map(plain, form)) for form in (short, texts, numbered))))
 
 
 def checkpoints_of(kind: str, flags: dict[str, list[Pair]]) -> list[str]:
@@ -189,7 +188,7 @@ def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pai
 
 
 def way_home(path: str, root: str) -> str:
-    """Where `root` lies as seen from the script at `path`, for bash; '' where it lies outside of root.
+    """Where `root` lies as seen from the script at `path`, for bash; '' if it lies outside of root.
 
     The script finds it also when it is called through a link. A link that stands at `path` is replaced.
     """
