@@ -154,24 +154,6 @@ def layer_not_finite(model: nn.Module, images: Tensor | None = None) -> str:
     return next((f'the output of {name}' for name, finite in found if not finite), '')
 
 
-def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Start to copy a tensor of numbers to the host; returns a function that waits for that copy and gives a list.
-
-    It does not wait for what a GPU is given to do meanwhile, as Tensor.tolist() would.
-    """
-    copy = values.to('cpu', non_blocking=True)  # into pinned memory
-    if not values.is_cuda:
-        return copy.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait():
-        copied.synchronize()
-        return copy.tolist()
-
-    return wait
-
-
 class Meter:
     """Loss and accuracy of a training pass so far.
 
@@ -184,17 +166,22 @@ class Meter:
 
     def add(self, number: int, images: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
-        hits = (logits.detach().argmax(1) == labels).sum()
-        measured = read_later(torch.stack([loss, hits.to(loss.dtype), (labels != NO_IMAGE).sum().to(loss.dtype)]))
+        hits, size = (logits.detach().argmax(1) == labels).sum(), (labels != NO_IMAGE).sum()
+        numbers = torch.stack([loss, hits.to(loss.dtype), size.to(loss.dtype)]).to('cpu', non_blocking=True)
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        if copied:
+            copied.record()
         self.read()
-        self.waiting = number, images, measured
+        self.waiting = number, images, numbers, copied
 
     def read(self) -> None:
         """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
         if not self.waiting:
             return
-        (number, images, measured), self.waiting = self.waiting, None
-        loss, hits, size = measured()
+        (number, images, numbers, copied), self.waiting = self.waiting, None
+        if copied:  # and what the GPU has been given since is not waited for
+            copied.synchronize()
+        loss, hits, size = numbers.tolist()
         if not math.isfinite(loss):
             check_finite(loss, f'at batch {number}', self.model, images)
         self.loss, self.correct, self.seen = self.loss + loss, self.correct + int(hits), self.seen + int(size)

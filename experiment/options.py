@@ -99,10 +99,6 @@ def not_empty(text: str) -> str:
     return text
 
 
-def upper(text: str) -> str:
-    return text.upper()
-
-
 def is_own_network(architecture: str) -> bool:
     """Whether an architecture is a network of one's own, FILE.py:NAME."""
     return architecture.rpartition(':')[0].endswith('.py')
@@ -198,7 +194,7 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', type=upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
+    add('--dataset', type=str.upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
     add('--image_size', type=image_size, default=32, metavar='PIXELS',
         help='height and width that FOLDER pictures are brought to; default %(default)s')
