@@ -340,7 +340,7 @@ def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False)
     settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
                 if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
-    thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks', [])  # no flags
+    thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks')  # no flags
     if resumed and args.leak == settings['leak']:
         args.given.discard('leak')  # of the run's own command line; since then leaks may have been learned
     if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':
