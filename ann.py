@@ -8,7 +8,7 @@ The best epoch's weights go to trained_models/ann/<identifier>.pth, which snn.py
 from experiment import options
 
 
-def get_args_parser():
+def get_args_parser() -> options.Parser:
     parser = options.Parser(prog='ann.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
     add = parser.add_argument_group('activations').add_argument

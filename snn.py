@@ -13,7 +13,7 @@ from experiment import options
 from self_models import encoding, surrogate
 
 
-def get_args_parser():
+def get_args_parser() -> options.Parser:
     parser = options.Parser(prog='snn.py', description=__doc__)
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument

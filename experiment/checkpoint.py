@@ -256,22 +256,17 @@ def has_scales(state: dict) -> bool | str:
 def snn_settings(state: dict, path: Path | str) -> dict:
     """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, thresholds as used, that is scaled.
 
-    leaks, of each layer, and activation are left out where the checkpoint has none. Raises UserError for values that
-    make no network.
+    leaks: of each layer, or [] if the file does not say. Raises UserError for values that make no network.
     """
     try:
         scale = float(state.get('scaling_threshold', 1.0))
         settings = {'thresholds': [float(value) * scale for value in state['thresholds']],
-                    'timesteps': int(state['timesteps']),
-                    'leak': float(state['leak'])}
-        if 'leaks' in state:
-            settings['leaks'] = [float(value) for value in state['leaks']]
-        if 'activation' in state:
-            settings['activation'] = state['activation']
+                    'timesteps': int(state['timesteps']), 'leak': float(state['leak']),
+                    'leaks': [float(value) for value in state.get('leaks', ())],
+                    'activation': state.get('activation', 'STDB')}
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
-                 and all(0 < value <= 1 for value in settings.get('leaks', ()))
-                 and settings.get('activation', 'STDB') in SURROGATES)
+                 and all(0 < value <= 1 for value in settings['leaks']) and settings['activation'] in SURROGATES)
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
@@ -286,7 +281,7 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     settings = snn_settings(state, path)
     try:
         model.threshold_update(1.0, settings['thresholds'])
-        if leaks and 'leaks' in settings:
+        if leaks and settings['leaks']:
             model.leak_update(settings['leaks'])
     except ValueError as error:
         raise UserError(f'{path}: {error}') from error

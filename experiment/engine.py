@@ -1,7 +1,7 @@
 """The loops over batches and epochs that ann.py and snn.py share."""
-import argparse
 import math
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -47,7 +48,7 @@ def seed_all(seed: int) -> None:
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
 
 
-def learning_rate_at(epoch: int, args: argparse.Namespace, part: float = 0.0) -> float:
+def learning_rate_at(epoch: int, args: Namespace, part: float = 0.0) -> float:
     """The learning rate in an epoch (1, 2, ...), of which a part (0 to 1) is done.
 
     --lr_schedule step: divided by lr_reduce on reaching each lr_interval * epochs. The first epoch always has the full
@@ -66,7 +67,7 @@ def learning_rate_at(epoch: int, args: argparse.Namespace, part: float = 0.0) ->
     return rate
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
     """SGD or Adam as the flags say; fused, as an unfused step takes as long as a small network's gradient.
 
     Thresholds, leaks and bounds of QCFS take no weight decay.
@@ -86,8 +87,7 @@ def autocast(device: torch.device, amp: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, scale: float = 1.0,
-                  smoothing: float = 0.0) -> torch.Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of logits / scale (B, labels), summed over the samples; labels (B,).
 
     smoothing: a part of each label, in [0, 1), that is spread evenly over all labels (Szegedy et al., 2016).
@@ -104,7 +104,7 @@ class Along(NamedTuple):
     rate: Callable | None = None
 
 
-def check_finite(loss: float, where: str, model: nn.Module, images: torch.Tensor | None = None) -> None:
+def check_finite(loss: float, where: str, model: nn.Module, images: Tensor | None = None) -> None:
     """Raise UserError where a loss or a model's weights are not finite; the message names the first layer at fault.
 
     images: (B, C, H, W) that the loss is of, on which layers are looked at too.
@@ -121,7 +121,7 @@ def check_finite(loss: float, where: str, model: nn.Module, images: torch.Tensor
         ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds' if is_spiking(model) else ''))
 
 
-def is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     return all(map(math.isfinite, torch.aminmax(tensor)))  # either is NaN where a value is
 
 
@@ -130,7 +130,7 @@ def is_spiking(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def layer_not_finite(model: nn.Module, images: torch.Tensor | None = None) -> str:
+def layer_not_finite(model: nn.Module, images: Tensor | None = None) -> str:
     """What of a model is not finite, in words: the first such weights, else an output on images; '' for none."""
     for name, weight in model.named_parameters():
         if not is_finite(weight):
@@ -154,24 +154,6 @@ def layer_not_finite(model: nn.Module, images: torch.Tensor | None = None) -> st
     return next((f'the output of {name}' for name, finite in found if not finite), '')
 
 
-def read_later(values: torch.Tensor) -> Callable[[], list[float]]:
-    """Start to copy a tensor of numbers to the host; returns a function that waits for that copy and gives a list.
-
-    It does not wait for what a GPU is given to do meanwhile, as Tensor.tolist() would.
-    """
-    copy = values.to('cpu', non_blocking=True)  # into pinned memory
-    if not values.is_cuda:
-        return copy.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def wait():
-        copied.synchronize()
-        return copy.tolist()
-
-    return wait
-
-
 class Meter:
     """Loss and accuracy of a training pass so far.
 
@@ -182,20 +164,24 @@ class Meter:
         self.model, self.along, self.waiting = model, along, None
         self.loss, self.correct, self.seen = 0.0, 0, 0
 
-    def add(self, number: int, images: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor,
-            loss: torch.Tensor) -> None:
+    def add(self, number: int, images: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
-        hits = (logits.detach().argmax(1) == labels).sum()
-        measured = read_later(torch.stack([loss, hits.to(loss.dtype), (labels != NO_IMAGE).sum().to(loss.dtype)]))
+        hits, size = (logits.detach().argmax(1) == labels).sum(), (labels != NO_IMAGE).sum()
+        numbers = torch.stack([loss, hits.to(loss.dtype), size.to(loss.dtype)]).to('cpu', non_blocking=True)
+        copied = torch.cuda.Event() if loss.is_cuda else None
+        if copied:
+            copied.record()
         self.read()
-        self.waiting = number, images, measured
+        self.waiting = number, images, numbers, copied
 
     def read(self) -> None:
         """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
         if not self.waiting:
             return
-        (number, images, measured), self.waiting = self.waiting, None
-        loss, hits, size = measured()
+        (number, images, numbers, copied), self.waiting = self.waiting, None
+        if copied:  # and what the GPU has been given since is not waited for
+            copied.synchronize()
+        loss, hits, size = numbers.tolist()
         if not math.isfinite(loss):
             check_finite(loss, f'at batch {number}', self.model, images)
         self.loss, self.correct, self.seen = self.loss + loss, self.correct + int(hits), self.seen + int(size)
@@ -213,7 +199,7 @@ class Meter:
         return Metrics(loss / seen, correct / seen)
 
 
-def train_epoch(model: nn.Module, loader: DataLoader, optimizer: torch.optim.Optimizer, loss_function: Callable,
+def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, loss_function: Callable,
                 device: torch.device, amp: bool = False, along: Along | None = None) -> Metrics:
     """One pass over a loader with an optimizer step a batch; returns its Metrics.
 
@@ -277,14 +263,14 @@ def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, devi
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
-def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: argparse.Namespace,
+def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: Namespace,
          say: Callable | None = None) -> Metrics:
     """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
     return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
 
 def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
-                   args: argparse.Namespace, say: Callable | None = None,
+                   args: Namespace, say: Callable | None = None,
                    at: list[int] | None = None) -> tuple[Metrics, list[float]]:
     """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
     process = distributed.process()
@@ -298,7 +284,7 @@ def least_progress(classes: int) -> float:
     return min(0.15, 1.5 / classes)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 'Run', progress: 'Progress',
+def train(model: nn.Module, optimizer: Optimizer, data: Data, run: 'Run', progress: 'Progress',
           chance_epochs: int) -> None:
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
@@ -336,7 +322,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: '
     finish(model, data, run, progress, trained_as)
 
 
-def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: torch.optim.Optimizer, data: Data,
+def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: Optimizer, data: Data,
                    run: 'Run') -> dict[str, float]:
     """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
 
@@ -382,7 +368,7 @@ def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', train
         metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
-def save(model: nn.Module, optimizer: torch.optim.Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
+def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
     """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
     then, where this epoch is the best, that of the best, and the metrics.
 
@@ -417,7 +403,7 @@ def save(model: nn.Module, optimizer: torch.optim.Optimizer, run: 'Run', progres
     metrics.write(paths.metrics, run.args, progress.history)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path | str) -> None:
+def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
     """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError.
 
     state: of checkpoint.load_training().

@@ -1,11 +1,11 @@
 """Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
-import argparse
 import contextlib
 import os
 import secrets
 import socket
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -19,7 +19,7 @@ from experiment import UserError
 from experiment.options import is_own_network
 
 
-def identifier(kind: str, args: argparse.Namespace) -> str:
+def identifier(kind: str, args: Namespace) -> str:
     """The name of a run: --name, else e.g. 'ann_vgg16_cifar10' or, with the time steps, 'snn_vgg16_cifar10_100'."""
     if args.name:
         return args.name

@@ -1,8 +1,8 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
-import argparse
 import math
 import os
 import tempfile
+from argparse import Namespace
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from self_models.spiking_network import SpikingNetwork
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
 
 
-def balances(args: argparse.Namespace, start: Start) -> bool:
+def balances(args: Namespace, start: Start) -> bool:
     """Whether a run balances thresholds: neither such as an ANN of QCFS brings nor such as --default_threshold sets."""
     if start.kind == 'ann':
         return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
@@ -91,7 +91,7 @@ def chosen_factor(scan: dict[float, float], count: int) -> float:
 
 @torch.no_grad()
 def fitting_scale(model: SpikingNetwork, ann: nn.Module, images: Dataset, device: torch.device,
-                  args: argparse.Namespace) -> float:
+                  args: Namespace) -> float:
     """What the mean output of a converted network is to be multiplied by to be the ANN's logits, by least squares.
 
     Logits (B, labels) are taken less their mean over the labels, which the softmax does not see:
@@ -111,10 +111,10 @@ def fitting_scale(model: SpikingNetwork, ann: nn.Module, images: Dataset, device
     return args.timesteps * both / square if both > 0 else 1.0
 
 
-def folded(model: SpikingNetwork, args: argparse.Namespace, data: Data) -> SpikingNetwork:
+def folded(model: SpikingNetwork, args: Namespace, data: Data) -> SpikingNetwork:
     """The spiking network of a published layout with the batch norm of `model`, its plain form, folded into weights and
     biases."""
-    args = argparse.Namespace(**{**vars(args), 'keep_batch_norm': False})
+    args = Namespace(**{**vars(args), 'keep_batch_norm': False})
     weights, like = model.state_dict(), next(model.parameters())
     bounds = 'channel' if any(lif.bounds is not None for lif in model.lifs) else 'layer'
     ann = setup.build_ann(args, data, 'QCFS', 1, True, bounds).to(like)
@@ -188,7 +188,7 @@ def measure_ann(ann: nn.Module, state: dict, data: Data, run: Run) -> dict:
     return {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on}
 
 
-def looked_at(data: Data, args: argparse.Namespace) -> tuple[str, Dataset]:
+def looked_at(data: Data, args: Namespace) -> tuple[str, Dataset]:
     """(name of the set, images) that a conversion chooses by: the test set has no part in it."""
     name = 'train' if data.validation is None else 'validation'
     return name, getattr(data, name).sample(args.calibration_samples, args.seed, like=data.test)

@@ -1,7 +1,7 @@
 """What a run says: to the terminal, or with --log to logs/{ann,snn}/<identifier>.log."""
-import argparse
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def open_log(kind: str, identifier: str, to_file: bool) -> Callable[[str], None]
     return lambda text: print(text, file=file)
 
 
-def header(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> str:
+def header(args: Namespace, model: torch.nn.Module, device: torch.device) -> str:
     """The lines that open a log: the command, every argument, the network, the machine."""
     count, world_size = sum(p.numel() for p in model.parameters()), distributed.process().world_size
     return '\n'.join([
@@ -50,7 +50,7 @@ def command() -> str:
     return shlex.join(['python', *sys.argv])
 
 
-def arguments(args: argparse.Namespace) -> dict:
+def arguments(args: Namespace) -> dict:
     """Every argument of a run, as numbers and texts."""
     return {key: value for key, value in vars(args).items() if key not in ('given', 'defaults')}
 

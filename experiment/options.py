@@ -99,10 +99,6 @@ def not_empty(text: str) -> str:
     return text
 
 
-def upper(text: str) -> str:
-    return text.upper()
-
-
 def is_own_network(architecture: str) -> bool:
     """Whether an architecture is a network of one's own, FILE.py:NAME."""
     return architecture.rpartition(':')[0].endswith('.py')
@@ -198,7 +194,7 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
-    add('--dataset', type=upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
+    add('--dataset', type=str.upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
     add('--image_size', type=image_size, default=32, metavar='PIXELS',
         help='height and width that FOLDER pictures are brought to; default %(default)s')
@@ -259,37 +255,30 @@ PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'datas
 
 def without_effect(settings: dict) -> dict[str, str]:
     """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
-    own = is_own_network(str(settings.get('architecture')))
-    vgg = not own and str(settings.get('architecture')).startswith('VGG')
-    predict = settings.get('predict')
-    effective = {
-        'lr_interval': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
-        'lr_reduce': (settings.get('lr_schedule', 'step') == 'step', '--lr_schedule step'),
-        'momentum': (settings.get('optimizer') == 'SGD', '--optimizer SGD'),
-        'amsgrad': (settings.get('optimizer') == 'Adam', '--optimizer Adam'),
-        **{flag: (settings.get('activation') in of, f'--activation {" or ".join(of)}')
-           for flag, of in ((flag, surrogate.users(flag)) for flag in surrogate.FLAGS)},
-        'image_size': (settings.get('dataset') == 'FOLDER', '--dataset FOLDER'),
-        'kernel_size': (vgg, 'VGGs'),
-        'keep_batch_norm': (not own, 'the published networks, as one of your own keeps it'),
-        'dropout': (not own, 'the published networks'),
-        'batch_norm': (not own, 'the published networks'),
-        'balance_blocks': (not (own or vgg) and bool(settings.get('pretrained_ann')), 'conversions of ResNets'),
+    get = settings.get
+    own = is_own_network(str(get('architecture')))
+    vgg = not own and str(get('architecture')).startswith('VGG')
+    predict, from_ann = get('predict'), bool(get('pretrained_ann'))
+    balances = from_ann or bool(get('pretrained_snn')) or 'default_threshold' not in get('given', ())
+    rules = [  # what flags are of, whether the run is of that, the flags
+        ('--lr_schedule step', get('lr_schedule', 'step') == 'step', ['lr_interval', 'lr_reduce']),
+        ('--optimizer SGD', get('optimizer') == 'SGD', ['momentum']),
+        ('--optimizer Adam', get('optimizer') == 'Adam', ['amsgrad']),
+        *((f'--activation {" or ".join(surrogate.users(flag))}', get('activation') in surrogate.users(flag), [flag])
+          for flag in surrogate.FLAGS),
+        ('--activation QCFS', get('activation') == 'QCFS', ['levels', 'bounds']),
+        ('--dataset FOLDER', get('dataset') == 'FOLDER', ['image_size']),
+        ('VGGs', vgg, ['kernel_size']),
+        ('the published networks, as one of your own keeps it', not own, ['keep_batch_norm']),
+        ('the published networks', not own, ['dropout', 'batch_norm']),
+        ('conversions of ResNets', from_ann and not (own or vgg), ['balance_blocks']),
         # a conversion balances all thresholds of a VGG or a network of one's own
-        'default_threshold': (not ((vgg or own) and (predict or settings.get('pretrained_ann'))),
-                              'ResNets, and of networks from scratch'),
-        'levels': (settings.get('activation') == 'QCFS', '--activation QCFS'),
-        'bounds': (settings.get('activation') == 'QCFS', '--activation QCFS'),
-        'seed': (not (predict and settings.get('encoding') == 'direct'), '--encoding poisson'),
-        # thresholds are balanced on an ANN, or on the untrained network, but where a flag sets them all
-        **{name: (bool(settings.get('pretrained_ann') or settings.get('pretrained_snn'))
-                  or 'default_threshold' not in settings.get('given', ()),
-                  'a conversion or a balancing, which --default_threshold takes the place of') for name in CONVERSION}}
-    if settings.get('test_only'):
-        effective |= dict.fromkeys(TRAINING, (False, 'training'))
-    if predict:
-        effective |= dict.fromkeys(settings.keys() - PREDICTING, (False, 'runs that train or test'))
-    return {name: of for name, (has, of) in effective.items() if name in settings and not has}
+        ('ResNets, and of networks from scratch', not ((vgg or own) and (predict or from_ann)), ['default_threshold']),
+        ('a conversion or a balancing, which --default_threshold takes the place of', balances, CONVERSION),
+        ('--encoding poisson', not (predict and get('encoding') == 'direct'), ['seed']),
+        ('training', not get('test_only'), TRAINING),
+        ('runs that train or test', not predict, settings.keys() - PREDICTING)]
+    return {flag: of for of, holds, flags in rules if not holds for flag in flags if flag in settings}
 
 
 def prepare_streams() -> None:

@@ -1,5 +1,5 @@
 """What a run is given: its arguments, device and files, and where it says what it does."""
-import argparse
+from argparse import Namespace
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ class Run(NamedTuple):
     """args: settled, see start.py. say: prints a line to the log. board: gives TensorBoard's writer, or None.
     loss_function: as for engine.train_epoch. extra: what goes into checkpoints beside weights and numbers.
     """
-    args: argparse.Namespace
+    args: Namespace
     device: torch.device
     paths: Paths
     say: Callable
@@ -35,7 +35,7 @@ class Run(NamedTuple):
         return engine.test(model, dataset, self.loss_function, self.device, self.args, self.test_say)
 
 
-def open_run(kind: str, args: argparse.Namespace, start: Start, data: Data, model: torch.nn.Module,
+def open_run(kind: str, args: Namespace, start: Start, data: Data, model: torch.nn.Module,
              device: torch.device, loss_function: Callable) -> Run:
     """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'.
 

@@ -1,8 +1,8 @@
 """What the flags of a run ask for: its device, data and networks."""
-import argparse
 import shlex
 import sys
 import warnings
+from argparse import Namespace
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from self_models.spiking_network import SpikingNetwork
 from self_models.surrogate import FLAGS
 
 
-def set_up_device(args: argparse.Namespace) -> torch.device:
+def set_up_device(args: Namespace) -> torch.device:
     """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there.
 
     Where torchrun started several processes, they meet here, and each has its own device.
@@ -56,7 +56,7 @@ def _device(args):
     return torch.device('cuda', numbers[0])
 
 
-def notes(args: argparse.Namespace, device: torch.device, model: torch.nn.Module) -> list[str]:
+def notes(args: Namespace, device: torch.device, model: torch.nn.Module) -> list[str]:
     """What is to be said of the flags and the network on this device, a list of lines."""
     said = []
     normed = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -70,7 +70,7 @@ def notes(args: argparse.Namespace, device: torch.device, model: torch.nn.Module
     return said
 
 
-def load_data(args: argparse.Namespace) -> Data:
+def load_data(args: Namespace) -> Data:
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
     with distributed.main_first():
         sampling = data.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
@@ -78,7 +78,7 @@ def load_data(args: argparse.Namespace) -> Data:
         return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
 
 
-def build_ann(args: argparse.Namespace, data: Data, activation: str, levels: int, batch_norm: bool,
+def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_norm: bool,
               bounds: str = 'layer') -> torch.nn.Module:
     """The ANN that the flags ask for, for this data. Raises UserError if the two do not go together, and for a network
     of one's own that cannot become a spiking one."""
@@ -93,7 +93,7 @@ def build_ann(args: argparse.Namespace, data: Data, activation: str, levels: int
                   batch_norm=batch_norm, bounds=bounds).to(memory_format=torch.channels_last)
 
 
-def build_snn(args: argparse.Namespace, data: Data, state: dict | None = None) -> SpikingNetwork:
+def build_snn(args: Namespace, data: Data, state: dict | None = None) -> SpikingNetwork:
     """The spiking network that the flags ask for, for this data and for the weights of a checkpoint's `state`.
 
     Raises UserError where they do not go together.
@@ -123,7 +123,7 @@ def _build(vgg, resnet, args, data, **options):
         raise UserError(str(error)) from error
 
 
-def check_levels(model: torch.nn.Module, args: argparse.Namespace) -> None:
+def check_levels(model: torch.nn.Module, args: Namespace) -> None:
     """Raise UserError if the code of a network of one's own has QCFS of other levels than the flags say."""
     wanted = args.levels if args.activation == 'QCFS' else None
     for levels in {module.levels for module in model.modules() if isinstance(module, self_models.QCFS)} - {wanted}:
@@ -131,7 +131,7 @@ def check_levels(model: torch.nn.Module, args: argparse.Namespace) -> None:
                         f'--activation QCFS --levels {levels}')
 
 
-def check_steps(model: SpikingNetwork, args: argparse.Namespace) -> list[str]:
+def check_steps(model: SpikingNetwork, args: Namespace) -> list[str]:
     """A list of lines to say of too few time steps; UserError where several processes were to train."""
     silent = too_few_steps(model)
     if silent and distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient

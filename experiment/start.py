@@ -2,11 +2,11 @@
 
 From here on arguments are only read.
 """
-import argparse
 import dataclasses
 import importlib.util
 import os
 import shlex
+from argparse import Namespace
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -61,7 +61,7 @@ class Progress:
     trained_as: dict | None = None
 
 
-def find_ann(args: argparse.Namespace) -> Start:
+def find_ann(args: Namespace) -> Start:
     """The Start of a run of ann.py; settles its arguments. Raises UserError."""
     start = _open('ann', args)
     if start.kind == 'scratch' and args.test_only:
@@ -82,7 +82,7 @@ def find_ann(args: argparse.Namespace) -> Start:
     return _checked(start, args, said, {flag: getattr(args, flag) for flag in flags})
 
 
-def find_snn(args: argparse.Namespace, device: torch.device) -> Start:
+def find_snn(args: Namespace, device: torch.device) -> Start:
     """The Start of a run of snn.py; settles its arguments. Raises UserError."""
     choose_backend(args, device)
     start = _open('snn', args)
@@ -106,7 +106,7 @@ def _checked(start, args, said, layers):
     return start._replace(said=said)
 
 
-def check_network(args: argparse.Namespace, start: Start, layers: dict) -> None:
+def check_network(args: Namespace, start: Start, layers: dict) -> None:
     """Raise UserError for a network of one's own that cannot be taken, and for an ANN's weights that do not fit.
 
     Before data are read, or downloaded. Of a published network the number of classes, and with it the last layer, is
@@ -131,7 +131,7 @@ def check_network(args: argparse.Namespace, start: Start, layers: dict) -> None:
         checkpoint.fitting(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
 
 
-def take_defaults(args: argparse.Namespace, state: dict | None) -> list[str]:
+def take_defaults(args: Namespace, state: dict | None) -> list[str]:
     """Settle what the flags of a conversion mean for the ANN of a checkpoint's `state`, or without one (None).
 
     An ANN of QCFS brings its thresholds: it is converted to direct input, neurons without delay and half a threshold to
@@ -174,7 +174,7 @@ def take_defaults(args: argparse.Namespace, state: dict | None) -> list[str]:
     return said
 
 
-def choose_backend(args: argparse.Namespace, device: torch.device) -> None:
+def choose_backend(args: Namespace, device: torch.device) -> None:
     """What runs the neurons: --backend or, without it, Triton's kernels on CUDA. Raises UserError.
 
     Goes into the arguments, which the log shows.
@@ -190,7 +190,7 @@ LASTING = ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_
            'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak')
 
 
-def check_lasting(args: argparse.Namespace, state: dict, path: Path | str) -> None:
+def check_lasting(args: Namespace, state: dict, path: Path | str) -> None:
     """Raise UserError where a training would go on with other flags than it can."""
     idle = options.without_effect(vars(args))
     for flag in LASTING:
@@ -201,7 +201,7 @@ def check_lasting(args: argparse.Namespace, state: dict, path: Path | str) -> No
                             + '; go on so, or start anew from its weights with --pretrained_ann or --pretrained_snn')
 
 
-def drop_idle(args: argparse.Namespace, start: Start | None = None) -> list[str]:
+def drop_idle(args: Namespace, start: Start | None = None) -> list[str]:
     """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
 
     Returns a line to say for each that was given.
@@ -256,7 +256,7 @@ def _name(kind, args):
         path, of = args.pretrained_ann, 'ann'
     asked = {'architecture', 'dataset', *(['timesteps'] if of == 'snn' else [])} - args.given
     if path and asked and not args.name:
-        state, args = checkpoint.load(path, of), argparse.Namespace(**vars(args))
+        state, args = checkpoint.load(path, of), Namespace(**vars(args))
         take_network(args, state, path)
         if 'timesteps' in asked:
             args.timesteps = checkpoint.snn_settings(state, path)['timesteps']
@@ -286,7 +286,7 @@ def _take(kind, args, paths):
     return held, *distributed.from_main(find)
 
 
-def keep(args: argparse.Namespace, state: dict, path: Path | str, flags: list[str]) -> None:
+def keep(args: Namespace, state: dict, path: Path | str, flags: list[str]) -> None:
     """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
     saved = state['args']
     for flag in flags:
@@ -320,7 +320,7 @@ def _saved(args, state, path):
     return state['args']
 
 
-def take_network(args: argparse.Namespace, state: dict, path: Path | str) -> list[str]:
+def take_network(args: Namespace, state: dict, path: Path | str) -> list[str]:
     """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
     saved = _saved(args, state, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
@@ -331,7 +331,7 @@ def take_network(args: argparse.Namespace, state: dict, path: Path | str) -> lis
     return [f'taken from {path}: {" ".join(words)}'] if words else []
 
 
-def adopt(args: argparse.Namespace, state: dict, path: Path | str, resumed: bool = False) -> str:
+def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False) -> str:
     """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
 
     resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
@@ -340,7 +340,7 @@ def adopt(args: argparse.Namespace, state: dict, path: Path | str, resumed: bool
     settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
                 if type(saved.get(key)) is type(getattr(args, key))}
     settings |= checkpoint.snn_settings(state, path)
-    thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks', [])  # no flags
+    thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks')  # no flags
     if resumed and args.leak == settings['leak']:
         args.given.discard('leak')  # of the run's own command line; since then leaks may have been learned
     if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':

@@ -305,7 +305,7 @@ def test_published_forms_load(tmp_path):
     {'leak': 2.0}, {'leak': 0}, {'timesteps': 0}, {'timesteps': 2.5}, {'timesteps': float('inf')},
     {'timesteps': 'many'}, {'activation': 'ReLU'}])
 def test_half_an_snn_is_refused(change):
-    state = {'timesteps': 10, 'thresholds': [1.0], 'leak': 1.0, 'activation': 'STDB'}
+    state = {'timesteps': 10, 'thresholds': [1.0], 'leak': 1.0, 'leaks': [], 'activation': 'STDB'}
     assert checkpoint.snn_settings(state, 'a.pth') == state
     state.update(change)
     with pytest.raises(UserError, match='not a whole SNN checkpoint'):
