@@ -511,7 +511,7 @@ def quantized(kind, architecture, timesteps):
 
 @pytest.mark.parametrize('tool', [spikingjelly, snntorch])
 @pytest.mark.parametrize('kind, architecture', [(VGG, 'VGG5'), (ResNet, 'RESNET6')])
-@pytest.mark.parametrize('timesteps', [1, 4, 8])
+@pytest.mark.parametrize('timesteps', [1, 4])
 def test_importers_spike_as_a_converted_network_does_in_the_same_step(
         tool, kind, architecture, timesteps, tmp_path, monkeypatch):
     monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
