@@ -103,21 +103,23 @@ class Walk(Pass):
         self.weight = next(network.parameters())
 
     def made(self, node, value, before):
-        if node.op == 'placeholder':
-            return self.source('input', value, node)
-        flow, layer, module = joined(before), self.layer_of(node), self.module_of(node)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            if layer or node.op == 'output':
-                self.arrive(layer or node.target, flow)
-            elif node.target is identity:
-                self.meet(node.args[1], 'identity', flow, lambda x: x)
-                return flow._replace(spikes=nothing(value), sources={})
-            elif isinstance(module, traced.SYNAPSES) or node.target in (
-                    traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS):
-                return self.synapse(node, module, flow, value)
-            else:
-                return self.passed(node, module, flow, value, before)
-        return self.source(layer, value, node) if layer else None
+        layer, flow = 'input' if node.op == 'placeholder' else self.layer_of(node), None
+        if before:
+            with torch.autocast(self.weight.device.type, enabled=False):
+                flow = self.behind(node, layer, value, before)
+        return self.source(layer, value, node) if layer else flow
+
+    def behind(self, node, layer, value, before):
+        """The Flow behind a call that is no source."""
+        flow, module = joined(before), self.module_of(node)
+        if layer or node.op == 'output':
+            return self.arrive(layer or node.target, flow)
+        if node.target is identity:
+            self.meet(node.args[1], 'identity', flow, lambda x: x)
+            return flow._replace(spikes=nothing(value), sources={})
+        if isinstance(module, traced.SYNAPSES) or node.target in traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS:
+            return self.synapse(node, module, flow, value)
+        return self.passed(node, module, flow, value, before)
 
     def arrive(self, layer, flow):
         """What comes to neurons, or to the output, without a synapse."""
@@ -162,8 +164,8 @@ class Walk(Pass):
 
         def others():
             """The numbers and weights of a sum or a product."""
-            given = (*node.args, node.kwargs.get('other'))
-            return [self.env.get(each, each) for each in given if each is not None and each not in self.found]
+            given = [each for each in (*node.args, node.kwargs.get('other')) if each is not None]
+            return [self.env.get(each, each) for each in given if each not in self.found]
 
         spikes, biased = flow.spikes, flow.biased
         if isinstance(module, PASSED) or node.target in CASTS:

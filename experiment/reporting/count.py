@@ -75,9 +75,10 @@ class PlainCount(Walk):
         super().run(self.network.encode(self.images))
 
     def spikes_of(self, layer, value, node):
-        """A layer: (spikes (n, B, ...) bool, their first step, the potentials that it fired on, some after others)."""
-        spikes, lif = (value != 0).unflatten(0, (self.network.timesteps, -1)), self.module_of(node)
-        return spikes, 0, (self.network._recorded(layer, each, self.env[node.args[0]]).potentials for each in [lif])
+        """Of a layer (spikes (n, B, ...) bool, their first step, what gives the potentials that it fired on)."""
+        def potentials():
+            return [self.network._recorded(layer, self.module_of(node), self.env[node.args[0]]).potentials]
+        return (value != 0).unflatten(0, (self.network.timesteps, -1)), 0, potentials
 
     def source(self, layer, value, node):
         found = self.outline.layers[layer]
@@ -91,7 +92,7 @@ class PlainCount(Walk):
             flow = Flow(spikes.flatten(0, 1), start, {layer: by_step})
             if layer != 'input':
                 found.surrogate = found.surrogate + (delta_t(spikes) if self.network.surrogate.of_spikes else sum(
-                    z_counts(u, found.threshold) for u in potentials))
+                    z_counts(u, found.threshold) for u in potentials()))
         found.first_step, found.spikes = flow.start, found.spikes + by_step
         return flow
 
@@ -134,4 +135,4 @@ class LayerCount(PlainCount):
         else:
             self.next_record()
         spikes = unflatten(train.spikes, train.shape).unflatten(0, train.spikes.shape[:2])
-        return spikes, train.start, (u for _, _, u in record.potentials())
+        return spikes, train.start, lambda: (u for _, _, u in record.potentials())
