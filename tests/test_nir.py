@@ -20,7 +20,7 @@ from torch import nn
 
 import snn
 import step_by_step
-from conftest import SMALL, fails, fill, load, network, run, same, ternary
+from conftest import digits, fails, fill, load, network, run, same, ternary
 from experiment import UserError, engine, nir_export
 from self_models import QCFS, VGG, ResNet, convert, quantize, spiking
 
@@ -569,7 +569,7 @@ def test_snntorch_fires_above_the_threshold(one_neuron, tmp_path):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-FLAGS = [*SMALL, '--default_threshold', '0.3', '--export_nir']
+FLAGS = [*digits(20, 10), '--default_threshold', '0.3', '--export_nir']
 
 
 def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, in_an_empty_folder, capsys):
