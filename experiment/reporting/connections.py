@@ -67,12 +67,11 @@ class Flow(NamedTuple):
     """What one call of the graph gives to the next.
 
     spikes: (rows, ...) how many spikes come there that no synapse has taken, steps outermost; or several of them.
-    start: their first step. sources: the layers that they are from, {name: (n,) their spikes at each step}.
-    real: other values than spikes are among it; constant: all of it is the same at each step. through: the connections
-    that it came through last. biased: whether something is added to it at each step.
+    sources: the layers that they are from, {name: (n,) their spikes at each step}. real: other values than spikes are
+    among it; constant: all of it is the same at each step. through: the connections that it came through last. biased:
+    whether something is added to it at each step.
     """
     spikes: torch.Tensor | tuple
-    start: int
     sources: dict[str, torch.Tensor | None]
     real: bool = False
     constant: bool = False
@@ -83,10 +82,9 @@ class Flow(NamedTuple):
 def joined(flows: list[Flow]) -> Flow:
     """What a call of several is given; its spikes are those of the first."""
     return Flow(
-        flows[0].spikes, min((each.start for each in flows if each.sources), default=0),
-        {name: spikes for each in flows for name, spikes in each.sources.items()}, any(each.real for each in flows),
-        all(each.constant for each in flows), tuple(dict.fromkeys(name for each in flows for name in each.through)),
-        any(each.biased for each in flows))
+        flows[0].spikes, {name: spikes for each in flows for name, spikes in each.sources.items()},
+        any(each.real for each in flows), all(each.constant for each in flows),
+        tuple(dict.fromkeys(name for each in flows for name in each.through)), any(each.biased for each in flows))
 
 
 class Walk(Pass):
@@ -150,7 +148,7 @@ class Walk(Pass):
         turned = 'ranspose' in str(node.target if module is None else type(module))
         per_weight = flow.spikes if turned or node.target in traced.MATRIX_PRODUCTS else value
         self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight[0].numel())
-        return Flow(nothing(value), 0, {}, True, flow.constant, (name,), flow.biased or bias is not None)
+        return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
     def passed(self, node, module, flow, value, before):
         """The Flow behind a call that takes no spikes."""
@@ -204,7 +202,7 @@ class Outline(Walk, BlankPass):
         threshold, leak = self.parameters.get(layer, (None, None))
         self.layers[layer] = Layer(layer, value[0].numel(), threshold, leak=leak)
         constant = self.constant and layer == 'input'
-        return Flow(torch.ones_like(value), 0, {layer: None}, constant, constant)
+        return Flow(torch.ones_like(value), {layer: None}, constant, constant)
 
     def meet(self, name, kind, flow, connect, padded_macs=0):
         plain, spikes, steps = kind == 'identity', flow.spikes[:1].double(), self.network.timesteps

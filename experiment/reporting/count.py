@@ -84,22 +84,22 @@ class PlainCount(Walk):
         found = self.outline.layers[layer]
         if layer == 'input' and self.constant:
             by_step = torch.full((self.window[1],), math.nan, dtype=torch.float64)
-            flow = Flow(nothing(value), 0, {layer: by_step}, real=True, constant=True)
+            flow = Flow(nothing(value), {layer: by_step}, real=True, constant=True)
         else:
-            spikes, start, potentials = self.spikes_of(layer, value, node)
+            spikes, found.first_step, potentials = self.spikes_of(layer, value, node)
             # ten times as fast as sum((1, 2))
             by_step = torch.stack([fired.count_nonzero() for fired in spikes]).double()
-            flow = Flow(spikes.flatten(0, 1), start, {layer: by_step})
+            flow = Flow(spikes.flatten(0, 1), {layer: by_step})
             if layer != 'input':
                 found.surrogate = found.surrogate + (delta_t(spikes) if self.network.surrogate.of_spikes else sum(
                     z_counts(u, found.threshold) for u in potentials()))
-        found.first_step, found.spikes = flow.start, found.spikes + by_step
+        found.spikes = found.spikes + by_step
         return flow
 
     def meet(self, name, kind, flow, connect, padded_macs=0):
         connection, (start, steps) = self.outline.connections[name], self.window
-        connection.first_step, connection.bias_steps = flow.start, steps
-        connection.steps = max(0, start + steps - flow.start)
+        connection.first_step = min((self.outline.layers[each].first_step for each in flow.sources), default=0)
+        connection.steps, connection.bias_steps = max(0, start + steps - connection.first_step), steps
         if connection.mac_steps:
             return
         batch = len(self.images)
