@@ -30,6 +30,12 @@ THRESHOLD = 1 + 2 ** -10  # no potential of `dyadic` weights equals it: importer
 DIGITS = (1, 8, 8)
 
 
+@pytest.fixture(autouse=True)
+def few_neurons(monkeypatch):
+    """VGGs are made quicker with few neurons in their linear layers."""
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)
+
+
 def dyadic(model, mean):
     """float64 weights that are multiples of 1/32, so that sums are exact, whatever their order; eval mode."""
     for i, (_, p) in enumerate(sorted(model.named_parameters())):
@@ -513,8 +519,7 @@ def quantized(kind, architecture, timesteps):
 @pytest.mark.parametrize('kind, architecture', [(VGG, 'VGG5'), (ResNet, 'RESNET6')])
 @pytest.mark.parametrize('timesteps', [1, 4])
 def test_importers_spike_as_a_converted_network_does_in_the_same_step(
-        tool, kind, architecture, timesteps, tmp_path, monkeypatch):
-    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+        tool, kind, architecture, timesteps, tmp_path):
     model, x = quantized(kind, architecture, timesteps), images()
     graph, net = written(model, tmp_path), tool(tmp_path / 'snn.nir')
     start_potentials(net, tool, graph, len(x))
