@@ -92,5 +92,5 @@ class BlankPass(Pass):
 
     def call_module(self, target, args, kwargs):
         if isinstance(self.submodules[target], (LIF, Repeat, HeldDropout, NORMS)):
-            return args[0]
+            return (*args, *kwargs.values())[0]
         return super().call_module(target, args, kwargs)

@@ -73,14 +73,13 @@ def export(model: SpikingNetwork, input_shape: tuple, path: str | Path, **about)
     graph, file = to_graph(model, input_shape, **about), io.BytesIO()
     _nir().write(file, graph)
     write_atomically(Path(path), lambda target: target.write(file.getbuffer()))
-    what, keys = ['subtracts the threshold'], ['reset']
+    told = {'reset': 'subtracts the threshold'}
     if model.delay:
-        what, keys = [*what, 'fires before it integrates'], [*keys, 'fire_before_integrate']
+        told['fire_before_integrate'] = 'fires before it integrates'
     if model.initial_potential:
-        what = [*what, f'begins at {model.initial_potential:g} of the threshold']
-        keys = [*keys, 'initial_potential']
-    return (f'{os.fspath(path)}: written as NIR, whose neurons reset to v_reset: this network {" and ".join(what)}, so '
-            f'set the tool that reads it to that (metadata: {", ".join(keys)})')
+        told['initial_potential'] = f'begins at {model.initial_potential:g} of the threshold'
+    return (f'{os.fspath(path)}: written as NIR, whose neurons reset to v_reset: this network '
+            f'{" and ".join(told.values())}, so set the tool that reads it to that (metadata: {", ".join(told)})')
 
 
 def to_graph(model: SpikingNetwork, input_shape: tuple, **about) -> 'NIRGraph':

@@ -162,8 +162,8 @@ class Nodes(BlankPass):
         if start is None:
             self.refuse(node, ' but to flatten')
         names, factor = self.together(way)
-        if start == 0:
-            factor = np.repeat(np.broadcast_to(factor, given[:1]), math.prod(given[1:]))
+        if start == 0 and factor.ndim:
+            factor = np.repeat(factor, math.prod(given[1:]))
         made = self.nir.Flatten({'input': np.array(given)}, start_dim=start)  # NIR's shapes have no batch
         return {self.add(name, made, shape, *names): factor}
 
@@ -194,10 +194,8 @@ class Nodes(BlankPass):
         if len(shape) == 3 and tuple(sizes) != shape[1:]:
             self.refuse(node, ' with ceil_mode', 'leave ceil_mode out')
         pool = self.add(name, self.nir.AvgPool2d(*map(np.array, windows)), (given[0], *sizes), *names)
-        if len(shape) == 3:
-            return {pool: factor}
-        made = self.nir.Flatten({'input': np.array(self.shapes[pool])}, start_dim=0)
-        return {self.add(f'{name}.flatten', made, shape, pool): factor}
+        way = {pool: factor}
+        return way if len(shape) == 3 else self.flattened(node, f'{name}.flatten', way, self.shapes[pool], shape)
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
@@ -266,14 +264,11 @@ def values(tensor: torch.Tensor) -> np.ndarray:
 def adaptive(sizes: Sequence[int], outputs: Sequence[int]) -> list[Sequence[int]] | None:
     """[kernel, stride, padding] of the pool that an adaptive one is, from maps of `sizes` to such of `outputs`; None if
     they are not the same everywhere."""
-    kernels, strides = [], []
-    for size, number in zip(sizes, outputs, strict=True):
-        starts = [i * size // number for i in range(number)]
-        kernels.append({-(-(i + 1) * size // number) - start for i, start in enumerate(starts)})
-        strides.append({b - a for a, b in zip(starts, starts[1:])} or {1})
-    if any(len(each) > 1 for each in (*kernels, *strides)) or {0} in strides:
-        return None
-    return [[*map(min, kernels)], [*map(min, strides)], (0, 0)]
+    strides = [size // number if number > 1 else 1 for size, number in zip(sizes, outputs, strict=True)]
+    kernels = [size - (number - 1) * stride for size, number, stride in zip(sizes, outputs, strides)]
+    same = all(stride and (i * size // number, -(-(i + 1) * size // number)) == (i * stride, i * stride + kernel)
+               for size, number, stride, kernel in zip(sizes, outputs, strides, kernels) for i in range(number))
+    return [kernels, strides, (0, 0)] if same else None
 
 
 def padding_of(convolution: nn.Module) -> Sequence[int] | None:

@@ -20,7 +20,7 @@ from torch import nn
 
 import snn
 import step_by_step
-from conftest import SMALL, fails, fill, load, network, run, same, ternary
+from conftest import digits, fails, fill, load, network, run, same, ternary
 from experiment import UserError, engine, nir_export
 from self_models import QCFS, VGG, ResNet, convert, quantize, spiking
 
@@ -28,6 +28,12 @@ nir = pytest.importorskip('nir')
 
 THRESHOLD = 1 + 2 ** -10  # no potential of `dyadic` weights equals it: importers differ in whether they fire there
 DIGITS = (1, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def few_neurons(monkeypatch):
+    """VGGs are made quicker with few neurons in their linear layers."""
+    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)
 
 
 def dyadic(model, mean):
@@ -511,10 +517,9 @@ def quantized(kind, architecture, timesteps):
 
 @pytest.mark.parametrize('tool', [spikingjelly, snntorch])
 @pytest.mark.parametrize('kind, architecture', [(VGG, 'VGG5'), (ResNet, 'RESNET6')])
-@pytest.mark.parametrize('timesteps', [1, 4, 8])
+@pytest.mark.parametrize('timesteps', [1, 4])
 def test_importers_spike_as_a_converted_network_does_in_the_same_step(
-        tool, kind, architecture, timesteps, tmp_path, monkeypatch):
-    monkeypatch.setattr('self_models.layers.VGG_HIDDEN', 64)  # it is quicker
+        tool, kind, architecture, timesteps, tmp_path):
     model, x = quantized(kind, architecture, timesteps), images()
     graph, net = written(model, tmp_path), tool(tmp_path / 'snn.nir')
     start_potentials(net, tool, graph, len(x))
@@ -569,7 +574,7 @@ def test_snntorch_fires_above_the_threshold(one_neuron, tmp_path):
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-FLAGS = [*SMALL, '--default_threshold', '0.3', '--export_nir']
+FLAGS = [*digits(20, 10), '--default_threshold', '0.3', '--export_nir']
 
 
 def test_a_run_writes_its_best_epoch_and_says_what_nir_cannot(tmp_path, in_an_empty_folder, capsys):

@@ -11,18 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import nn
+from torch import fx, nn
 from torch.utils.data import TensorDataset
 
 import self_models
 import snn
 import step_by_step
 from conftest import digits, fails, fill, network, run, ternary
-from experiment import engine, setup
+from experiment import engine, graph, setup
 from experiment.data import Data
 from experiment.reporting import count, numbers, plots, report
 from experiment.reporting.connections import Connection, Layer, add_up, ones_through
 from self_models import QCFS, VGG, LayerRecord, LIFParameters, ResNet, convert
+from self_models.conversion import copy_weights
 from self_models.lif import lif_backward
 from self_models.lif_layer import SynapticInput
 from self_models.spike_train import SpikeTrain
@@ -234,6 +235,21 @@ def test_layers_count_spikes_of_every_step():
     for layer, spikes in zip(layers[1:], history, strict=True):
         want = [spikes[t].sum().item() for t in range(layer.first_step, layer.first_step + 7)]
         assert layer.spikes.tolist() == want and layer.neurons == spikes[0][0].numel()
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'VGG16', 'RESNET12'])
+def test_the_graph_of_a_layer_by_layer_network_is_that_of_its_ann(architecture):
+    ann = fill((VGG if architecture.startswith('VGG') else ResNet)(architecture, dataset='MNIST'), 1).eval()
+    model, x = network(architecture, dataset='MNIST').eval(), ternary((2, 1, 28, 28), 5).float()
+    copy_weights(ann, model)
+    found = graph.graph_of(model)
+    for node in found.nodes:
+        if node.target is graph.neurons:
+            node.target = lambda current, layer: current.relu()
+    with torch.no_grad():
+        assert torch.allclose(fx.Interpreter(model, graph=found).run(x), ann(x), rtol=1e-4)
+    assert [node.args[1] for node in found.nodes if len(node.args) == 2 and node.args[1] in model.layer_names] == (
+        model.layer_names)
 
 
 def test_macs_are_those_of_a_flop_counter():

@@ -67,12 +67,11 @@ class Flow(NamedTuple):
     """What one call of the graph gives to the next.
 
     spikes: (rows, ...) how many spikes come there that no synapse has taken, steps outermost; or several of them.
-    start: their first step. sources: the layers that they are from, {name: (n,) their spikes at each step}.
-    real: other values than spikes are among it; constant: all of it is the same at each step. through: the connections
-    that it came through last. biased: whether something is added to it at each step.
+    sources: the layers that they are from, {name: (n,) their spikes at each step}. real: other values than spikes are
+    among it; constant: all of it is the same at each step. through: the connections that it came through last. biased:
+    whether something is added to it at each step.
     """
     spikes: torch.Tensor | tuple
-    start: int
     sources: dict[str, torch.Tensor | None]
     real: bool = False
     constant: bool = False
@@ -83,10 +82,9 @@ class Flow(NamedTuple):
 def joined(flows: list[Flow]) -> Flow:
     """What a call of several is given; its spikes are those of the first."""
     return Flow(
-        flows[0].spikes, min((each.start for each in flows if each.sources), default=0),
-        {name: spikes for each in flows for name, spikes in each.sources.items()}, any(each.real for each in flows),
-        all(each.constant for each in flows), tuple(dict.fromkeys(name for each in flows for name in each.through)),
-        any(each.biased for each in flows))
+        flows[0].spikes, {name: spikes for each in flows for name, spikes in each.sources.items()},
+        any(each.real for each in flows), all(each.constant for each in flows),
+        tuple(dict.fromkeys(name for each in flows for name in each.through)), any(each.biased for each in flows))
 
 
 class Walk(Pass):
@@ -103,21 +101,23 @@ class Walk(Pass):
         self.weight = next(network.parameters())
 
     def made(self, node, value, before):
-        if node.op == 'placeholder':
-            return self.source('input', value, node)
-        flow, layer, module = joined(before), self.layer_of(node), self.module_of(node)
-        with torch.autocast(self.weight.device.type, enabled=False):
-            if layer or node.op == 'output':
-                self.arrive(layer or node.target, flow)
-            elif node.target is identity:
-                self.meet(node.args[1], 'identity', flow, lambda x: x)
-                return flow._replace(spikes=nothing(value), sources={})
-            elif isinstance(module, traced.SYNAPSES) or node.target in (
-                    traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS):
-                return self.synapse(node, module, flow, value)
-            else:
-                return self.passed(node, module, flow, value, before)
-        return self.source(layer, value, node) if layer else None
+        layer, flow = 'input' if node.op == 'placeholder' else self.layer_of(node), None
+        if before:
+            with torch.autocast(self.weight.device.type, enabled=False):
+                flow = self.behind(node, layer, value, before)
+        return self.source(layer, value, node) if layer else flow
+
+    def behind(self, node, layer, value, before):
+        """The Flow behind a call that is no source."""
+        flow, module = joined(before), self.module_of(node)
+        if layer or node.op == 'output':
+            return self.arrive(layer or node.target, flow)
+        if node.target is identity:
+            self.meet(node.args[1], 'identity', flow, lambda x: x)
+            return flow._replace(spikes=nothing(value), sources={})
+        if isinstance(module, traced.SYNAPSES) or node.target in traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS:
+            return self.synapse(node, module, flow, value)
+        return self.passed(node, module, flow, value, before)
 
     def arrive(self, layer, flow):
         """What comes to neurons, or to the output, without a synapse."""
@@ -148,7 +148,7 @@ class Walk(Pass):
         turned = 'ranspose' in str(node.target if module is None else type(module))
         per_weight = flow.spikes if turned or node.target in traced.MATRIX_PRODUCTS else value
         self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight[0].numel())
-        return Flow(nothing(value), 0, {}, True, flow.constant, (name,), flow.biased or bias is not None)
+        return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
     def passed(self, node, module, flow, value, before):
         """The Flow behind a call that takes no spikes."""
@@ -162,8 +162,8 @@ class Walk(Pass):
 
         def others():
             """The numbers and weights of a sum or a product."""
-            given = (*node.args, node.kwargs.get('other'))
-            return [self.env.get(each, each) for each in given if each is not None and each not in self.found]
+            given = [each for each in (*node.args, node.kwargs.get('other')) if each is not None]
+            return [self.env.get(each, each) for each in given if each not in self.found]
 
         spikes, biased = flow.spikes, flow.biased
         if isinstance(module, PASSED) or node.target in CASTS:
@@ -202,7 +202,7 @@ class Outline(Walk, BlankPass):
         threshold, leak = self.parameters.get(layer, (None, None))
         self.layers[layer] = Layer(layer, value[0].numel(), threshold, leak=leak)
         constant = self.constant and layer == 'input'
-        return Flow(torch.ones_like(value), 0, {layer: None}, constant, constant)
+        return Flow(torch.ones_like(value), {layer: None}, constant, constant)
 
     def meet(self, name, kind, flow, connect, padded_macs=0):
         plain, spikes, steps = kind == 'identity', flow.spikes[:1].double(), self.network.timesteps

@@ -75,30 +75,31 @@ class PlainCount(Walk):
         super().run(self.network.encode(self.images))
 
     def spikes_of(self, layer, value, node):
-        """A layer: (spikes (n, B, ...) bool, their first step, the potentials that it fired on, some after others)."""
-        spikes, lif = (value != 0).unflatten(0, (self.network.timesteps, -1)), self.module_of(node)
-        return spikes, 0, (self.network._recorded(layer, each, self.env[node.args[0]]).potentials for each in [lif])
+        """Of a layer (spikes (n, B, ...) bool, their first step, what gives the potentials that it fired on)."""
+        def potentials():
+            return [self.network._recorded(layer, self.module_of(node), self.env[node.args[0]]).potentials]
+        return (value != 0).unflatten(0, (self.network.timesteps, -1)), 0, potentials
 
     def source(self, layer, value, node):
         found = self.outline.layers[layer]
         if layer == 'input' and self.constant:
             by_step = torch.full((self.window[1],), math.nan, dtype=torch.float64)
-            flow = Flow(nothing(value), 0, {layer: by_step}, real=True, constant=True)
+            flow = Flow(nothing(value), {layer: by_step}, real=True, constant=True)
         else:
-            spikes, start, potentials = self.spikes_of(layer, value, node)
+            spikes, found.first_step, potentials = self.spikes_of(layer, value, node)
             # ten times as fast as sum((1, 2))
             by_step = torch.stack([fired.count_nonzero() for fired in spikes]).double()
-            flow = Flow(spikes.flatten(0, 1), start, {layer: by_step})
+            flow = Flow(spikes.flatten(0, 1), {layer: by_step})
             if layer != 'input':
                 found.surrogate = found.surrogate + (delta_t(spikes) if self.network.surrogate.of_spikes else sum(
-                    z_counts(u, found.threshold) for u in potentials))
-        found.first_step, found.spikes = flow.start, found.spikes + by_step
+                    z_counts(u, found.threshold) for u in potentials()))
+        found.spikes = found.spikes + by_step
         return flow
 
     def meet(self, name, kind, flow, connect, padded_macs=0):
         connection, (start, steps) = self.outline.connections[name], self.window
-        connection.first_step, connection.bias_steps = flow.start, steps
-        connection.steps = max(0, start + steps - flow.start)
+        connection.first_step = min((self.outline.layers[each].first_step for each in flow.sources), default=0)
+        connection.steps, connection.bias_steps = max(0, start + steps - connection.first_step), steps
         if connection.mac_steps:
             return
         batch = len(self.images)
@@ -134,4 +135,4 @@ class LayerCount(PlainCount):
         else:
             self.next_record()
         spikes = unflatten(train.spikes, train.shape).unflatten(0, train.spikes.shape[:2])
-        return spikes, train.start, (u for _, _, u in record.potentials())
+        return spikes, train.start, lambda: (u for _, _, u in record.potentials())
