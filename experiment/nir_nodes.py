@@ -75,9 +75,10 @@ class Nodes(BlankPass):
                   if not isinstance(each, fx.Node) or each not in self.found]
         if node.target in PRODUCTS and len(before) == 1 == len(others) and isinstance(others[0], (int, float)):
             return times(way, 1 / others[0] if node.target in QUOTIENTS else others[0])
-        if node.target in SUMS and not others and all(self.env[each].shape[1:] == shape for each in node.args):
+        alike = not others and not node.kwargs and all(self.env[each].shape[1:] == shape for each in node.args)
+        if node.target in SUMS and alike:
             return self.sum(node)
-        if node.target in CATS and argument(node, 1, 'dim', 0) in (1, -1 - len(shape)) and (
+        if node.target in CATS and argument(node, 1, 'dim', 0) in (1, -len(shape)) and (
                 all(each in self.found for each in node.args[0])):
             return self.side_by_side(name, [self.found[each] for each in node.args[0]], shape[0])
         return self.pool(node, name, module, way, given, shape)

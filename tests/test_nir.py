@@ -255,7 +255,7 @@ class Own(nn.Module):
     def forward(self, x):
         a = self.first(x)
         b = F.relu(self.norm(a) + self.inner(a) - a / 4)
-        c = F.relu(self.mixed(torch.cat([F.avg_pool2d(a, 2), self.pool(b) + self.pool(b)], dim=1)))
+        c = F.relu(self.mixed(torch.cat([F.avg_pool2d(a, 2), self.pool(b) + self.pool(b)], dim=-3)))
         d = F.relu(self.grouped(2 * a + b))
         return self.tail(torch.cat([d.flatten(1), c.mean((2, 3)), F.adaptive_avg_pool2d(b, 1).view(x.size(0), -1)], 1))
 
@@ -351,8 +351,9 @@ def test_what_nir_does_not_know_is_refused_by_name(module, words):
     (lambda x: x[:, :1], 'getitem()'), (lambda x: x.chunk(2, 1)[0], 'chunk()'), (lambda x: x + 1, 'add()'),
     (lambda x: x.permute(0, 1, 3, 2), 'permute()'), (lambda x: x.view(x.size(0), 4, 4, 8), 'view() but to flatten'),
     (lambda x: F.pad(x, (1, 1)), 'pad()'), (lambda x: F.conv2d(x, torch.ones(2, 2, 1, 1)), 'conv2d()'),
-    (lambda x: torch.add(x, x, alpha=2), 'add()'), (lambda x: x.mean(2), 'mean()'),
-    (lambda x: torch.cat([x, x], 2), 'cat()'), (lambda x: x * torch.ones(2, 1, 1), 'mul()')])
+    (lambda x: torch.add(x, x, alpha=2), 'add()'), (lambda x: torch.add(input=x, other=x), 'add()'),
+    (lambda x: x.mean(2), 'mean()'), (lambda x: torch.cat([x, x], 2), 'cat()'),
+    (lambda x: x * torch.ones(2, 1, 1), 'mul()')])
 def test_functions_that_nir_does_not_know_are_refused_too(call, words):
     class Net(nn.Module):
         def __init__(self):
