@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,7 @@ def total(values: list[float], device: torch.device) -> list[float]:
     return sums.tolist()
 
 
-def from_main(function: Callable):
+def from_main(function: Callable) -> Any:
     """What function() gives on the main process, on all of them; a UserError that it raises, too."""
     value = error = None
     if is_main():

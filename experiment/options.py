@@ -322,17 +322,16 @@ def several_processes() -> bool:
     return 0 <= rank < size > 1 and bool(os.environ.get('MASTER_ADDR'))
 
 
-def fail(script: str, message: str, status: int = 1, wait: bool | None = None) -> NoReturn:
+def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -> NoReturn:
     """End a script with one line on stderr and a status that is not 0.
 
     Several processes mostly fail for one reason, and torchrun ends the others as soon as one has. So all but the main
-    one wait for that, and speak only where it goes on. wait: whether to, else by that rule.
+    one wait for that, and speak only if this one goes on. main_waits: whether the main one does so, too.
     """
     line = f'{script}: error: {" ".join(message.split())}'
     output_fails()
     if several_processes():
-        waits = os.environ.get('RANK') != '0' if wait is None else wait
-        if waits:
+        if main_waits or os.environ.get('RANK') != '0':
             _end_on_signals()
             time.sleep(5)
         print(line, file=sys.stderr, flush=True)
@@ -418,7 +417,7 @@ def _report_errors(main, args, script):
         if several_processes():
             from experiment import distributed
             if distributed.is_of_an_ended_process(error):
-                fail(script, 'another process of this run has ended, and so this one does', wait=True)
+                fail(script, 'another process of this run has ended, and so this one does', main_waits=True)
         raise
     except OSError as error:
         fail(script, said(error))
