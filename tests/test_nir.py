@@ -624,6 +624,6 @@ def bad(labels):
     run(snn, '-a', 'own.py:net', *flags, '--export_nir', 'own.nir')
     state, graph = load('trained_models/snn/snn_own_net_digits_4.pth')['state_dict'], nir.read('own.nir')
     assert np.allclose(graph.nodes['5'].weight, 0.3 * state['5.weight'])
-    monkeypatch.setattr(engine, 'fit', lambda *_: pytest.fail('came to the training'))
+    monkeypatch.setattr(engine, 'train', lambda *_: pytest.fail('came to the training'))
     fails(snn, '--export_nir: 3: NIR does not know MaxPool2d', '-a', 'own.py:bad', *flags, '--export_nir', 'bad.nir')
     assert {path.name for path in tmp_path.glob('*.nir')} == {'own.nir'}
