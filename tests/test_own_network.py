@@ -577,6 +577,19 @@ def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, n
         close(a.grad, b.grad, 1e-6, 'images', silent=timesteps == 1 or timesteps <= lean.latency)
 
 
+@pytest.mark.parametrize('architecture', ['VGG5', 'VGG9', 'RESNET12'])
+def test_in_one_step_with_a_delay_only_the_last_bias_is_at_the_output(architecture, narrow):
+    lean, plain = both_ways(architecture, 1, encoding='direct', delay=1, initial_potential=0.5)
+    for model in (lean, plain):
+        model.threshold_update(1.0, [0.5] * len(model.thresholds))
+        outputs = model(IMAGES['direct'])
+        outputs.sum().backward()
+        bias = model.get_parameter(f'classifier.{0 if architecture == "RESNET12" else 6}.bias')
+        assert torch.equal(outputs, bias.expand_as(outputs))
+        assert torch.equal(outputs, model.curve(IMAGES['direct'], [1])[0])
+        assert bias.grad.tolist() == [3.0] * len(bias)
+
+
 def same_spikes(lean, plain, x):
     for one, other in zip(lean.record(x), plain.record(x), strict=True):
         train = one.spikes
