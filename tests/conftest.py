@@ -10,6 +10,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # one of two processes: a thread each, also in what tests start
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
 import torch
 
 import ann
