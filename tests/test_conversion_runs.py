@@ -239,7 +239,7 @@ def test_fitting_scale_by_hand():
 def test_a_fitted_output_decides_as_the_mean_does(trained, capsys):
     flags = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--pretrained_ann', trained, '--timesteps', 20, '--epochs', 1,
              '--train_samples', 64, '--calibration_samples', 64, '--calibration_timesteps', 40, '-lr', 1e-8,
-             '--no-gpu', '--num_workers', 0]
+             '--test_samples', 100, '--no-gpu', '--num_workers', 0]
     starts = []
     for output in ('mean', 'fitted'):
         run(snn, *flags, '--output', output, '--name', output)

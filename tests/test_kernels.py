@@ -78,7 +78,7 @@ def test_state_goes_on_from_call_to_call():
 
 
 @pytest.mark.parametrize('kind, architecture, activation', [
-    *((VGG_SNN_STDB, 'VGG5', activation) for activation in SURROGATES),
+    *((VGG_SNN_STDB, 'VGG5', activation) for activation in ('STDB', 'Linear', 'ATan')),
     *((RESNET_SNN_STDB, 'RESNET6', activation) for activation in ('STDB', 'Linear'))])
 def test_networks_agree(kind, architecture, activation):
     results = []

@@ -135,9 +135,8 @@ def test_every_neuron_against_step_by_step(architecture, activation, encoding, d
 
 @pytest.mark.parametrize('activation, width', [
     ('Rectangle', 9.0), ('ATan', 1.5), ('FastSigmoid', 2.0), ('Sigmoid', 2.5), ('Gaussian', 0.8), ('Inverse', 1.0)])
-@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
 @pytest.mark.parametrize('delay, timesteps', [(0, 1), (0, 4), (0, 12), (1, 1), (1, 4), (1, 12)])
-@pytest.mark.parametrize('learned', [{}, LEARNED], ids=['fixed', 'learned'])
+@pytest.mark.parametrize('architecture, learned', [('VGG5', {}), ('RESNET6', LEARNED)], ids=['fixed', 'learned'])
 def test_every_surrogate_against_step_by_step(architecture, activation, width, delay, timesteps, learned, own_classes,
                                               monkeypatch):
     model = filled(architecture, activation=activation, width=width, gamma=0.9, alpha=0.7, encoding='direct',
