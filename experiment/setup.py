@@ -8,7 +8,8 @@ from functools import partial
 import torch
 
 import self_models
-from experiment import UserError, checkpoint, data, distributed, options, own
+from experiment import UserError, checkpoint, distributed, options, own
+from experiment import data as data_sets
 from experiment.data import Data
 from self_models import cpu
 from self_models.spiking_network import SpikingNetwork
@@ -73,9 +74,9 @@ def notes(args: Namespace, device: torch.device, model: torch.nn.Module) -> list
 def load_data(args: Namespace) -> Data:
     """The data set that the flags ask for, as experiment.data.Data. Raises UserError."""
     with distributed.main_first():
-        sampling = data.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
-                                 getattr(args, 'split_seed', None))
-        return data.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
+        sampling = data_sets.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
+                                      getattr(args, 'split_seed', None))
+        return data_sets.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
 
 
 def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_norm: bool,
