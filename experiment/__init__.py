@@ -1,5 +1,6 @@
 """What ann.py and snn.py share: data, checkpoints, epoch loops, options, logs, sweeps."""
 import contextlib
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -7,7 +8,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def importing(package, what, advice=None):
+def importing(package: str, what: str, advice: str | None = None) -> Iterator[None]:
     """Raise UserError where an import in the block fails, whatever it raises: a package that is there may be broken.
 
     what: what needs the package. advice: what to do, if that is not to install it.
