@@ -1,4 +1,5 @@
 """The flags of ann.py and snn.py: their defaults, what they take, and what they refuse."""
+import re
 import subprocess
 import sys
 
@@ -105,7 +106,8 @@ def test_surrogates_and_encodings_are_offered_without_waiting_for_torch(own_clas
     code = 'import sys, snn; snn.get_args_parser().format_help(); sys.exit("torch" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
     text = ' '.join(snn.get_args_parser().format_help().split())
-    assert '--width X width of Rectangle; steepness of ATan, FastSigmoid, Sigmoid, Gaussian; default 1.0' in text
-    assert '--alpha X height of STDB, Inverse; default 0.3' in text and '{poisson,direct,Alternating}' in text
+    assert re.search(r'--width X width of Rectangle; steepness of ATan, FastSigmoid, Sigmoid,( \w+,)* Gaussian;', text)
+    assert re.search(r'--alpha X height of STDB,( \w+,)* Inverse; default 0.3', text)
+    assert '{poisson,direct,Alternating}' in text
     args = snn.get_args_parser().parse_args(['--activation', 'Gaussian', '--encoding', 'Alternating'])
     assert options.without_effect(vars(args)).keys() & {'alpha', 'beta', 'gamma', 'width'} == {'alpha', 'beta'}
