@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# What is to be seen on a GPU, in pieces of under ten minutes each; the output of each goes to results/gpu/PIECE.txt.
+# What is to be seen on a GPU, in pieces that each end within four minutes; the output of each goes to
+# results/gpu/PIECE.txt.
 #
-#     bash benchmarks/gpu.sh                            # all; a piece whose output is there already is skipped
-#     bash benchmarks/gpu.sh tests_neurons kernels      # these
-#     RESULTS=DIR bash benchmarks/gpu.sh --device cpu   # tiny networks, to try it without a GPU; into another folder
+#     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash benchmarks/gpu.sh   # all; without DATA: CIFAR10
+#     bash benchmarks/gpu.sh low_latency_VGG16 train_1                                    # these
+#     RESULTS=DIR bash benchmarks/gpu.sh --device cpu  # tiny, to try it without a GPU; into another folder
 #
-# A piece that fails or takes too long leaves PIECE.part, is done again the next time, and keeps none of the others from
-# running; the status is 1 then.
+# A piece whose output is there is skipped. A training that is out of time keeps its checkpoint and resumes when this is
+# run again; any other piece that fails or is out of time is done again. PIECE.part holds what was printed. The pieces
+# behind it run all the same; the status is 1 then.
 set -uo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 device=cuda
@@ -16,80 +18,65 @@ folder=$(mkdir -p "${RESULTS:-results/gpu}" && cd "${RESULTS:-results/gpu}" && p
 failed=()
 
 if [ "$device" = cuda ]; then
-    published=VGG16:100:64 low_latency=VGG16:4:128 repeats=5
-    fast_tests=(-m 'not slow') slow_tests=(-m slow)
-    neuron_tests=(tests/test_{cuda,kernels,neuron,spiking,balancing,low_latency,benchmarks}.py)
-    export NETWORK=VGG16 T=100 TRAIN=2000 TEST=200 FLAGS='--gpu --amp --batch_size 64' CALIBRATION=
+    deep=(VGG16 RESNET20) rows=(VGG16:100:64 VGG16:4:128 RESNET20:4:64) repeats=5
+    tests=(tests/test_*.py)
+    export DATA=${DATA:---dataset CIFAR10} SEEDS=${SEEDS:-1}
+    export NETWORK=VGG16 T=100 ANN='--epochs 111 --batch_size 128 --amp' SNN='--epochs 10 --train_samples 12800 --amp'
 else
-    published=VGG5:12:2 low_latency=VGG5:4:2 repeats=1
-    fast_tests=(tests/test_flags.py) slow_tests=(tests/test_flags.py) neuron_tests=(tests/test_kernels.py)
-    export NETWORK=VGG5 T=12 TRAIN=20 TEST=5 FLAGS='--no-gpu --amp --batch_size 50'
-    export CALIBRATION='--calibration_samples 20 --calibration_timesteps 30'
+    deep=(VGG5) rows=(VGG5:12:2 VGG5:4:2) repeats=1
+    tests=(tests/test_flags.py)
+    export DATA='--dataset DIGITS' SEEDS=0 EPOCHS=1 FURTHER=1 AMP= EXTRA='--no-gpu --train_samples 256 --cutout 2'
+    export NETWORK=VGG5 T=12 ANN='--no-gpu --epochs 1 --train_samples 256 --cutout 2'
+    export SNN='--no-gpu --epochs 1 --train_samples 64 --calibration_samples 20 --calibration_timesteps 30'
 fi
 
 piece() {  # name, command
-    local name=$1
+    local name=$1 status
     shift
     if [ "$wanted" != '  ' ] && [ "${wanted/ $name /}" = "$wanted" ]; then return; fi
     if [ -e "$folder/$name.txt" ]; then echo "$name: is there already"; return; fi
     echo "$name: ..."
-    if timeout 590 "$@" > "$folder/$name.part" 2>&1; then
+    timeout 230 "$@" > "$folder/$name.part" 2>&1
+    status=$?
+    tail -n 3 "$folder/$name.part"
+    if [ $status = 0 ]; then
         mv "$folder/$name.part" "$folder/$name.txt"
-        tail -n 3 "$folder/$name.txt"
     else
-        echo "$name: failed, see $folder/$name.part"
-        tail -n 3 "$folder/$name.part"
+        if [ $status = 124 ]; then echo "$name: out of time; run this again"; else echo "$name: failed"; fi
         failed+=("$name")
     fi
 }
 
-compare() {  # name, row, tasks
-    piece "$1" python benchmarks/compare.py --rows "$2" --tasks "${@:3}" --repeats $repeats --device $device --amp \
-                                            --json "$folder/$1.json"
-}
-
-epochs() {  # flags of ann.py, then of snn.py: an epoch of each, on pictures made for it, TRAIN and TEST of each class
+published() {  # train NETWORK's ANN, convert it and fine-tune it at T
     set -euo pipefail
-    local root=$PWD
-    scratch=$(mktemp -d)  # not local: the trap runs after the function
-    trap 'rm -rf "$scratch"' EXIT
-    cd "$scratch"
-    python - "$TRAIN" "$TEST" <<'END'
-import pathlib, sys
-import numpy
-from PIL import Image
-random = numpy.random.default_rng(0)
-for kind, count in zip(('train', 'test'), map(int, sys.argv[1:])):
-    for label in range(10):
-        folder = pathlib.Path('pictures', kind, f'class{label}')
-        folder.mkdir(parents=True)
-        for i in range(count):  # a stripe tells the class
-            image = random.integers(0, 256, (32, 32, 3), dtype=numpy.uint8)
-            image[3 * label:3 * label + 5] |= 192
-            Image.fromarray(image).save(folder / f'{i}.png')
-END
-    local data="-a $NETWORK --dataset FOLDER --data_dir pictures --image_size 32 --epochs 1"
-    python "$root/ann.py" $data $FLAGS --batch_norm --name ann $1
-    python "$root/snn.py" $data $FLAGS --pretrained_ann trained_models/ann/ann.pth --name snn $2
-    cat logs/ann/ann.jsonl logs/snn/snn.jsonl
+    eval "data=(${DATA})"
+    python ann.py -a "$NETWORK" "${data[@]}" --validation_fraction 0.04 -lr 0.05 --lr_schedule cosine --cutout 8 \
+                  --seed 1 --name gpu_published --resume auto $ANN
+    python snn.py -a "$NETWORK" "${data[@]}" --validation_fraction 0.04 --timesteps "$T" -lr 2e-5 --dropout 0 \
+                  --lr_schedule cosine --scaling_factor auto --seed 1 --name gpu_published --resume auto \
+                  --pretrained_ann trained_models/ann/gpu_published.pth $SNN
 }
-export -f epochs
+export -f published
 
-piece tests_neurons python -m pytest -rs "${neuron_tests[@]}"
-piece kernels python benchmarks/compare.py --rows $published $low_latency --tasks kernels --repeats $repeats \
-                                           --device $device --json "$folder/kernels.json"
-compare train_published $published train
-compare test_published $published test
-compare train_low_latency $low_latency train
-compare test_low_latency $low_latency test
-compare shares_published $published shares growth
-compare shares_low_latency $low_latency shares growth
-piece epochs_published bash -c 'epochs "" "--timesteps $T $CALIBRATION"'
-piece epochs_low_latency bash -c 'epochs "--activation QCFS" "--timesteps 4 --activation Linear"'
-piece tests_fast python -m pytest -rs "${fast_tests[@]}"
-piece tests_slow python -m pytest -rs "${slow_tests[@]}"
+for network in "${deep[@]}"; do
+    piece "low_latency_$network" env ARCHITECTURE="$network" bash recipes/low_latency.sh
+done
+for i in "${!rows[@]}"; do
+    for task in train test; do
+        piece "${task}_$((i + 1))" python benchmarks/compare.py --rows "${rows[i]}" --tasks $task --repeats $repeats \
+              --device $device --amp --json "$folder/${task}_$((i + 1)).json"
+    done
+done
+piece published bash -c published
+for i in "${!rows[@]}"; do
+    piece "shares_$((i + 1))" python benchmarks/compare.py --rows "${rows[i]}" --tasks kernels shares growth \
+          --repeats $repeats --device $device --json "$folder/shares_$((i + 1)).json"
+done
+for file in "${tests[@]}"; do
+    piece "$(basename "$file" .py)" python -m pytest -rs "$file"
+done
 
 if [ ${#failed[@]} -gt 0 ]; then
-    echo "failed: ${failed[*]}"
+    echo "to be run again: ${failed[*]}"
     exit 1
 fi

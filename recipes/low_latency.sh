@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: an ANN of QCFS, converted and fine-tuned with Linear. T of
-# 2 and 1 are of that ANN trained further with four levels. ARCHITECTURE may be a network of your own, FILE.py:NAME, the
+# VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: a QCFS ANN, converted and fine-tuned with Linear. T of 2
+# and 1 are of that ANN trained further with four levels. ARCHITECTURE may be a network of your own, FILE.py:NAME, the
 # file as seen from the project's folder.
 #
 #     bash recipes/low_latency.sh
 #     ARCHITECTURE=VGG9 EPOCHS=46 bash recipes/low_latency.sh
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' SEEDS=1 bash recipes/low_latency.sh
 #
-# Stopped, it goes on where it was. How long it takes, on two cores with bfloat16 and on an H200 (a GPU; two seeds and
+# Stopped, it resumes where it was. How long it takes, on two cores with bfloat16 and on an H200 (a GPU; two seeds and
 # another training side by side):
 #                                two cores    H200
 #     an epoch of the ANN           62 s       3 s
@@ -15,8 +15,8 @@
 #     a seed                     2 h 45 min    (its ANN, T = 8 and 4: 7 min)
 # With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
 # EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes 1 h 50 min and gets a point less at T of 8 and 4; it is in the
-# names then. SEEDS: of the ANN and what comes of it, one run after another ('0 1'). EXTRA: flags for all runs, as
-# --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
+# names then. FURTHER: of its training with four levels, 46. SEEDS: of the ANN and what comes of it, one run after another
+# ('0 1'). EXTRA: flags for all runs, as --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
@@ -38,7 +38,7 @@ for seed in "${seeds[@]}"; do
     eight=${network}_qcfs_seed$seed
     four=${network}_qcfs_four_levels_seed$seed
     train_ann --learning_rate 1.5e-3 --epochs "${EPOCHS:-100}" --name "$eight"
-    train_ann --learning_rate 1e-3 --epochs 46 --name "$four" --levels 4 \
+    train_ann --learning_rate 1e-3 --epochs "${FURTHER:-46}" --name "$four" --levels 4 \
               --pretrained_ann "trained_models/ann/$eight.pth"
     for run in "8 1 5e-5 $eight --train_samples 6400" "4 1 1e-4 $eight" "2 1 1e-4 $four" "1 3 1e-4 $four"; do
         read -r steps epochs rate ann more <<< "$run"

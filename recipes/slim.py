@@ -1,0 +1,52 @@
+"""Write a checkpoint to share: without its optimizer, and with the weights of its layers in 16 bits.
+
+    python recipes/slim.py trained_models/snn/mine.pth shared.pth
+
+Training can start from it, with --pretrained_ann or --pretrained_snn, but not resume. Rounding the weights (float16, 11
+bits) may move the accuracy by a few images: test the new file.
+"""
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from experiment import UserError, checkpoint, files, options  # noqa: E402
+
+KEPT = ('accuracy', 'epoch', 'classes', 'trained_on', 'thresholds', 'timesteps', 'activation', 'leak', 'leaks', 'args')
+
+
+def slim(state: dict) -> dict:
+    """What of a checkpoint a network needs to be tested, to predict and to be trained on.
+
+    Weights of convolutions and linear layers become float16; vectors, as of batch norm, stay as they are.
+    """
+    def usual(entry):  # where the pictures lie here is nobody's business
+        folder = entry.get('data_dir')
+        own = entry['dataset'] in ('FOLDER', 'IMAGENET')
+        return {**entry, 'data_dir': f'~/Datasets/{Path(folder).name}' if own else folder and '~/Datasets'}
+
+    kept = {key: state[key] for key in KEPT if key in state}
+    kept |= {'args': usual(state['args']), 'trained_on': [each and usual(each) for each in state['trained_on']]}
+    weights = {name: value.half() if value.dtype == torch.float32 and value.dim() > 1 else value
+               for name, value in state['state_dict'].items()}
+    return {**kept, 'state_dict': weights}
+
+
+def main(source: str, target: str) -> None:
+    state = checkpoint.read(source)
+    if not isinstance(state, dict) or not isinstance(state.get('args'), dict):
+        raise UserError(f'{source}: is no checkpoint of ann.py or snn.py')
+    files.write_atomically(Path(target), partial(torch.save, slim(state)))
+    print(f'{target}: {Path(target).stat().st_size:,} bytes')
+
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3:
+        options.fail('slim.py', 'give the checkpoint and the name of the new file', 2)
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        options.fail('slim.py', str(error))

@@ -1,0 +1,64 @@
+"""The networks in pretrained/, as the read-me has users try them first."""
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import snn
+from conftest import ROOT, fails, run
+from experiment import checkpoint, data
+from recipes import slim
+
+FILES = sorted((ROOT / 'pretrained').glob('*.pth'))
+PAGE = (ROOT / 'pretrained/README.md').read_text()
+DIGITS = ('--architecture', f'{ROOT}/examples/network.py:small', '--pretrained_snn',
+          ROOT / 'pretrained/small_digits_4.pth', '--no-gpu')
+pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
+
+
+def test_digits_has_the_accuracy_that_its_page_gives(capsys):
+    run(snn, *DIGITS, '--test_only')
+    percent, = re.findall(r'\| `small_digits_4\.pth` \|.*\| ([\d.]+) \|', PAGE)
+    found, = re.findall(r'loaded SNN +([\d.]+)%', capsys.readouterr().out)
+    assert abs(float(found) - float(percent)) < 0.6  # two of 360 images: processors add up in other orders
+
+
+def test_digits_says_what_a_picture_shows(capsys):
+    from PIL import Image
+
+    test = data.load('DIGITS', '').test
+    for i in range(20):
+        Image.fromarray((test.images[i, 0].long() * 255 // 16).byte().numpy()).save(f'{i}.png')
+    run(snn, *DIGITS, '--predict', *(f'{i}.png' for i in range(20)))
+    said = capsys.readouterr().out.splitlines()[1:]
+    assert sum(line.startswith(f'{i}.png: {test.labels[i]} ') for i, line in enumerate(said)) >= 18
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
+def test_a_file_holds_a_network_and_nothing_of_its_makers(path):
+    state = checkpoint.load(path, 'snn')
+    assert 'optimizer' not in state and path.name in PAGE
+    folders = [state['args']['data_dir'], *(each['data_dir'] for each in state['trained_on'])]
+    assert all(folder is None or folder.startswith('~/Datasets') for folder in folders)
+    assert all(torch.isfinite(value).all() for value in state['state_dict'].values())
+
+
+def test_all_together_take_six_megabytes_at_most():
+    assert 0 < sum(path.stat().st_size for path in FILES) <= 6e6
+
+
+def test_slim_keeps_what_a_network_gives(capsys):
+    """Rounded once, weights stay as they are when they are rounded again; the answers are those of the rounded ones."""
+    small = str(ROOT / 'pretrained/small_digits_4.pth')
+    slim.main(small, 'again.pth')
+    first, second = torch.load(small), torch.load('again.pth')
+    assert first.keys() == second.keys() and first['thresholds'] == second['thresholds']
+    assert all(torch.equal(value, second['state_dict'][name]) for name, value in first['state_dict'].items())
+    run(snn, *DIGITS[:2], '--pretrained_snn', 'again.pth', '--no-gpu', '--epochs', 1, '--train_samples', 32,
+        '--test_samples', 50)  # it can be trained on
+    fails(snn, 'holds no training to resume', *DIGITS[:2], '--no-gpu', '--resume', 'again.pth')
+    Path('no.pth').write_text('no checkpoint')
+    with pytest.raises(slim.UserError, match='not a checkpoint'):
+        slim.main('no.pth', 'never.pth')
+    assert not Path('never.pth').exists()
