@@ -18,14 +18,13 @@ the metadata runs another network.
 """
 import io
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from experiment import UserError, importing
-from experiment.files import write_atomically
+from experiment.files import probe, write_atomically
 from experiment.nir_nodes import Nodes
 from self_models.encoding import ENCODINGS
 from self_models.spiking_network import SpikingNetwork
@@ -58,8 +57,7 @@ def check(path: str) -> None:
     if not folder.is_dir():
         raise UserError(f'--export_nir {path}: there is no folder {folder}; make it, or name another')
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        probe(folder)
     except OSError as error:
         raise UserError(f'--export_nir {path}: cannot write in {folder} ({error.strerror}); make it writable, or '
                         'name another') from error

@@ -25,9 +25,12 @@ def find(architecture: str) -> Callable:
         make = getattr(_module(path), name, None)
     except (Exception, SystemExit) as error:  # anything, as it is the user's code
         _refuse(architecture, error=error)
-    if not callable(make) or isinstance(make, nn.Module):
-        _refuse(architecture, f'{file} has no function or class {name}' + (
-            ', but a network of that name: give a function that returns it' if callable(make) else ''))
+    if make is None:
+        _refuse(architecture, f'{file} has no function or class {name}')
+    if isinstance(make, nn.Module):
+        _refuse(architecture, f'{name} in {file} is a network: give a function or class that returns it')
+    if not callable(make):
+        _refuse(architecture, f'{name} in {file} is of type {type(make).__name__}: give a function or class')
     return make
 
 

@@ -5,7 +5,7 @@ sums are torch's own. A spike is worth its threshold: an LIF gives theta s(t), s
 of a sum stay in the units of the ANN, and the output's mean over time stands for its logits.
 """
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -280,26 +280,9 @@ class PlainNetwork(Graphed, SpikingNetwork):
     def balanced(self) -> int:
         return len(self.layer_names)
 
-    @torch.no_grad()
-    def leak_update(self, leaks: Sequence[float]) -> None:
-        """Set the leaks of all LIFs, each in (0, 1]. Raises ValueError for others or another number of them."""
-        leaks = [check_leak(float(leak)) for leak in leaks]
-        if len(leaks) != len(self.layer_names):
-            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.layer_names)} LIF layers')
-        for lif, leak in zip(self.lifs, leaks):
-            lif.leak.fill_(leak)
-
-    @torch.no_grad()
-    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
-        """Set the thresholds of all LIFs, each times scaling_factor. Changes no argument.
-
-        Raises ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
-        """
-        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
-        if thresholds and len(thresholds) != len(self.layer_names):
-            raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.layer_names)} LIF layers')
-        for lif, threshold in zip(self.lifs, thresholds):
-            lif.threshold.fill_(threshold)
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        for lif, value in zip(self.lifs, values):
+            getattr(lif, what.removesuffix('s')).fill_(value)
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -78,15 +78,6 @@ class SpikeTrain:
             counts *= self.mask
         return flatten(self.pool(unflatten(counts[None], self.shape)), 1)[0]
 
-    def spikes_per_input(self, steps: int) -> torch.Tensor:
-        """How many spikes of the first `steps` steps, over all samples, come to each input of the next layer.
-
-        (C, H', W') or (features,) of float64. A spike counts whatever its sign, which is the mask's, and whole, though
-        a pool gives a quarter of it on.
-        """
-        counts = dataclasses.replace(self, mask=None).total(slice(0, steps), torch.float64).sum(0)
-        return unflatten(counts[None, None], self.pooled_shape)[0] * 4 ** self.pools
-
     def pull_back(self, grad: torch.Tensor, samples: slice, dtype: torch.dtype,
                   scale: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The gradient of floats(), (n, b, N'), times scale, back through pools and mask: (n, b, N) of `dtype`."""

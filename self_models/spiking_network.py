@@ -87,8 +87,9 @@ def stages_of(modules: Iterable[nn.Module]) -> list[Stage]:
 
 class SpikingNetwork(nn.Module):
     """The hyper-parameters that all spiking networks share. A subclass has `thresholds` and `leaks`, 1-D tensors with a
-    value for each LIF layer in the order of `layer_names`, `threshold_update`, `leak_update` and `constrain`; forward,
-    `curve` and `record`; and `depth`, the LIF layers on the shortest way from input to output.
+    value for each LIF layer in the order of `layer_names`, `set_neurons` and `constrain`; forward, `curve` and
+    `record`; `balanced`, how many layers threshold balancing reaches; and `depth`, the LIF layers on the shortest way
+    from input to output.
 
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
     (rate coding), 'direct' (the image itself at each step) or another, see encoding.py. delay: 1, or 0 for neurons that
@@ -138,6 +139,32 @@ class SpikingNetwork(nn.Module):
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.leak_update([leak] * len(self.leaks))
 
+    @torch.no_grad()
+    def leak_update(self, leaks: Sequence[float]) -> None:
+        """Set the leaks of all LIF layers, each in (0, 1]. Raises ValueError for others or another number of them."""
+        leaks = [check_leak(float(leak)) for leak in leaks]
+        if len(leaks) != len(self.layer_names):
+            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.layer_names)} LIF layers')
+        self.set_neurons('leaks', leaks)
+
+    @torch.no_grad()
+    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
+        """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
+
+        If a layer-by-layer network carries its thresholds, the weights behind each layer change with its threshold.
+        Raises ValueError for another number of thresholds, or if one is not above 0. Without any, nothing happens.
+        """
+        count = len(self.layer_names)
+        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
+        if thresholds and len(thresholds) not in (self.balanced, count):
+            raise ValueError(f'{len(thresholds)} thresholds for a network of {count} LIF layers'
+                             + (f', {self.balanced} of them balanced' if self.balanced < count else ''))
+        self.set_neurons('thresholds', thresholds)
+
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        """Set the 'thresholds' or 'leaks' of the first layers to these values."""
+        raise NotImplementedError
+
     def checked_curve(self, at: Sequence[float]) -> list[int]:
         """The time steps that curve() is to tell of, as a list. Raises ValueError for others than it can."""
         given, at = list(at), [int(steps) for steps in at]
@@ -181,28 +208,11 @@ class LayerByLayer(SpikingNetwork):
         thresholds, else, as published, those before the residual blocks."""
         return len(self.layer_names) if self.carried else self.first
 
-    @torch.no_grad()
-    def leak_update(self, leaks: Sequence[float]) -> None:
-        """Set the leaks of all LIF layers, each in (0, 1]. Raises ValueError for others or another number of them."""
-        leaks = [check_leak(float(leak)) for leak in leaks]
-        if len(leaks) != len(self.leaks):
-            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.leaks)} LIF layers')
-        self.leaks.copy_(torch.tensor(leaks, dtype=torch.float64))
-
-    @torch.no_grad()
-    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
-        """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
-
-        If the network carries its thresholds, the weights behind each layer change with its threshold. Raises
-        ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
-        """
-        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
-        if thresholds and len(thresholds) not in (self.balanced, len(self.thresholds)):
-            raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.thresholds)} LIF layers'
-                             + (f', {self.balanced} of them balanced' if self.balanced < len(self.thresholds) else ''))
-        self.thresholds[:len(thresholds)] = torch.tensor(thresholds, dtype=torch.float64).to(self.thresholds)
-        if self.carried:
-            self.carry(thresholds)
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        own = getattr(self, what)
+        own[:len(values)] = torch.tensor(values, dtype=torch.float64).to(own)
+        if what == 'thresholds' and self.carried:
+            self.carry(values)
 
     @torch.no_grad()
     def carry(self, thresholds: Sequence[float]) -> None:
@@ -291,9 +301,9 @@ class LayerByLayer(SpikingNetwork):
 
     def is_silent(self, x: torch.Tensor) -> bool:
         """Whether no spike can reach the output: of no images, or in so few steps, if no bias makes a neuron fire."""
-        synapses = [synapse for stage in self.stages() for _, synapse in stage.inputs]
-        biased = any(getattr(synapse, 'bias', None) is not None for synapse in synapses)
-        return not len(x) or self.timesteps <= self.latency and not biased
+        if not len(x) or self.timesteps > self.latency:
+            return not len(x)
+        return all(getattr(synapse, 'bias', None) is None for stage in self.stages() for _, synapse in stage.inputs)
 
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
         """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
