@@ -236,21 +236,31 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, loss
     return meter.metrics(device)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, device: torch.device, amp: bool = False,
-             say: Callable | None = None, at: list[int] | None = None) -> tuple[Metrics, list[float]]:
-    """One pass over a loader without training; returns (its Metrics, accuracies after each of `at` time steps).
+def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: Namespace,
+         say: Callable | None = None) -> Metrics:
+    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
+    return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
-    loss_function: as for train_epoch. say: prints the accuracy after every batch. at: of a spiking network, time steps
-    in ascending order, of which the last gives the Metrics; None for all of them at once.
+
+@torch.no_grad()
+def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
+                   args: Namespace, say: Callable | None = None,
+                   at: list[int] | None = None) -> tuple[Metrics, list[float]]:
+    """test(), and with it the accuracies of a spiking network after each of `at` time steps.
+
+    loss_function: as for train_epoch. say: prints the accuracy after every batch. at: time steps in ascending order, of
+    which the last gives the Metrics; None for all of them at once.
     """
+    process = distributed.process()
+    seed_all(seed_for(args.seed, 0, process.rank))
+    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', process=process)
     model.eval()
     total_loss, correct, seen = 0.0, torch.zeros(len(at or [0]), dtype=torch.int64), 0
     bar = tqdm(loader, desc='test', leave=False, disable=None if distributed.is_main() else True)
     for number, (images, labels) in enumerate(bar, 1):
         seen += (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, amp):
+        with autocast(device, args.amp):
             outputs = model.curve(images, at) if at else model(images)[None]  # (len(at), B, labels)
             total_loss += loss_function(outputs[-1], labels).item()
         correct += (outputs.argmax(2) == labels).sum(1).cpu()
@@ -261,22 +271,6 @@ def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, devi
     total_loss, seen, *correct = distributed.total([total_loss, seen, *correct.tolist()], device)
     accuracies = [count / seen for count in correct]
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
-
-
-def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: Namespace,
-         say: Callable | None = None) -> Metrics:
-    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
-    return test_over_time(model, dataset, loss_function, device, args, say)[0]
-
-
-def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
-                   args: Namespace, say: Callable | None = None,
-                   at: list[int] | None = None) -> tuple[Metrics, list[float]]:
-    """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
-    process = distributed.process()
-    seed_all(seed_for(args.seed, 0, process.rank))
-    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', process=process)
-    return evaluate(model, loader, loss_function, device, args.amp, say, at)
 
 
 def least_progress(classes: int) -> float:
