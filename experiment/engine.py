@@ -104,54 +104,16 @@ class Along(NamedTuple):
     rate: Callable | None = None
 
 
-def check_finite(loss: float, where: str, model: nn.Module, images: Tensor | None = None) -> None:
-    """Raise UserError where a loss or a model's weights are not finite; the message names the first layer at fault.
-
-    images: (B, C, H, W) that the loss is of, on which layers are looked at too.
-    """
-    layer = layer_not_finite(model, None if math.isfinite(loss) else images)
-    if math.isfinite(loss) and not layer:
-        return
-    said = f'{layer} left the finite range'
-    if not math.isfinite(loss):
-        said = f'the loss became {loss} {where}' + (f', as {said}' if layer else '')
-    else:
-        said += f' {where}'
-    raise UserError(f'{said}: lower --learning_rate' + (
-        ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds' if is_spiking(model) else ''))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return all(map(math.isfinite, torch.aminmax(tensor)))  # either is NaN where a value is
-
-
-def is_spiking(model: nn.Module) -> bool:
-    return isinstance(model, SpikingNetwork)
-
-
-@torch.no_grad()
-def layer_not_finite(model: nn.Module, images: Tensor | None = None) -> str:
-    """What of a model is not finite, in words: the first such weights, else an output on images; '' for none."""
-    for name, weight in model.named_parameters():
-        if not is_finite(weight):
-            return f'the weights of {name.removesuffix(".weight")}'
-    if images is None:
-        return ''
-    if is_spiking(model):
-        records = model.record(images) if model.timesteps > model.latency else ()
-        return next((f'the membrane potentials of {record.name}' for record in records
-                     if not math.isfinite(record.fault)), '')
-    if distributed.process().world_size > 1:  # batch norm would wait for the other processes
-        model.eval()
-    found, hooks = [], []
-    for name, module in model.named_modules():
-        if hasattr(module, 'weight'):
-            hooks.append(module.register_forward_hook(
-                lambda _, __, output, name=name: found.append((name, is_finite(output)))))
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return next((f'the output of {name}' for name, finite in found if not finite), '')
+def check_finite(loss: float, where: str, model: nn.Module) -> None:
+    """Raise UserError if a loss or a model's weights are not finite; the message names the first such weights."""
+    wrong = next((name.removesuffix('.weight') for name, weight in model.named_parameters()
+                  if not weight.isfinite().all()), None)
+    said = [] if math.isfinite(loss) else [f'the loss became {loss}']
+    said += [f'the weights of {wrong} left the finite range'] if wrong else []
+    if said:
+        raise UserError(f'{where} {", as ".join(said)}: lower --learning_rate' + (
+            ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds'
+            if isinstance(model, SpikingNetwork) else ''))
 
 
 class Meter:
@@ -164,7 +126,7 @@ class Meter:
         self.model, self.along, self.waiting = model, along, None
         self.loss, self.correct, self.seen = 0.0, 0, 0
 
-    def add(self, number: int, images: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
+    def add(self, number: int, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
         hits, size = (logits.detach().argmax(1) == labels).sum(), (labels != NO_IMAGE).sum()
         numbers = torch.stack([loss, hits.to(loss.dtype), size.to(loss.dtype)]).to('cpu', non_blocking=True)
@@ -172,18 +134,18 @@ class Meter:
         if copied:
             copied.record()
         self.read()
-        self.waiting = number, images, numbers, copied
+        self.waiting = number, numbers, copied
 
     def read(self) -> None:
         """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
         if not self.waiting:
             return
-        (number, images, numbers, copied), self.waiting = self.waiting, None
+        (number, numbers, copied), self.waiting = self.waiting, None
         if copied:  # and what the GPU has been given since is not waited for
             copied.synchronize()
         loss, hits, size = numbers.tolist()
         if not math.isfinite(loss):
-            check_finite(loss, f'at batch {number}', self.model, images)
+            check_finite(loss, f'at batch {number}', self.model)
         self.loss, self.correct, self.seen = self.loss + loss, self.correct + int(hits), self.seen + int(size)
         if self.seen and self.along.every and number % self.along.every == 0:
             self.along.say(f'  batch {number}: train loss {self.loss / self.seen:.4f}, train accuracy '
@@ -231,7 +193,7 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, loss
         optimizer.step()
         for module in constrained:  # thresholds and bounds above 0, leaks in (0, 1]
             module.constrain()
-        meter.add(number, images, labels, logits, loss)
+        meter.add(number, labels, logits, loss)
         bar.set_postfix_str(str(meter), refresh=False)
     return meter.metrics(device)
 
@@ -334,8 +296,7 @@ def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: 
                           run.device, args.amp, along)
     distributed.share_buffers(model)
     tested = run.test(model, getattr(data, data.selection))
-    images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)
-    check_finite(tested.loss, f'after epoch {epoch}', model, images)
+    check_finite(tested.loss, f'after epoch {epoch}', model)
     return {'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
             f'{data.selection}_loss': tested.loss, f'{data.selection}_accuracy': tested.accuracy}
 
@@ -347,7 +308,8 @@ def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', train
     """
     if distributed.is_main():
         state = checkpoint.read(run.paths.best)
-        (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, state, run.paths.best)
+        load = checkpoint.load_snn if isinstance(model, SpikingNetwork) else checkpoint.load_weights
+        load(model, state, run.paths.best)
     distributed.share_weights(model)
     if data.validation is not None:
         accuracy, epoch = progress.best
@@ -382,8 +344,9 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
     if not distributed.is_main():
         return
     state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
-             **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
-             'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
+             **(checkpoint.snn_state(model) if isinstance(model, SpikingNetwork) else {}),
+             'optimizer': optimizer.state_dict(), 'best': list(progress.best),
+             'args': log.arguments(run.args), 'history': progress.history}
     if fresh:
         write = partial(torch.save, state)
         with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
