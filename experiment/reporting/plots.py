@@ -52,7 +52,7 @@ def draw_activity(report: dict) -> 'Figure':
     count_axes.set(xlabel=f'spikes per neuron and image\n{steps} steps of T = {report["timesteps"]}',
                    title='Spikes')
     threshold_axes.barh(places, [layer['threshold'] or math.nan for layer in layers], color=SNN_LIGHT)
-    of_channels = '\n(in units of the bounds of channels)' if 'bounds' in report.get('notes', ()) else ''
+    of_channels = '\n(in units of the bounds of channels)' if report.get('in_units_of_bounds') else ''
     threshold_axes.set(xlabel=f'membrane potential θ{of_channels}', title='Threshold')
     for axes in (count_axes, threshold_axes):
         axes.grid(axis='x', alpha=0.3)
