@@ -225,13 +225,12 @@ class Repeat(nn.Module):
 
 class PlainRecord(NamedTuple):
     """What one LIF is given and does: current, potentials and spikes (T, B, ...) at each step, spikes as 0 and 1. The
-    potential is the one that the neuron fires on; fault: NaN if one left the finite range, else 0."""
+    potential is the one that the neuron fires on."""
     name: str
     parameters: LIFParameters
     current: torch.Tensor
     potentials: torch.Tensor
     spikes: torch.Tensor
-    fault: torch.Tensor
 
 
 class PlainNetwork(Graphed, SpikingNetwork):
@@ -376,8 +375,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
             first = torch.full_like(u, parameters.initial_potential * parameters.threshold)
             potentials = torch.cat([first[None], potentials[:-1]])
             spikes = torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
-        fault = sum(0 * end for end in torch.aminmax(u))
-        return PlainRecord(name, parameters, current, potentials.view(current.shape), spikes.view(current.shape), fault)
+        return PlainRecord(name, parameters, current, potentials.view(current.shape), spikes.view(current.shape))
 
 
 def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:

@@ -39,11 +39,6 @@ class LayerRecord:
         """(first step, number of steps) of its input; spikes leave `parameters.delay` steps later."""
         return window(self.inputs, self.parameters)
 
-    @property
-    def fault(self) -> torch.Tensor | float:
-        """NaN if a potential of this layer or of one before it left the finite range, else 0."""
-        return self.spikes.fault
-
     def potentials(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Yield (samples, input current, membrane potential), both (n, b, N), for some samples after others.
 
