@@ -264,10 +264,8 @@ def test_a_home_that_nobody_has_stays_as_it_is_written(written):
 
 
 @pytest.mark.parametrize('values', [
-    {'curve': {'x': 0.5}}, {'curve': [1]}, {'curve': {'1': None}}, {'scan': {'a': 0.5}},
-    {'scan': {'0.5': float('nan')}}, {'scanned_on': '$^$'}, {'scanned_on': None}, {'scaling_factor': {}},
-    {'scaling_factor': 'x'}, {'test_accuracy': float('inf')}, {'ann_accuracy': 10 ** 400},
-    {'seconds': float('nan')}, {'test_accuracy': []}])
+    {'curve': {'x': 0.5}}, {'curve': [1]}, {'curve': {'1': None}}, {'scan': {'a': 0.5}}, {'scaling_factor': {}},
+    {'scaling_factor': 'x'}, {'ann_accuracy': 10 ** 400}, {'test_accuracy': []}])
 def test_values_that_no_run_writes(written, values):
     start = {**converted(0.4, 0.9), 'scan': {'0.5': 0.4}, 'scanned_on': 'train', 'scaling_factor': 0.5, **values}
     path = written('a', [start, *epochs(0.5, 0.6)], scaling_factor='auto')

@@ -51,11 +51,10 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 def over_seeds(row: list, field: str) -> tuple[list[float], list[float], list[float]]:
     """Of a field of summary.Runs, {place: fraction}: the places in order, means and sample deviations there, in %."""
-    found = {}
-    for run in row:
-        for place, accuracy in getattr(run, field).items():
-            found.setdefault(float(place), []).append(accuracy)
-    return (sorted(found), *zip(*(mean_and_spread(found[place]) for place in sorted(found)))) if found else ([], [], [])
+    at = sorted({place for run in row for place in getattr(run, field)})
+    spreads = [mean_and_spread(getattr(run, field)[place] for run in row if place in getattr(run, field))
+               for place in at]
+    return at, [mean for mean, _ in spreads], [spread for _, spread in spreads]
 
 
 def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':

@@ -4,7 +4,6 @@ It needs no torch.
 """
 import contextlib
 import json
-import math
 import os
 import re
 import statistics
@@ -40,14 +39,14 @@ class Run(NamedTuple):
     ann: float | None  # accuracy on those, as the next
     converted: float | None
     epochs: dict[int, float]  # {epoch: accuracy}, 0: an SNN's before training
-    curve: dict[str, float]  # {time steps: accuracy} of epoch 0
+    curve: dict[float, float]  # {time steps: accuracy} of epoch 0
     accuracy: float | None  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
     seconds: list[float]  # of each epoch
     machine: str
     factor: float | None  # the scaling factor that --scaling_factor auto chose, and
-    scan: dict[str, float]  # {factor: accuracy} of those that it tried, on
+    scan: dict[float, float]  # {factor: accuracy} of those that it tried, on
     scanned_on: str | None  # train or validation images
 
 
@@ -78,16 +77,9 @@ def read_all(paths: list[str]) -> list[Run]:
     return [read(path) for path in [path for path in paths if not is_set_aside(path)] or paths]
 
 
-def _finite(value):
-    """A number as a float. Raises ValueError, TypeError or OverflowError for what is none, or is not finite."""
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f'{value} is not finite')
-    return number
-
-
 def _numbers(values):
-    """{text of a number: number} as read from JSON, each checked; the texts stay."""
-    return {key: _finite(value) for key, value in values.items() if math.isfinite(_finite(key))}
+    """{number: number} of a JSON object, whose keys are texts."""
+    return {float(key): float(value) for key, value in values.items()}
 
 
 def _settings(args, seed):
@@ -109,7 +101,7 @@ def _settings(args, seed):
         unknown['width'] = settings['width']
     settings = {key: value for key, value in settings.items() if key not in unknown or value != unknown[key]}
     if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
-        settings['lr_reduce'] = _finite(settings['lr_reduce'])
+        settings['lr_reduce'] = float(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
@@ -124,21 +116,19 @@ def _run(path, args, machine, epochs):
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
     accuracy = None
     if epochs:
-        accuracy = _finite(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
+        accuracy = float(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
         if chosen_on == 'validation':  # only at the end is the best epoch tested
-            accuracy = next((_finite(epoch['test_accuracy']) for epoch in epochs
+            accuracy = next((float(epoch['test_accuracy']) for epoch in epochs
                              if epoch.get(chosen) == accuracy and 'test_accuracy' in epoch), None)
-    if 'scan' in start and (start['scanned_on'] not in ('train', 'validation') or 'scaling_factor' not in settings):
-        raise ValueError(f'factors scanned on {start["scanned_on"]}')
     return Run(
         path, settings, seed, chosen_on, folder,
-        ann=_finite(start['ann_accuracy']) if start else None, converted=_finite(start[chosen]) if start else None,
-        epochs={int(epoch['epoch']): _finite(epoch[chosen]) for epoch in epochs},
+        ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
+        epochs={int(epoch['epoch']): float(epoch[chosen]) for epoch in epochs},
         curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
         accuracy=accuracy,
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
-        seconds=[_finite(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
-        factor=_finite(start['scaling_factor']) if 'scan' in start else None,
+        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
+        factor=float(start['scaling_factor']) if 'scan' in start else None,
         scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'))
 
 
@@ -169,10 +159,9 @@ def mean_and_spread(values: list[float | None]) -> str:
 
 def epochs_done(row: list[Run]) -> str:
     """'20', or of unfinished runs '7-20 of 20 *'."""
-    least, most, asked = min(run.done for run in row), max(run.done for run in row), row[0].asked
-    if least >= asked:
-        return str(least) if least == most else f'{least}-{most}'
-    return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
+    done = sorted({run.done for run in row})
+    text = '-'.join(map(str, dict.fromkeys([done[0], done[-1]])))
+    return text if done[0] >= row[0].asked else f'{text} of {row[0].asked} *'
 
 
 def settings_of(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
@@ -224,12 +213,12 @@ def results(row_list: list[list[Run]], every: bool = False) -> list[dict[str, st
 
 def scans(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
     """The table of what --scaling_factor auto found, a column for each factor. every: as of settings_of()."""
-    factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
+    factors = sorted({factor for row in row_list for run in row for factor in run.scan})
     table = []
     for settings, row in zip(settings_of(row_list, every), row_list):
         line = {key: text for key, text in settings.items() if key not in TRAINING}
         line |= {'images': ', '.join(sorted({run.scanned_on for run in row if run.scan})), 'seeds': str(len(row)),
-                 **{factor: mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors}}
+                 **{str(factor): mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors}}
         if line not in table:  # runs that differ in training alone start from the same scan
             table.append(line)
     return table
