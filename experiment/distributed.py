@@ -8,7 +8,7 @@ import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +102,11 @@ def from_main(function: Callable) -> Any:
     return value
 
 
-def share_weights(model: torch.nn.Module) -> None:
-    """Give every process the weights that the main one has."""
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the values that these tensors have in the main process."""
     if _started():
-        for weight in model.state_dict().values():
-            dist.broadcast(weight, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager
@@ -117,16 +117,6 @@ def main_first() -> Iterator[None]:
     yield
     if _started() and is_main():
         dist.barrier()
-
-
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give every process what the main one has beside weights: batch norm's statistics of the batch just trained on.
-
-    At each step DistributedDataParallel does so first, which leaves those of the last one.
-    """
-    if _started():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def synchronises(device: torch.device) -> bool:

@@ -285,16 +285,14 @@ def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: 
     Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
     """
     args, rank = run.args, distributed.process().rank
-    rate = partial(learning_rate_at, epoch, args)
-    for group in optimizer.param_groups:
-        group['lr'] = rate()
-    along = Along(run.say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
+    along = Along(run.say, getattr(args, 'train_acc_batches', None), partial(learning_rate_at, epoch, args))
     seed_all(seed_for(args.seed, epoch, rank))
     loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
                           pin_memory=run.device.type == 'cuda', process=distributed.process())
     trained = train_epoch(learner, loader, optimizer, partial(run.loss_function, smoothing=args.label_smoothing),
                           run.device, args.amp, along)
-    distributed.share_buffers(model)
+    # DistributedDataParallel shares batch norm's statistics before each step, so not those of the last one
+    distributed.share(model.buffers())
     tested = run.test(model, getattr(data, data.selection))
     check_finite(tested.loss, f'after epoch {epoch}', model)
     return {'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
@@ -310,7 +308,7 @@ def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', train
         state = checkpoint.read(run.paths.best)
         load = checkpoint.load_snn if isinstance(model, SpikingNetwork) else checkpoint.load_weights
         load(model, state, run.paths.best)
-    distributed.share_weights(model)
+    distributed.share(model.state_dict().values())
     if data.validation is not None:
         accuracy, epoch = progress.best
         tested = run.test(model, data.test)
