@@ -42,7 +42,7 @@ def seed_for(seed: int, epoch: int, rank: int = 0) -> int:
 
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # of the CPU and of every CUDA device
-    np.random.seed(seed % 2 ** 32)  # of which the file of a network of one's own may draw
+    np.random.seed(seed % 2 ** 32)  # the code of your own network may draw from it
 
 
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
-    """The context of a forward pass: where `amp`, convolutions and matrix products run in bfloat16."""
+    """The context of a forward pass: if `amp`, convolutions and matrix products run in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
@@ -97,8 +97,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, smoothing:
 
 
 class Along(NamedTuple):
-    """What train_epoch does beside training: every so many batches it says how that goes, with a function that prints a
-    line; and it sets the learning rate to rate(part of the epoch that is done) before each step."""
+    """What train_epoch does besides training.
+
+    say: prints a line about the training so far after every so many batches (every). rate: the learning rate of the
+    next step, as a function of the part of the epoch that is done.
+    """
     say: Callable | None = None
     every: int | None = None
     rate: Callable | None = None
@@ -244,13 +247,13 @@ def train(model: nn.Module, optimizer: Optimizer, data: Data, run: 'Run', progre
           chance_epochs: int) -> None:
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
-    Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
-    run: run.Run. progress: start.Progress, which goes on. chance_epochs: so many may a network be no better than
-    chance; one more stops the run with a UserError.
+    Epochs are compared on the validation set if there is one; the best epoch is then tested at the end.
+    run: run.Run. progress: start.Progress, which is updated. chance_epochs: for so many epochs the accuracy may be
+    near chance; after one more, the run stops with a UserError.
     """
     args, chosen_on, trained_as = run.args, data.selection, None
     if progress.done >= args.epochs:
-        enough = f'{progress.done} epochs are done already; a larger --epochs trains on'
+        enough = f'{progress.done} epochs are done already; for more, raise --epochs'
         if progress.fresh:  # no epoch would be this run's
             raise UserError(enough)
         run.say(enough)
@@ -282,7 +285,7 @@ def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: 
                    run: 'Run') -> dict[str, float]:
     """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
 
-    Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
+    Raises UserError if the loss or the weights are not finite, before the last checkpoint is replaced.
     """
     args, rank = run.args, distributed.process().rank
     along = Along(run.say, getattr(args, 'train_acc_batches', None), partial(learning_rate_at, epoch, args))
@@ -300,7 +303,7 @@ def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: 
 
 
 def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', trained_as: dict | None = None) -> None:
-    """Load the best epoch; if it was chosen on the validation set, test it. Write what a kill kept from the metrics.
+    """Load the best epoch; test it if it was chosen on the validation set. Write the metrics if they are not complete.
 
     trained_as: the arguments that the metrics are to name, if not the run's.
     """
@@ -317,21 +320,18 @@ def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', train
         for entry in progress.history:
             if entry['epoch'] == epoch:
                 entry.update(test_loss=tested.loss, test_accuracy=tested.accuracy)
-    # those of a finished run stay as they are
+    # the metrics of a finished run stay as they are
     if distributed.is_main() and not metrics.holds(run.paths.metrics, progress.history):
         metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
 def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
-    """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
-    then, where this epoch is the best, that of the best, and the metrics.
+    """Record the last epoch of progress.history as done, at this accuracy. Write the checkpoint to resume from, then
+    the checkpoint of the best epoch if this is the best, then the metrics.
 
-    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one. The
-    files of an earlier run of this name are set aside once the first two checkpoints are whole: a full disk costs
-    neither run its name.
-
-    The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
-    the main one writes.
+    If a kill comes in between, a resumed run writes the rest from the first file. The files of an earlier run of this
+    name are renamed only when the first two checkpoints are complete, so a full disk costs neither run its files. The
+    history is in the checkpoints, too, so that a resumed run has all its metrics. Only the main process writes.
     """
     paths, epoch = run.paths, progress.history[-1]['epoch']
     improved = progress.best is None or accuracy > progress.best[0]
@@ -359,7 +359,7 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
 
 
 def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
-    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError.
+    """Restore the optimizer's state from the checkpoint `path`, with the settings of the flags. Raises UserError.
 
     state: of checkpoint.load_training().
     """
@@ -371,9 +371,9 @@ def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
                 if key != 'step' and value is not None:
                     if not checkpoint.is_dense(value) or value.shape != weight.shape:
                         raise ValueError(key)
-                    # in the layout of the weight, which fused optimizers take for granted
+                    # in the layout of the weight, as fused optimizers require
                     values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    except Exception as error:  # load_state_dict raises whatever a wrong form leads it to
+    except Exception as error:  # load_state_dict raises many kinds of errors
         raise UserError(f'{path}: its optimizer state does not fit this network; start anew from its weights with '
                         '--pretrained_ann or --pretrained_snn') from error
     for group, setting in zip(optimizer.param_groups, settings, strict=True):

@@ -406,7 +406,7 @@ def test_flags_that_mean_nothing_for_it_say_so(anns, capsys):
 
 def test_its_own_quantized_activations_are_of_the_levels_that_the_flags_say(capsys):
     for flags in ([], ['--activation', 'QCFS']):
-        fails(ann, 'own code has QCFS of 4 levels: say so with --activation QCFS --levels 4',
+        fails(ann, 'its code has QCFS of 4 levels: say so with --activation QCFS --levels 4',
               *of('four_levels', *flags))
     run(ann, *of('four_levels', *QUANTIZED, '--epochs', 1))
     run(snn, *of('four_levels', '--pretrained_ann', 'trained_models/ann/ann_nets_four_levels_digits.pth', '--timesteps',

@@ -1,6 +1,6 @@
 """Counting what a spiking network does on the test images: spikes, synaptic operations, the surrogate's arguments.
 
-`measure` counts in one pass over the test images, batch by batch and layer by layer; nothing but sums is kept.
+`measure` counts in one pass over the test images, batch by batch and layer by layer; only sums are kept.
 """
 import argparse
 import math

@@ -17,7 +17,7 @@ LINES = ('-', '--', ':', '-.')  # once the colors are used up
 
 
 def check(flag: str) -> None:
-    """Raise UserError, before any work, where a flag's figures cannot be drawn."""
+    """Raise UserError, before any work, if a flag's figures cannot be drawn."""
     with importing('matplotlib', flag):
         _figure_class()
 
@@ -39,7 +39,7 @@ def _figure_class():
 
 
 def drawable(text: str) -> str:
-    """A text as matplotlib draws it: what is no Unicode, as in names of files, as a terminal shows it."""
+    """A text that matplotlib can draw: bytes in a file name that are no Unicode become escapes."""
     return text.encode('utf-8', 'backslashreplace').decode()
 
 
@@ -60,8 +60,8 @@ def over_seeds(row: list, field: str) -> tuple[list[float], list[float], list[fl
 def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':
     """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
 
-    Up to three axes: over epochs, over time steps and by scaling factor, the latter two of the converted network and
-    only where there are any. names: of the rows, for the legend.
+    Up to three axes: over epochs and, for converted networks, over time steps and by scaling factor. names: of the
+    rows, for the legend.
     """
     runs = [run for row in row_list for run in row]
     chosen_on = ' or '.join(sorted({run.chosen_on for run in runs}))

@@ -106,8 +106,8 @@ def training_rows(checkpoint: Path | str | None, history: list | None, later: li
                   ) -> tuple[list[dict] | None, str]:
     """(what was noted of each epoch of a network's training, as JSON knows it, or None; a line to say).
 
-    checkpoint: the file that the network is from, or None. history: what that says of its epochs. later: what another
-    file does, which is taken if it goes on from there.
+    checkpoint: the file that the network is from, or None. history: its epochs, as the file says. later: the epochs of
+    another file, which are taken if they begin with `history`.
     """
     if checkpoint is None:
         return None, 'training curves: none, as this network was not trained here'

@@ -1,4 +1,4 @@
-"""Write the tables of read-mes anew, each from the metrics files that the comment above it names.
+"""Update the tables of pages, each from the metrics files that the comment above it names.
 
     python -m experiment.reporting.tables README.md results/README.md docs/findings.md
 
@@ -6,7 +6,7 @@ A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` pri
 
     <!-- table: results/snn/fashion_14/*.jsonl --columns leak ANN converted 'last epoch' -->
 
-with files as seen from the project's folder. It ends at the next empty line. Likewise the figure below
+with paths relative to the project's folder. A table ends at the next empty line. The figure below
 
     <!-- over_timesteps: results/ann/a.jsonl results/snn/b/*.jsonl -->
 
@@ -33,13 +33,13 @@ def files(words: str) -> list[str]:
     for pattern in shlex.split(words):
         there = sorted(ROOT.glob(pattern))
         if not there:
-            raise UserError(f'{pattern}: there is no such file; mend the comment above the table')
+            raise UserError(f'{pattern}: there is no such file; correct the comment above the table')
         found += map(str, there)
     return found
 
 
 def rewritten(text: str) -> str:
-    """A read-me's text with each of its tables as its metrics files have it. Raises UserError."""
+    """The text of a page with its tables updated. Raises UserError."""
     def table(match):
         columns = shlex.split(match['columns'])
         return match['comment'] + summary.narrow_table(files(match['files']), columns, as_markdown=True) + '\n'
