@@ -19,7 +19,7 @@ class ResNet(nn.Module):
                  batch_norm: bool = False, bounds: str = 'layer'):
         super().__init__()
         self.layout = dict(resnet_name=resnet_name, labels=labels, dataset=dataset, dropout=dropout,
-                           input_shape=input_shape)  # what the spiking network of the same layout is built of
+                           input_shape=input_shape)  # the spiking network of this layout has them, too
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
          self.classifier) = resnet_layers(**self.layout, activation=activation, levels=levels, batch_norm=batch_norm,
                                           bounds=bounds)

@@ -1,7 +1,7 @@
-"""Any network as a graph of calls (torch.fx): what may stand in it, and a QCFS of its own for every ReLU.
+"""Any network as a graph of calls (torch.fx): what it may contain, and a QCFS of its own for every ReLU.
 
-Between the activations stands what is linear in the activations at each time step, so that a spiking network can run it
-over T * B images as it is. A network with anything else is refused by name before anything runs.
+Between the activations, all is linear in the activations at each time step, so that a spiking network can run it over
+T * B images unchanged. A network with anything else is refused by name before anything runs.
 """
 import copy
 import inspect
