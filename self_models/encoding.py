@@ -1,6 +1,6 @@
 """Encodings: a class for each, which says what the input layer is given of an image at each time step.
 
-No torch is imported here, so that `--help` is quick; PoissonGenerator needs it, and is imported on its first use.
+No torch is imported here, so that `--help` is quick.
 """
 from typing import TYPE_CHECKING
 
@@ -49,10 +49,3 @@ class Poisson(Encoding, name='poisson'):
 class Direct(Encoding, name='direct'):
     description = 'direct: the image itself at each step'
     constant = True
-
-
-def __getattr__(name):
-    if name != 'PoissonGenerator':
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from self_models.published import PoissonGenerator
-    return PoissonGenerator

@@ -1,4 +1,6 @@
 """ResNet as an ANN."""
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -33,25 +35,5 @@ class ResNet(nn.Module):
         return self.classifier(x.flatten(1))
 
 
-def ResNet6(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET6', ...): [1, 1, 0, 0] basic blocks."""
-    return ResNet('RESNET6', labels, dropout, dataset, input_shape)
-
-
-def ResNet12(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET12', ...): [1, 1, 1, 1] basic blocks."""
-    return ResNet('RESNET12', labels, dropout, dataset, input_shape)
-
-
-def ResNet20(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET20', ...): [2, 2, 2, 2] basic blocks."""
-    return ResNet('RESNET20', labels, dropout, dataset, input_shape)
-
-
-def ResNet34(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET34', ...): [3, 4, 6, 3] basic blocks."""
-    return ResNet('RESNET34', labels, dropout, dataset, input_shape)
+# the published names
+ResNet6, ResNet12, ResNet20, ResNet34 = (partial(ResNet, f'RESNET{number}') for number in (6, 12, 20, 34))

@@ -170,11 +170,3 @@ def meaning(flag: str) -> str:
     for name in users(flag):
         found.setdefault(SURROGATES[name].flags[flag], []).append(name)
     return '; '.join(f'{what} of {", ".join(names)}' for what, names in found.items())
-
-
-def __getattr__(name):
-    """The published functions, which need torch, on their first use."""
-    if name not in ('STDB', 'LinearSpike'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from self_models import published
-    return getattr(published, name)
