@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What is to be seen on a GPU, in pieces of under ten minutes each; the output of each goes to results/gpu/PIECE.txt.
+# Tests and measurements on a GPU, in pieces of under ten minutes; the output of each goes to results/gpu/PIECE.txt.
 #
-#     bash benchmarks/gpu.sh                            # all; a piece whose output is there already is skipped
+#     bash benchmarks/gpu.sh                            # all; a piece that has its output already is skipped
 #     bash benchmarks/gpu.sh tests_neurons kernels      # these
 #     RESULTS=DIR bash benchmarks/gpu.sh --device cpu   # tiny networks, to try it without a GPU; into another folder
 #
