@@ -217,9 +217,7 @@ def test_a_figure_is_drawn_whatever_the_environment_says_of_windows(written, tmp
     metrics = written('a', epochs(0.5, 0.6))
     (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf')
     left = {key: value for key, value in os.environ.items() if key != 'DISPLAY'}
-    code = ('import os, ann_script\n'
-            f'ann_script.main(["--summarize", {str(metrics)!r}, "--figure", "x.png"])\n'
-            f'assert os.environ["MPLBACKEND"] == {backend!r}')
+    code = f'import ann_script; ann_script.main(["--summarize", {str(metrics)!r}, "--figure", "x.png"])'
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True,
                           env={**left, 'MPLBACKEND': backend, 'PYTHONPATH': str(ROOT)})
     assert (done.returncode, done.stderr) == (0, '')

@@ -28,13 +28,9 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 def _figure_class():
     """matplotlib's Figure, for files only: no pyplot, which keeps figures and looks for a screen."""
-    backend = os.environ.pop('MPLBACKEND', None)  # of a notebook, say; matplotlib does not load with one it lacks
-    try:
-        import matplotlib.backends.backend_agg  # noqa: F401  what a PNG takes
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ['MPLBACKEND'] = backend
+    os.environ['MPLBACKEND'] = 'agg'  # matplotlib does not load with a notebook's backend that is not installed
+    import matplotlib.backends.backend_agg  # noqa: F401  for PNG files
+    from matplotlib.figure import Figure
     return Figure
 
 
