@@ -40,8 +40,8 @@ def files(words: str) -> list[str]:
 def rewritten(text: str) -> str:
     """The text of a page with its tables updated. Raises UserError."""
     def table(match):
-        columns = shlex.split(match['columns'])
-        return match['comment'] + summary.narrow_table(files(match['files']), columns, as_markdown=True) + '\n'
+        runs, columns = summary.read_all(files(match['files'])), shlex.split(match['columns'])
+        return match['comment'] + summary.narrow_table(runs, columns, as_markdown=True) + '\n'
 
     return TABLE.sub(table, text)
 
@@ -51,7 +51,7 @@ def main(paths: list[str | Path]) -> None:
         text = rewritten(path.read_text(encoding='utf-8'))
         write_atomically(path, lambda file, text=text: file.write(text.encode()))
         for figure in FIGURE.finditer(text):
-            summary.draw_over_time_steps(files(figure['files']), path.parent / figure['path'])
+            summary.draw_over_time_steps(summary.read_all(files(figure['files'])), path.parent / figure['path'])
 
 
 if __name__ == '__main__':

@@ -244,13 +244,13 @@ def _number(text):
         return 0, 0, text
 
 
-def narrow_table(paths: list[str], chosen: list[str], as_markdown: bool = False) -> str:
+def narrow_table(runs: list[Run], chosen: list[str], as_markdown: bool = False) -> str:
     """The text that --summarize --columns prints: one table of some columns, sorted by its settings.
 
     The columns are of scans() if there are factors among them, else of results(). The name of a column is its heading,
     or the part before a comma. Raises UserError for an unknown column, and for rows whose settings would look the same.
     """
-    row_list, scanned = rows(read_all(paths)), any(_number(name)[0] for name in chosen)
+    row_list, scanned = rows(runs), any(_number(name)[0] for name in chosen)
     if scanned:
         row_list = [row for row in row_list if any(run.scan for run in row)]
     elif len({row[0].chosen_on for row in row_list}) > 1:
@@ -275,18 +275,13 @@ def narrow_table(paths: list[str], chosen: list[str], as_markdown: bool = False)
     return text_of(shown, as_markdown)
 
 
-def summarize(paths: list[str], as_markdown: bool = False) -> str:
+def tables(runs: list[Run], as_markdown: bool = False) -> str:
     """The text that --summarize prints: a table of runs whose best epoch was chosen on test images, one of the others.
 
     The runs of a row differ only in NOT_SETTINGS. The columns have settings that differ between rows, and ALWAYS. A
-    further table has the accuracy at each scaling factor that runs tried. Raises UserError for a file that is no
-    metrics file, and for two of the same settings and seed.
+    further table has the accuracy at each scaling factor that runs tried. Raises UserError for two runs of the same
+    settings and seed.
     """
-    return tables(read_all(paths), as_markdown)
-
-
-def tables(runs: list[Run], as_markdown: bool) -> str:
-    """The text of summarize(), of Runs."""
     parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
     for chosen_on in ('test', 'validation'):
         if row_list := rows(run for run in runs if run.chosen_on == chosen_on):
@@ -298,12 +293,11 @@ def tables(runs: list[Run], as_markdown: bool) -> str:
     return '\n\n'.join(parts)
 
 
-def draw(paths: list[str], path: Path) -> None:
-    """Write figures.draw_runs of metrics files to `path`, a PNG whose description is the table of summarize().
+def draw(runs: list[Run], path: Path) -> None:
+    """Write figures.draw_runs to `path`, a PNG whose description is the text of tables().
 
-    Raises UserError as summarize() does, and if there is nothing to draw or the file cannot be written.
+    Raises UserError as tables() does, and if there is nothing to draw or the file cannot be written.
     """
-    runs = read_all(paths)
     row_list = rows(runs)
     if not any(run.epochs for run in runs):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
@@ -336,9 +330,9 @@ def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, di
     return anns, spiking
 
 
-def draw_over_time_steps(paths: list[str], path: Path) -> None:
-    """Write figures.draw_over_time_steps of metrics files to `path`, a PNG as of draw(). Raises UserError."""
-    runs = [run for run in read_all(paths) if run.accuracy is not None]
+def draw_over_time_steps(runs: list[Run], path: Path) -> None:
+    """Write figures.draw_over_time_steps to `path`, a PNG as of draw(). Raises UserError."""
+    runs = [run for run in runs if run.accuracy is not None]
     _write(figures.draw_over_time_steps(*kinds(rows(runs))), runs, path)
 
 

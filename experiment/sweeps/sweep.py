@@ -248,15 +248,16 @@ def summarize(args: argparse.Namespace, prog: str) -> None:
     if 0 < len(aside) < len(args.summarize):
         print(f'{prog}: left out, as later runs have replaced them: {", ".join(aside)}; to see them, give '
               'only these', file=sys.stderr)
+    runs = summary.read_all(args.summarize)
     try:
-        print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
-              summary.summarize(args.summarize, args.markdown), flush=True)
+        print(summary.narrow_table(runs, args.columns, args.markdown) if args.columns else
+              summary.tables(runs, args.markdown), flush=True)
     except BrokenPipeError:  # the figure is still drawn
         options.output_fails()
     if args.figure:
-        summary.draw(args.summarize, Path(args.figure))
+        summary.draw(runs, Path(args.figure))
     if args.over_timesteps:
-        summary.draw_over_time_steps(args.summarize, Path(args.over_timesteps))
+        summary.draw_over_time_steps(runs, Path(args.over_timesteps))
 
 
 def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
