@@ -374,7 +374,7 @@ def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
                     # in the layout of the weight, as fused optimizers require
                     values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
     except Exception as error:  # load_state_dict raises many kinds of errors
-        raise UserError(f'{path}: its optimizer state does not fit this network; start anew from its weights with '
+        raise UserError(f'{path}: its optimizer state does not fit this network; start a new run from its weights with '
                         '--pretrained_ann or --pretrained_snn') from error
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

@@ -50,7 +50,7 @@ def maps(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def matrix(weight: torch.Tensor) -> torch.Tensor:
-    """The weight (C', C, k, m) of a convolution -> that of patches, (C', k * m * C); no copy where channels-last."""
+    """The weight (C', C, k, m) of a convolution -> that of patches, (C', k * m * C); no copy if channels-last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 

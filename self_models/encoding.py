@@ -1,4 +1,4 @@
-"""Encodings: a class for each, which says what the input layer is given of an image at each time step.
+"""Encodings: a class for each, which makes the input of the first layer at each time step from an image.
 
 No torch is imported here, so that `--help` is quick.
 """
@@ -28,7 +28,7 @@ class Encoding:
     def __init_subclass__(cls, name: str | None = None, **options):
         super().__init_subclass__(**options)
         name, encoding = name or cls.__name__, cls()
-        if ENCODINGS.get(name, encoding).__module__ != cls.__module__:  # a notebook may define its class anew
+        if ENCODINGS.get(name, encoding).__module__ != cls.__module__:  # a notebook may define its class again
             raise ValueError(f'{cls.__name__}: there is an encoding {name!r} already; give another name')
         ENCODINGS[name] = encoding
 

@@ -66,7 +66,7 @@ class LIFParameters(NamedTuple):
 def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFParameters,
                 state: tuple[torch.Tensor, torch.Tensor] | None = None,
                 potentials: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run LIF neurons over time: fill `spikes` and, where given, `potentials`; returns the state after the last row.
+    """Run LIF neurons over time: fill `spikes` and, if given, `potentials`; return the state after the last row.
 
     current: (n, M) floats, the input at n successive steps; or (M,), an input that is the same at all of them.
     spikes: (n, M) bool or floats, rows contiguous: row k is what current[:k+1] causes, which leaves `delay` steps

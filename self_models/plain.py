@@ -120,8 +120,8 @@ def blocks(x: torch.Tensor) -> list[slice]:
 class _LIF(torch.autograd.Function):
     """theta s(t) of LIF neurons, and its gradients.
 
-    It keeps the currents, of which the potentials are computed anew, or its output if the surrogate is of the spikes.
-    Neurons go through all steps and passes in blocks that stay in a CPU's cache.
+    It keeps the currents, and computes the potentials again, or its output if the surrogate is of the spikes.
+    Neurons are processed in blocks that stay in a CPU's cache, each over all steps.
     """
 
     @staticmethod

@@ -99,7 +99,7 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     for timesteps < 1, a percentile out of range and images that are no floats of that shape.
 
     Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
-    spikes wait for the next layer as bits, in a temporary file where they are many (B T N / 8 bytes).
+    spikes wait for the next layer as bits, in a temporary file if there are many (B T N / 8 bytes).
     """
     plain = isinstance(model, PlainNetwork)
     if images.dim() != 4 and not plain or not len(images) or not images.is_floating_point():
@@ -366,7 +366,7 @@ def write_block(step_currents: torch.Tensor, group: slice, first: int, neuron: L
 
 
 def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
-    """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 where it is not above 0."""
+    """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 if it is not above 0."""
     counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
     for group in pieces.groups:
         for block in pieces.blocks:
@@ -393,8 +393,8 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
 def likely_threshold(current: Callable, pieces: Pieces, narrow: Callable | None = None, channels: int = 1) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
-    It is where the eighth of the channels that is the largest in the last few steps has its own largest current, which
-    costs little to find; without `narrow` the largest in those steps.
+    The eighth of the channels with the largest currents in the last few steps is searched over all steps, which takes
+    little time; without `narrow`, it is the largest in those steps.
     """
     groups, blocks = pieces
     steps = blocks[-1][1]

@@ -40,7 +40,7 @@ PRODUCTS = {operator.mul, torch.mul, torch.multiply, 'mul', 'multiply', *QUOTIEN
 SUMS = {operator.add, operator.sub, operator.neg, torch.add, torch.sub, torch.subtract, torch.neg, 'add', 'sub', 'neg'}
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
             operator.itruediv: operator.truediv, operator.imatmul: operator.matmul}
-DIMENSIONS = {  # of a function or method: where its dimensions stand, their names, and what they are if not given
+DIMENSIONS = {  # of a function or method: the position of its dimensions, their names, and their default
     'flatten': (1, ('start_dim',), 0), 'unflatten': (1, ('dim',), None), 'cat': (1, ('dim',), 0),
     'concat': (1, ('dim',), 0), 'concatenate': (1, ('dim',), 0), 'mean': (1, ('dim',), None),
     'sum': (1, ('dim',), None), 'chunk': (2, ('dim',), 0), 'split': (2, ('dim',), 0), 'squeeze': (1, ('dim',), None),

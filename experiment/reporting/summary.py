@@ -305,7 +305,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, dict[int, list[Run]]]]:
-    """Rows as figures.draw_over_time_steps wants them: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
+    """Rows for figures.draw_over_time_steps: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
 
     A spiking network is called published (Poisson input, a step of delay a layer), low latency (direct input, none), or
     what else its input and delay are, with its data and architecture if there are several. Raises UserError for two
