@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from experiment import UserError, importing
-from experiment.files import probe, write_atomically
+from experiment.files import check_writable, write_atomically
 from experiment.nir_nodes import Nodes
 from self_models.encoding import ENCODINGS
 from self_models.spiking_network import SpikingNetwork
@@ -50,17 +50,10 @@ def semantics(model: SpikingNetwork) -> dict:
 
 def check(path: str) -> None:
     """Raise UserError, before hours of training, if a NIR file cannot be written to `path`."""
-    path, folder = Path(path), Path(path).parent
     _nir()
-    if path.is_dir():
-        raise UserError(f'--export_nir {path}: is a folder; name a file in it, such as {path / "snn.nir"}')
-    if not folder.is_dir():
-        raise UserError(f'--export_nir {path}: there is no folder {folder}; make it, or name another')
-    try:
-        probe(folder)
-    except OSError as error:
-        raise UserError(f'--export_nir {path}: cannot write in {folder} ({error.strerror}); make it writable, or '
-                        'name another') from error
+    if os.path.isdir(path):
+        raise UserError(f'--export_nir {path}: is a folder; name a file in it, such as {Path(path, "snn.nir")}')
+    check_writable(Path(path).parent)
 
 
 def export(model: SpikingNetwork, input_shape: tuple, path: str | Path, **about) -> str:
