@@ -12,8 +12,7 @@ import ann_script
 import snn_script
 from conftest import ROOT
 from experiment import UserError
-from experiment.reporting import figures, summary
-from results import tables
+from experiment.reporting import figures, summary, tables
 
 
 @pytest.fixture
@@ -417,7 +416,7 @@ def test_the_tables_in_the_read_mes_are_those_of_the_results(name, tmp_path):
     text = (ROOT / name).read_text()
     (tmp_path / 'made.md').write_text(text)
     tables.main([tmp_path / 'made.md'])
-    assert (tmp_path / 'made.md').read_text() == text  # else: python -m results.tables README.md ...
+    assert (tmp_path / 'made.md').read_text() == text  # else: python -m experiment.reporting.tables README.md ...
     for figure in tables.FIGURE.finditer(text):
         with Image.open(tmp_path / figure['path']) as made, Image.open((ROOT / name).parent / figure['path']) as there:
             assert made.text['Description'] == there.text['Description']

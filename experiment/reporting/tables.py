@@ -1,6 +1,6 @@
 """Update the tables of pages, each from the metrics files that the comment above it names.
 
-    python -m results.tables README.md results/README.md docs/findings.md
+    python -m experiment.reporting.tables README.md results/README.md docs/findings.md
 
 A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` prints; its comment says
 
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from experiment import UserError
 from experiment.files import write_atomically
+from experiment.options import fail, said
 from experiment.reporting import summary
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = re.compile(r'^(?P<comment><!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->\n)(?:.+\n)*', re.M)
 FIGURE = re.compile(r'^<!-- over_timesteps: (?P<files>.+?) -->\n!\[.*\]\((?P<path>.+?)\)', re.M)
 
@@ -57,5 +58,7 @@ def main(paths: list[str | Path]) -> None:
 if __name__ == '__main__':
     try:
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f'tables: {error}')
+    except UserError as error:
+        fail('tables', str(error))
+    except OSError as error:
+        fail('tables', said(error))
