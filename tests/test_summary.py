@@ -440,21 +440,25 @@ def test_a_table_whose_files_are_gone():
 
 
 @pytest.mark.parametrize('page, made', [
-    ('COMMENT\n| old |\n| 1 |\n', 'COMMENT\nTABLE\n'), ('COMMENT\n', 'COMMENT\nTABLE\n'),
-    ('COMMENT\n\nmore', 'COMMENT\nTABLE\n\nmore'),
-    ('a\nCOMMENT\n| old |\n| 1 |\n\n| b |\n', 'a\nCOMMENT\nTABLE\n\n| b |\n')])
-def test_a_page_keeps_no_old_row(written, monkeypatch, tmp_path, page, made):
+    ('COMMENT\n| old |\n| 1 |\n', 'COMMENT\nTABLE\n'), ('COMMENT\n| old |\n| 1 |', 'COMMENT\nTABLE\n'),
+    ('COMMENT\n', 'COMMENT\nTABLE\n'), ('COMMENT', 'COMMENT\nTABLE\n'), ('COMMENT\n\nmore', 'COMMENT\nTABLE\n\nmore'),
+    ('\ufeffCOMMENT\n| old |\n', '\ufeffCOMMENT\nTABLE\n'),
+    ('a\r\nCOMMENT\r\n| old |\r\n| 1 |\r\n\r\n| b |\r\n', 'a\r\nCOMMENT\r\nTABLE\r\n\r\n| b |\r\n'),
+    ('a\r\nCOMMENT\r\n| old |\r\n| 1 |', 'a\r\nCOMMENT\r\nTABLE\r\n'), ('COMMENT\r\n', 'COMMENT\r\nTABLE\r\n'),
+    ('a\r\nb\nCOMMENT\n| old |\n\nc\r\n', 'a\r\nb\nCOMMENT\nTABLE\n\nc\r\n')])
+def test_a_page_keeps_its_line_ends_and_no_old_row(written, monkeypatch, tmp_path, page, made):
     written('run', epochs(0.5, 0.75), leak=0.5)
     monkeypatch.setattr(tables, 'ROOT', tmp_path)
 
     def filled(text):
+        end = '\r\n' if 'COMMENT\r\n' in text else '\n'
         return text.replace('COMMENT', '<!-- table: run.jsonl --columns leak seeds -->').replace(
-            'TABLE', '| leak | seeds |\n| --- | --- |\n| 0.5 | 1 |')
+            'TABLE', end.join(['| leak | seeds |', '| --- | --- |', '| 0.5 | 1 |'])).encode()
 
-    (tmp_path / 'page.md').write_text(filled(page))
+    (tmp_path / 'page.md').write_bytes(filled(page))
     for _ in range(2):  # the second time nothing changes
         tables.main([tmp_path / 'page.md'])
-        assert (tmp_path / 'page.md').read_text() == filled(made)
+        assert (tmp_path / 'page.md').read_bytes() == filled(made)
 
 
 @pytest.mark.parametrize('folder', sorted({path.parent for path in (ROOT / 'results').rglob('*.jsonl')}),

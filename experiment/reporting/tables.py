@@ -23,8 +23,10 @@ from experiment.options import fail, said
 from experiment.reporting import summary
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = re.compile(r'^(?P<comment><!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->\n)(?:.+\n)*', re.M)
-FIGURE = re.compile(r'^<!-- over_timesteps: (?P<files>.+?) -->\n!\[.*\]\((?P<path>.+?)\)', re.M)
+# a page may begin with a byte-order mark, its lines may end in CRLF, the last one in nothing
+TABLE = re.compile(r'^(\ufeff?<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->)(?P<end>\r?\n|\Z)'
+                   r'(?:[^\r\n]+(?:\r?\n|\Z))*', re.M)
+FIGURE = re.compile(r'^\ufeff?<!-- over_timesteps: (?P<files>.+?) -->\r?\n!\[.*\]\((?P<path>.+?)\)', re.M)
 
 
 def files(words: str) -> list[str]:
@@ -41,15 +43,16 @@ def files(words: str) -> list[str]:
 def rewritten(text: str) -> str:
     """The text of a page with its tables updated. Raises UserError."""
     def table(match):
-        runs, columns = summary.read_all(files(match['files'])), shlex.split(match['columns'])
-        return match['comment'] + summary.narrow_table(runs, columns, as_markdown=True) + '\n'
+        end, runs = match['end'] or '\n', summary.read_all(files(match['files']))
+        lines = summary.narrow_table(runs, shlex.split(match['columns']), as_markdown=True)
+        return match[1] + end + lines.replace('\n', end) + end
 
     return TABLE.sub(table, text)
 
 
 def main(paths: list[str | Path]) -> None:
     for path in map(Path, paths):
-        text = rewritten(path.read_text(encoding='utf-8'))
+        text = rewritten(path.read_bytes().decode())
         write_atomically(path, lambda file, text=text: file.write(text.encode()))
         for figure in FIGURE.finditer(text):
             summary.draw_over_time_steps(summary.read_all(files(figure['files'])), path.parent / figure['path'])
