@@ -10,8 +10,8 @@ python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_r
 python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits.pth --timesteps 12 --scaling_factor auto \
               --calibration_timesteps 100 --epochs 3
 
-# 3. For 4 time steps: an ANN whose activations are quantized as a spiking neuron's rate is, converted as it stands,
-#    and fine-tuned with the surrogate gradient that reaches neurons before their first spike.
+# 3. For 4 time steps: train a QCFS ANN, whose activations have few levels like a spiking neuron's rate. Convert it
+#    without balancing, and fine-tune with the surrogate Linear, which also reaches neurons before their first spike.
 python ann.py --architecture VGG5 --dataset DIGITS --activation QCFS --batch_norm --optimizer Adam --learning_rate 1e-3 \
               --epochs 8 --lr_schedule cosine --name ann_vgg5_digits_qcfs
 python snn.py --pretrained_ann trained_models/ann/ann_vgg5_digits_qcfs.pth --timesteps 4 --activation Linear --epochs 1

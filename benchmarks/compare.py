@@ -1,26 +1,26 @@
-"""Time and memory of a training step, an evaluation step and threshold balancing, beside other ways to do the same.
+"""Compare time and memory of a training step, an evaluation step and threshold balancing with other implementations.
 
     python benchmarks/compare.py                                        # on two cores, an hour
     python benchmarks/compare.py --rows VGG16:100:64 VGG16:4:128 --device cuda --amp --json gpu.json
 
 A row is NET:T:batch; the NET `network` is examples/network.py with its batch norm. T of 8 or fewer means low latency:
-all take the image itself at each step, fire in the step of their input and begin at half a threshold. On the same
-weights, thresholds and images of CIFAR's shape it compares, where they are installed:
+direct input, no delay and an initial potential of half a threshold. With the same weights, thresholds and images of
+CIFAR's shape it compares, if they are installed:
 
     ours                 self_models, STDB; ours_linear: with --activation Linear
     plain                spiking() of the ANN, Linear; of the row `network` compared with ann, spikingjelly and limit
     ann                  the ANN of the same layers; ann_qcfs: with QCFS and batch norm
     step_by_step         tests/step_by_step.py, the equations one time step after another, as the published code does
-    spikingjelly         SpikingJelly, multi-step mode; on CUDA its Triton or CuPy backend where that is installed
+    spikingjelly         SpikingJelly, multi-step mode; on CUDA with its Triton or CuPy backend if installed
     spikingjelly_memopt  the same with its memopt (level 1, bit-compressed spikes); in training only
     snntorch             snnTorch
-    limit                the arithmetic of ours as large matrix products at the machine's rate, from the same minutes
+    limit                the arithmetic of ours as large matrix products at the machine's rate, measured next to it
 
-Each runs in a process of its own, in short runs by turns, a run of ours beside every other one, so that a machine that
-drifts drifts for all. Runs that other work disturbed are recognised and left out of the medians. The ratios are ours /
-theirs: of the medians of wall seconds; wall seconds of neighbouring runs, the median; of the medians of CPU seconds; of
-the memory, the peak above what the process held before its first step. The last column says how many steps of the ANN
-each is, by neighbouring runs. While they are timed all keep freed memory, as ann.py and snn.py have it.
+Each runs in its own process, in short runs by turns, with a run of ours next to every other one, so that a drift of the
+machine affects all. Runs that other work disturbed are recognised and left out of the medians. The ratios are ours /
+theirs: of the medians of wall seconds; the median over neighbouring runs; of the medians of CPU seconds; and of memory,
+the peak above what the process held before its first step. The last column is the time in steps of the ANN, by
+neighbouring runs. While timed, all keep freed memory, as ann.py and snn.py do.
 """
 import argparse
 import contextlib
@@ -44,11 +44,11 @@ IMPLEMENTATIONS = ('ours', 'ours_linear', 'ann', 'step_by_step', 'spikingjelly',
 PEERS = ('spikingjelly', 'spikingjelly_memopt', 'snntorch')
 OF_EXAMPLE = ('plain', 'ann', 'spikingjelly', 'limit')  # of the row `network`
 TRAINING_ONLY = ('ours_linear', 'spikingjelly_memopt')
-BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: one evaluation pass of ours on the same images and steps
-BALANCE_SAMPLES, BALANCE_STEPS = 32, 200  # thresholds are found over many steps: by default 512 images and 1000
-FEW_STEPS = 8  # up to which a row is one of low latency
-ANN_BATCH = 128  # of the ANNs whose shares are shown
-RUN_SECONDS = 1.0  # a run is one step, or as many as take so long
+BALANCE_IMPLEMENTATIONS = ('ours', 'forward')  # forward: an evaluation of ours on the same images and steps
+BALANCE_SAMPLES, BALANCE_STEPS = 32, 200  # snn.py's defaults are 512 images and 1000 steps
+FEW_STEPS = 8  # the most T of a low latency row
+ANN_BATCH = 128  # of the ANNs whose shares of time are shown
+RUN_SECONDS = 1.0  # a run is one step, or as many as fit into this time
 ENOUGH = 3  # undisturbed runs for a median
 TASKS = ('train', 'test', 'balance', 'shares', 'growth', 'kernels')
 
@@ -110,10 +110,10 @@ def work(args):
     parts, profiled = {}, contextlib.nullcontext()
     memory = machine.Memory(device)
     job.run()
-    job.run()  # beside the gradients of the first one
+    job.run()  # while the gradients of the first one are in memory
     print(json.dumps({'bytes': memory.peak()}), flush=True)
     if not (args.plain_malloc and name in PEERS):
-        keep_memory()  # not before, as memory that is kept though it is free would count
+        keep_memory()  # not before, as freed memory that is kept would count
     times = 1
     if task == 'shares':
         networks.name_scans()
@@ -122,7 +122,7 @@ def work(args):
     print('ready', flush=True)
     for _ in sys.stdin:
         if device.type == 'cuda':
-            job.run()  # takes the memory that it gave back below
+            job.run()  # allocates the memory again that is released below
             wait()
         if task == 'shares':
             profiled = networks.parts_of(device, parts)
@@ -145,10 +145,10 @@ class Worker:
         self.process = subprocess.Popen(
             command + ['--amp'] * args.amp + ['--plain_malloc'] * args.plain_malloc, stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, text=True,
-            env={**os.environ, 'KINETO_LOG_LEVEL': '5'})  # else torch's profiler says much
+            env={**os.environ, 'KINETO_LOG_LEVEL': '5'})  # else torch's profiler prints a lot
         line = self.process.stdout.readline()
         self.bytes = json.loads(line)['bytes'] if line else 0
-        self.process.stdout.readline()  # warmed up; the next one is not started beside it
+        self.process.stdout.readline()  # wait until it is warm before the next one starts
 
     def run(self):
         """One run, {'wall', 'cpu', ...}; None where the process has failed."""
@@ -266,7 +266,7 @@ def show_shares(results):
     shares = {}
     for name, found in results.items():
         total = sum(run['wall'] for run in found['runs'])
-        parts = {part: seconds / total for part, seconds in found['runs'][-1]['parts'].items()}  # they add up
+        parts = {part: seconds / total for part, seconds in found['runs'][-1]['parts'].items()}  # they add up to 1
         shares[name] = parts | {'rest': 1 - sum(parts.values())}
     print(f'{"":<34}' + ''.join(f'{name:>18}' for name in shares))
     for part in dict.fromkeys(part for parts in shares.values() for part in parts):
@@ -353,7 +353,7 @@ def main():
                 at = row._replace(steps=BALANCE_STEPS, batch=BALANCE_SAMPLES)
             print(f'\n{at}: {task}', flush=True)
             found[task] = run_task(task, at, args)
-            if args.json:  # also of what was found before something failed
+            if args.json:  # also if something failed later
                 Path(args.json).write_text(json.dumps(everything, indent=1))
     return None
 

@@ -1,9 +1,9 @@
-"""Conversion without training, beside SpikingJelly's converters on the same ANN: test accuracy at each T.
+"""Conversion without training, compared with SpikingJelly's converters on the same ANN: test accuracy at each T.
 
     python benchmarks/converter.py --pretrained_ann trained_models/ann/vgg5_qcfs_seed0.pth -a VGG5 --dataset CIFAR10
 
-Takes the flags of snn.py, and is for an ANN of QCFS or ReLU. SpikingJelly converts ReLU only, so QCFS is taken for the
-ReLU that it quantizes; its own accuracy stands in the row of that ANN. All are given the image itself at each step.
+Takes the flags of snn.py, for a QCFS or ReLU ANN. SpikingJelly converts ReLU only, so it gets the ReLU that QCFS
+quantizes; the row 'ANN, ReLU' has the accuracy of that ANN. All use direct input.
 
     this                  self_models.convert, of QCFS only
     SpikingJelly max      RateCodingRecipe(mode='Max')
@@ -27,7 +27,7 @@ from self_models import QCFS, convert  # noqa: E402
 from self_models.conversion import is_quantized  # noqa: E402
 
 STEPS = (1, 2, 4, 8, 16, 32)
-IMAGES = 512  # of the training set, that SpikingJelly calibrates on
+IMAGES = 512  # training images for SpikingJelly's calibration
 
 
 class OverTime(nn.Module):
@@ -58,7 +58,7 @@ def relu_of(ann):
                 setattr(module, name, nn.ReLU())
             for plain in (nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d):
                 if isinstance(child, plain):
-                    child.__class__ = plain  # ours differ in forward() alone
+                    child.__class__ = plain  # ours differ only in forward()
     return ann.eval()
 
 

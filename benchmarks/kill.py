@@ -1,13 +1,13 @@
-"""Kill training runs at random moments: is every checkpoint readable, does each run go on, is its end the same?
+"""Kill training runs at random moments: is every checkpoint readable, does each run resume, is its result the same?
 
     python benchmarks/kill.py                       # 20 kills of ann.py and 20 of snn.py; some 15 minutes
 
-One run of each script is left alone. Another with the same flags and --resume auto is killed (SIGKILL) at a random
-moment: by turns up to the end of its first epoch, in the five epochs after that, and within a hundredth of a second
-after a save began. After each kill every checkpoint has to load as tensors only and every metrics file to be whole, and
-a run with --resume auto has to end the epoch after the last one saved; that run is killed then, too, and the next kill
-follows. What is left is trained to the end, where weights, optimizer, best accuracy and the metrics of each epoch, its
-seconds aside, have to equal, bit for bit, those of the run that was left alone. Ends with status 1 where they do not.
+One run of each script is not killed. Another, with the same flags and --resume auto, is killed (SIGKILL) at a random
+moment: by turns before the end of its first epoch, in the next five epochs, and within 10 ms after a save began. After
+each kill, every checkpoint must load as tensors only, every metrics file must be complete, and a run with --resume auto
+must end the epoch after the last one saved; then it is killed, too, and so on. At last it is trained to the end, where
+weights, optimizer, best accuracy and the metrics of each epoch, without its seconds, must equal those of the first run
+bit for bit. Ends with status 1 if they do not.
 """
 import argparse
 import random
@@ -92,7 +92,7 @@ def unreadable(folder):
                 torch.load(path, map_location='cpu', weights_only=True)['state_dict']
             else:
                 summary.read(path)
-        except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
+        except Exception as error:  # torch's reader raises many kinds of errors for damaged files
             problems.append(f'{path.relative_to(folder)} is unreadable: {error!r}')
     return problems
 
@@ -133,7 +133,7 @@ def torment(folder, kind, kills, draw):
         if reached != epoch + 1:
             wrong.append(f'it does not go on after epoch {epoch} but with {reached}: {said[-1000:]}')
         wrong += unreadable(folder)
-        # One, where the second kill hit a save, too; the next run is to delete it.
+        # one, if the second kill hit a save, too; the next run deletes it
         if len(left := list(models.glob('*.tmp'))) > 1:
             wrong.append(f'{len(left)} half-written files have piled up')
         survived += not wrong

@@ -1,12 +1,12 @@
-"""What the machine does while a step is measured: seconds of this process, of other work, and its peak of memory."""
+"""The machine while a step is measured: seconds of this process and of other work, and the peak of memory."""
 import ctypes
 import gc
 import resource
 import time
 from pathlib import Path
 
-# A run is disturbed where others had more processors than the one and fewer than the other were idle; and where its CPU
-# seconds a second are below this part of the most that a run of the same work had.
+# a run is disturbed if other work had more processors than OTHERS and fewer than IDLE were idle, or if it has fewer
+# CPU seconds a second than this part (USUAL) of the most in a run of the same work
 OTHERS, IDLE = 0.1, 0.2
 USUAL = 0.9
 
@@ -18,7 +18,7 @@ def cpu_seconds():
 
 
 def machine_seconds():
-    """(busy, idle) seconds of all processors since the machine started; what a host took for others is busy."""
+    """(busy, idle) seconds of all processors since the machine started; what the host gave to others counts as busy."""
     user, nice, system, idle, iowait, irq, softirq, steal = map(
         int, Path('/proc/stat').read_text().split(maxsplit=9)[1:9])
     return (user + nice + system + irq + softirq + steal) / 100, (idle + iowait) / 100
@@ -60,7 +60,7 @@ class Memory:
             self.start = torch.cuda.memory_allocated()
             return
         trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
-        if trim:  # what building the network left free would hide as much of the first step
+        if trim:  # freed memory from building the network would hide the first step's
             trim(0)
         Path('/proc/self/clear_refs').write_text('5')
         self.start = self._status('VmRSS')

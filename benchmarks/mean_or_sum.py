@@ -3,8 +3,8 @@
     python benchmarks/mean_or_sum.py --pretrained_ann trained_models/ann/ann_vgg5_mnist.pth -a VGG5 --dataset MNIST \\
         --timesteps 12 --train_samples 1000 --calibration_samples 128 --calibration_timesteps 200 --seed 0
 
-Takes the flags of snn.py, but for --output. Prints, for 512 training images in training mode, how many are
-misclassified, what share of the gradient's norm at the logits those supply, and how many images have a norm below 0.05.
+Takes the flags of snn.py except --output. Prints, for 512 training images in training mode, how many are
+misclassified, their share of the gradient's norm at the logits, and how many images have a norm below 0.05.
 """
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ IMAGES = 512
 def main(args):
     if not args.pretrained_ann:
         raise UserError('--pretrained_ann: name the ANN whose conversion is to be looked at')
-    args.output = 'mean'  # without a factor of the conversion's
+    args.output = 'mean'  # without the factor of conversion
     device = setup.set_up_device(args)
     start = find_snn(args, device)
     data = setup.load_data(args)

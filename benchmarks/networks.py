@@ -1,7 +1,7 @@
-"""The same network in every implementation that compare.py knows, and the work that is measured of each.
+"""The same network in every implementation that compare.py knows, and the work that is measured.
 
-Layers, weights, thresholds and images are alike. At T of 8 or fewer all take the image itself at each step, fire in the
-step of their input and begin at half a threshold; else all but the ANN take Poisson spikes and begin at 0.
+Layers, weights, thresholds and images are the same. At T of 8 or fewer, all have direct input, no delay and an initial
+potential of half a threshold; else all but the ANN have Poisson input and begin at 0.
 """
 import contextlib
 import functools
@@ -27,7 +27,7 @@ from self_models.surrogate import SURROGATES
 
 EXAMPLE = 'network'  # the row of examples/network.py
 LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}
-MATRIX = {'cpu': 2048, 'cuda': 8192}  # rows and columns of the products that tell the machine's rate, on all cores
+MATRIX = {'cpu': 2048, 'cuda': 8192}  # rows and columns of the products that measure the machine's rate, on all cores
 
 
 class Job(NamedTuple):
@@ -51,7 +51,7 @@ def build_plain(row, device):
     """spiking() of the ANN, Linear: of the example network, whose batch norm makes it spike at thresholds of 1, or of a
     published one, balanced as build_ours() has it."""
     ann = build_ann(row, device) if row.architecture == EXAMPLE else build_ann(row, device, dropout=0.3)
-    # gamma 1: the height of the other libraries' surrogates
+    # gamma 1 is the height of the other libraries' surrogates
     model = spiking(ann, row.steps, activation='Linear', gamma=1.0, backend='triton' if device.type == 'cuda' else
                     'torch', **LOW_LATENCY if row.direct else {})
     return model if row.architecture == EXAMPLE else balance(model)
@@ -70,7 +70,7 @@ def build_ann(row, device, **options):
     if row.architecture == EXAMPLE:
         return network(10, (3, 32, 32)).to(device)
     model = (VGG if row.architecture.startswith('VGG') else ResNet)(row.architecture, **options)
-    if 'batch_norm' not in options:  # bounds and batch norm begin as they do
+    if 'batch_norm' not in options:  # bounds and batch norm keep their initial values
         fill(model, 0)
     return model.to(device, memory_format=torch.channels_last)
 
@@ -258,7 +258,7 @@ def scan_job(backend, task, row, device):
     lif_forward(current, spikes, neuron)
     if task == 'scan forward':
         return Job(lambda: lif_forward(current, spikes, neuron))
-    grad = torch.zeros(row.steps, size, device=device)  # zeros stay finite however often they go through it in place
+    grad = torch.zeros(row.steps, size, device=device)  # zeros stay finite, although it works in place
     state = spikes if neuron.surrogate.of_spikes else torch.rand(row.steps, size, device=device)
     return Job(lambda: lif_backward(grad, state, 1, neuron))
 
@@ -310,7 +310,7 @@ CPU_PARTS = {  # by the names of operations
     'activations': ('aten::relu', 'aten::threshold_backward', '_QCFS', '_QCFSBackward'),
     'pools and dropout': ('aten::avg_pool2d', 'aten::avg_pool2d_backward', 'aten::dropout', 'MulBackward0'),
     'optimizer': ('Optimizer.step#SGD.step',)}
-CUDA_PARTS = {  # by what the names of kernels have in them; the scans' are the first two
+CUDA_PARTS = {  # by parts of the names of kernels; the first two are the scans
     'scan over time': ('^_forward$', '^_backward$'),
     'batch norm': ('batch_norm', 'bn_'),
     'pools and dropout': ('pool', 'dropout'),
@@ -339,7 +339,7 @@ def parts_of(device, parts):
         part, above = part_of(event, cuda), event.cpu_parent
         while above is not None and not part_of(above, cuda):
             above = above.cpu_parent
-        if part and above is None:  # else it is within one that counts already
+        if part and above is None:  # else it is part of one that counts already
             parts[part] = parts.get(part, 0) + event.time_range.elapsed_us() / 1e6
 
 

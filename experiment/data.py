@@ -21,19 +21,19 @@ from self_models.architectures import INPUT_SHAPES
 # torchvision's class and its folder under data_dir
 _TORCHVISION = {'MNIST': ('MNIST', 'mnist'), 'FASHIONMNIST': ('FashionMNIST', 'fashion_mnist'),
                 'CIFAR10': ('CIFAR10', 'cifar_data'), 'CIFAR100': ('CIFAR100', 'cifar_data')}
-# of the sets that say it without their files
+# of the data sets whose number of classes is known without their files
 CLASS_COUNTS = {'MNIST': 10, 'FASHIONMNIST': 10, 'CIFAR10': 10, 'CIFAR100': 100, 'DIGITS': 10}
-NO_IMAGE = -100  # the label of an image that counts for nothing; torch's cross-entropy passes it over
+NO_IMAGE = -100  # the label of an image that does not count; torch's cross-entropy ignores it
 IN_MEMORY_BYTES = 2 ** 30  # a FOLDER up to this size is decoded once, a larger one in every epoch
 MANY_FILES = 2000  # more than these are decoded by several processes
 
 
 class Transform(NamedTuple):
-    """What becomes of the images of a set on their way to a network.
+    """How the images of a set are prepared for a network.
 
-    prepare: brings a picture from PIL to the size of the set. top: the largest value of a pixel. signed: whether values
-    become -1 .. 1, else 0 .. 1. augment: crop and flip at random. cutout: the size of a square that is blotted out, in
-    pixels. These two draw from torch's global generator.
+    prepare: resizes a picture from PIL. top: the largest value of a pixel. signed: whether values become -1 .. 1, else
+    0 .. 1. augment: crop and flip at random. cutout: the size of a square that is set to 0, in pixels. The last two
+    draw from torch's global generator.
     """
     prepare: Callable | None = None
     top: int = 255
@@ -60,17 +60,17 @@ class Pictures(Dataset):
         return images[0], int(labels[0])
 
     def subset(self, numbers: torch.Tensor, transform: Transform | None = None) -> 'Pictures':
-        """The images of these numbers, sorted by them, with the transform of this set or another one."""
+        """The images of these numbers, sorted by number, with the transform of this set or another one."""
         numbers = numbers.sort().values
         images = self.images[numbers] if self.in_memory else [self.images[number] for number in numbers.tolist()]
         return Pictures(images, self.labels[numbers], transform or self.transform)
 
     def sample(self, count: int, seed: int, like: 'Pictures') -> 'Pictures':
-        """So many of them (all, if they are fewer), the same ones for the same seed, transformed as `like` is."""
+        """`count` images (all, if there are fewer), the same for the same seed, with the transform of `like`."""
         return self.subset(shuffled(len(self), seed)[:count], like.transform)
 
     def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times as quick as one after another."""
+        """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times faster than one by one."""
         prepare, top, signed, augment, cutout = self.transform
         images = self.images[indices] if self.in_memory else _read_all(self.images, prepare, indices)
         if augment:
@@ -90,7 +90,7 @@ class Data(NamedTuple):
     input_shape: tuple[int, int, int]  # (C, H, W)
     validation: Pictures | None = None  # held out of the training set, to choose the best epoch on
     full_train_size: int = 0  # images in the training set before any were left out
-    notes: tuple[str, ...] = ()  # lines to say of its files
+    notes: tuple[str, ...] = ()  # lines to say about its files
 
     @property
     def selection(self) -> str:
@@ -108,8 +108,8 @@ def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
 
 
 def cut_out(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Set a square of `size` pixels in each of the images (B, C, H, W) to 0, its centre at a random pixel of the image
-    and what lies outside cut off (cutout: DeVries and Taylor, 2017)."""
+    """Set a square of `size` pixels to 0 in each of the images (B, C, H, W). Its centre is a random pixel; it may reach
+    beyond the image (cutout: DeVries and Taylor, 2017)."""
     count, _, height, width = images.shape
 
     def within(length):  # (B, length)
@@ -121,11 +121,11 @@ def cut_out(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Sampling(NamedTuple):
-    """Which images of a data set are taken: the same ones for the same seeds.
+    """Which images of a data set are taken: the same for the same seeds.
 
-    train_samples, test_samples: so many at random; None for all. validation_fraction: this part of the training set is
-    held out. split_seed shuffles that set (None: seed does, as it does the test set); training images are taken from
-    its beginning, those held out are its end, so they are the same ones whatever train_samples.
+    train_samples, test_samples: so many at random; None for all. validation_fraction: the part of the training set that
+    is held out. split_seed shuffles the training set (None: `seed`, which shuffles the test set). Training images are
+    its first ones, the validation images its last ones, whatever train_samples.
     """
     train_samples: int | None = None
     test_samples: int | None = None
@@ -141,17 +141,16 @@ def load(name: str, data_dir: str | Path, image_size: int = 32, sampling: Sampli
          cutout: int = 0) -> Data:
     """The data set `name`; UserError if it is missing, damaged or not as it should be.
 
-    image_size: height and width in pixels that FOLDER pictures are brought to; the other sets have their own.
-    num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout: of training images, see
-    Transform.
+    image_size: height and width in pixels that FOLDER pictures are resized to; the other sets have their own.
+    num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout: see Transform; for training
+    images.
     """
     if name not in BUILDERS:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
     whole = BUILDERS[name](name, Path(os.path.expanduser(data_dir)), image_size)
     _, height, width = whole.input_shape
     if cutout >= min(height, width):
-        raise UserError(f'--cutout {cutout}: may leave nothing of images of {height}x{width} pixels; take a smaller '
-                        'square')
+        raise UserError(f'--cutout {cutout}: may cover whole images of {height}x{width} pixels; take a smaller one')
     sets = _sampled(whole.train, whole.test, sampling)
     if name == 'FOLDER' and sum(map(len, sets)) * math.prod(whole.input_shape) <= IN_MEMORY_BYTES:
         sets = [Pictures(_decode(part.images, part.transform.prepare, image_size, num_workers), part.labels,
@@ -184,16 +183,16 @@ def epoch_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, seed: 
                  pin_memory: bool = False, process: Process = ALONE) -> DataLoader:
     """A DataLoader of (images (B, C, H, W), labels (B,)) for one epoch; the last batch may be smaller.
 
-    process: a distributed.Process. Together they go through batches of world_size times batch_size, of which each gets
-    an even part; if there is no image left for it, one whose label is NO_IMAGE. `sizes`, an attribute of the loader,
-    lists how many images each batch has, over all processes.
-    Order and augmentation depend on seed and batch_size alone, not on num_workers, and torch's global generator is
-    left as it was. Iterating raises UserError if a picture cannot be read.
+    process: a distributed.Process. Batches have world_size times batch_size images, of which each process gets an even
+    part; if no image is left for it, one whose label is NO_IMAGE. The loader's attribute `sizes` lists how many images
+    each batch has, over all processes.
+    Order and augmentation depend on seed and batch_size only, not on num_workers, and torch's global generator stays
+    as it was. Iterating raises UserError if a picture cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator).tolist() if shuffle else range(len(dataset))
     seeds = torch.randint(2 ** 31, (len(dataset),), generator=generator)
-    # Workers take longer to hand over a batch than it takes to cut one out of memory.
+    # a batch is taken from memory faster than a worker hands one over
     workers = 0 if getattr(dataset, 'in_memory', False) else num_workers
     rank, world_size = process
     batches = [order[i:i + batch_size * world_size] for i in range(0, len(order), batch_size * world_size)]
@@ -202,18 +201,17 @@ def epoch_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, seed: 
 
 
 class _Loader(DataLoader):
-    """Yields make([index, ...]) of each of the batches: so a whole one is cut out and augmented at once."""
+    """Yields make([index, ...]) for each of the batches, so a batch is cut out and augmented at once."""
 
     def __init__(self, batches, make, sizes=(), **options):
-        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make), **options)
+        super().__init__(batches, batch_size=None, collate_fn=make, **options)
         self.sizes = sizes
 
     def __iter__(self):
         try:
-            for batch in super().__iter__():
-                if isinstance(batch, UserError):
-                    raise batch
-                yield batch
+            yield from super().__iter__()
+        except UserError as error:  # torch puts a worker's traceback before its text
+            raise UserError(str(error).rsplit('UserError: ', 1)[-1].rstrip()) from error
         except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
             if died := dead_worker(error):
                 raise died from error
@@ -231,21 +229,13 @@ def _batch(dataset, seeds, indices):
         return default_collate([dataset[index] for index in indices])
 
 
-def _error_as_value(make, indices):
-    """make(indices), or the UserError that it raises: raised in a worker, its text would become a traceback."""
-    try:
-        return make(indices)
-    except UserError as error:
-        return error
-
-
 def held_out_of(count: int, validation_fraction: float) -> int:
     """How many of so many training images are held out."""
     return round(validation_fraction * count)
 
 
 def shuffled(count: int, seed: int) -> torch.Tensor:
-    """The order that a seed gives so many images: a tensor of their numbers."""
+    """The numbers of so many images, in the order that a seed gives."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
@@ -292,11 +282,11 @@ def _torchvision(name, data_dir, _):
         return Pictures(images, labels, Transform(signed=cifar, augment=cifar and train)), list(dataset.classes)
 
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # seconds; without it a firewall that drops packets keeps one waiting for minutes
+    socket.setdefaulttimeout(30)  # seconds; else a firewall that drops packets costs minutes
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             (train, classes), (test, _) = read(train=True), read(train=False)
-    except Exception as error:  # what torchvision raises for missing and damaged files differs from set to set
+    except Exception as error:  # torchvision raises many kinds of errors for missing and damaged files
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
         if missing():
             archive = f'{kind.filename} into {root}' if cifar else 'the same as .gz'
@@ -326,7 +316,7 @@ BUILDERS = {**dict.fromkeys(_TORCHVISION, _torchvision), 'DIGITS': _digits, 'IMA
 
 
 def _by_folders(name, root, tests, place, shape, transforms):
-    """The Data of pictures that lie in a sub-folder for each class of train/ and of the first of `tests` that is there.
+    """The Data of pictures in a sub-folder for each class, in train/ and in the first of `tests` that is there.
 
     place: the root, as errors name it. transforms: of training and of test images.
     """
@@ -341,7 +331,7 @@ def _by_folders(name, root, tests, place, shape, transforms):
     try:
         (train, train_others), (test, test_others) = picture_files.by_class(train_dir), picture_files.by_class(test_dir)
     except OSError as error:
-        raise UserError(f'{error.filename}: cannot be read ({error.strerror}); mend or delete it, or say with '
+        raise UserError(f'{error.filename}: cannot be read ({error.strerror}); repair or delete it, or say with '
                         '--data_dir where the pictures are') from error
     left_out = '; '.join(f'{folder}: {picture_files.listed(others)}'
                          for folder, others in ((train_dir, train_others), (test_dir, test_others)) if others)
@@ -365,7 +355,7 @@ def _by_folders(name, root, tests, place, shape, transforms):
 
 
 def _resizing(name, size):
-    """What brings a picture of PIL to the size of a test set."""
+    """What resizes a picture of PIL for a test set."""
     if name == 'IMAGENET':
         v2 = _import_torchvision(name).transforms.v2
         return v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
@@ -375,7 +365,7 @@ def _resizing(name, size):
 def picture(file: str | Path, name: str, input_shape: tuple[int, int, int]) -> torch.Tensor:
     """A picture file as a sample of the test set `name`: float32 (C, H, W). Raises UserError if it cannot be read.
 
-    For sets of one channel it becomes grey; light on dark is what they hold.
+    For sets of one channel it becomes grey; their images are light on dark.
     """
     channels, height, _ = input_shape
     resize = _resizing(name, height)
@@ -391,7 +381,7 @@ def _decode(files, prepare, size, num_workers):
     """All the files as uint8 (N, 3, size, size), read by so many processes if there are many files."""
     from tqdm import tqdm
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    # Batches of 1 MiB, copied at once: a container may have little shared memory, and each batch keeps a file open.
+    # batches of 1 MiB: a container may have little shared memory, and each batch keeps a file open
     batch_size = max(1, 2 ** 20 // (3 * size ** 2))
     batches = [range(i, min(i + batch_size, len(files))) for i in range(0, len(files), batch_size)]
     workers = num_workers if len(files) > MANY_FILES else 0

@@ -1,14 +1,14 @@
 """Several processes that train one network together, as torchrun starts them: one for each GPU, or on CPUs.
 
-Without torchrun there is one process, and everything here does nothing. Each process keeps the whole network and takes
-its part of every batch; gradients are averaged by torch's DistributedDataParallel.
+Without torchrun there is one process, and nothing here has an effect. Each process has the whole network and a part of
+every batch; torch's DistributedDataParallel averages the gradients.
 """
 import contextlib
 import datetime
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,21 +25,21 @@ def local_rank() -> int:
 
 
 def start(device: torch.device) -> None:
-    """Meet the other processes; they talk by nccl on CUDA, by gloo on CPUs."""
-    # Python's handlers wait for torch to return, which does not while another process is missing
+    """Meet the other processes: by nccl on CUDA, by gloo on CPUs."""
+    # Python's handlers run when torch returns, which it does not while another process is missing
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
-    # a process may wait for another to balance thresholds, which can take hours
+    # the others wait while one balances thresholds, which can take hours
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(days=2))
-    dist.barrier()  # else torch logs an error where a process ends before another has reached it
+    dist.barrier()  # else torch logs an error if a process ends before another gets here
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 def stop() -> None:
-    """End this process with status 0 where it is one of several, once all are at the end of their run.
+    """End this process with status 0 if it is one of several, once all are at the end of their run.
 
-    Without Python's shutdown: seen in 1 of 16 runs, torch 2.14 aborts in it with a thread of gloo's still running, and
-    the run would count as failed.
+    Without Python's shutdown, in which torch 2.14 aborts now and then (1 of 16 runs), as a thread of gloo is still
+    running: the run would count as failed.
     """
     if _started():
         dist.barrier()
@@ -53,7 +53,7 @@ def _started():
 
 
 def is_of_an_ended_process(error: RuntimeError) -> bool:
-    """Whether a RuntimeError says that another process has ended, by whatever fault, and this one cannot go on."""
+    """Whether a RuntimeError says that another process has ended, so that this one cannot continue."""
     return isinstance(error, dist.DistError) or any(
         words in str(error) for words in ('closed by peer', 'reset by peer', 'Broken pipe', 'gloo/transport'))
 
@@ -68,7 +68,7 @@ ALONE = Process()
 
 
 def process() -> Process:
-    """Which one this is."""
+    """Which of the processes this is."""
     return Process(dist.get_rank(), dist.get_world_size()) if _started() else ALONE
 
 
@@ -86,7 +86,7 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 
 def from_main(function: Callable) -> Any:
-    """What function() gives on the main process, on all of them; a UserError that it raises, too."""
+    """function() runs on the main process; all processes get its result, or the UserError that it raises."""
     value = error = None
     if is_main():
         try:
@@ -102,16 +102,16 @@ def from_main(function: Callable) -> Any:
     return value
 
 
-def share_weights(model: torch.nn.Module) -> None:
-    """Give every process the weights that the main one has."""
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the values that these tensors have in the main process."""
     if _started():
-        for weight in model.state_dict().values():
-            dist.broadcast(weight, 0)
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the block before the others do: what it downloads, they find."""
+    """The main process runs the block first, so the others find what it downloads."""
     if _started() and not is_main():
         dist.barrier()
     yield
@@ -119,25 +119,15 @@ def main_first() -> Iterator[None]:
         dist.barrier()
 
 
-def share_buffers(model: torch.nn.Module) -> None:
-    """Give every process what the main one has beside weights: batch norm's statistics of the batch just trained on.
-
-    At each step DistributedDataParallel does so first, which leaves those of the last one.
-    """
-    if _started():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
 def synchronises(device: torch.device) -> bool:
-    """Whether batch norm takes its statistics over all processes; torch's does so on CUDA only."""
+    """Whether batch norm takes its statistics over all processes, which torch's does on CUDA only."""
     return device.type == 'cuda'
 
 
 def learner(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The model as it is trained: among several processes, wrapped so that gradients are averaged over them.
+    """The model to train: among several processes, wrapped so that gradients are averaged over them.
 
-    On CUDA its batch norms are replaced by such that take their statistics over all; nothing has another name then.
+    On CUDA its batch norms are replaced by SyncBatchNorm, with the same names.
     """
     if not _started():
         return model

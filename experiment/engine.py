@@ -42,7 +42,7 @@ def seed_for(seed: int, epoch: int, rank: int = 0) -> int:
 
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # of the CPU and of every CUDA device
-    np.random.seed(seed % 2 ** 32)  # of which the file of a network of one's own may draw
+    np.random.seed(seed % 2 ** 32)  # the code of your own network may draw from it
 
 
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:
-    """The context of a forward pass: where `amp`, convolutions and matrix products run in bfloat16."""
+    """The context of a forward pass: if `amp`, convolutions and matrix products run in bfloat16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
@@ -97,61 +97,26 @@ def cross_entropy(logits: Tensor, labels: Tensor, scale: float = 1.0, smoothing:
 
 
 class Along(NamedTuple):
-    """What train_epoch does beside training: every so many batches it says how that goes, with a function that prints a
-    line; and it sets the learning rate to rate(part of the epoch that is done) before each step."""
+    """What train_epoch does besides training.
+
+    say: prints a line about the training so far after every so many batches (every). rate: the learning rate of the
+    next step, as a function of the part of the epoch that is done.
+    """
     say: Callable | None = None
     every: int | None = None
     rate: Callable | None = None
 
 
-def check_finite(loss: float, where: str, model: nn.Module, images: Tensor | None = None) -> None:
-    """Raise UserError where a loss or a model's weights are not finite; the message names the first layer at fault.
-
-    images: (B, C, H, W) that the loss is of, on which layers are looked at too.
-    """
-    layer = layer_not_finite(model, None if math.isfinite(loss) else images)
-    if math.isfinite(loss) and not layer:
-        return
-    said = f'{layer} left the finite range'
-    if not math.isfinite(loss):
-        said = f'the loss became {loss} {where}' + (f', as {said}' if layer else '')
-    else:
-        said += f' {where}'
-    raise UserError(f'{said}: lower --learning_rate' + (
-        ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds' if is_spiking(model) else ''))
-
-
-def is_finite(tensor: Tensor) -> bool:
-    return all(map(math.isfinite, torch.aminmax(tensor)))  # either is NaN where a value is
-
-
-def is_spiking(model: nn.Module) -> bool:
-    return isinstance(model, SpikingNetwork)
-
-
-@torch.no_grad()
-def layer_not_finite(model: nn.Module, images: Tensor | None = None) -> str:
-    """What of a model is not finite, in words: the first such weights, else an output on images; '' for none."""
-    for name, weight in model.named_parameters():
-        if not is_finite(weight):
-            return f'the weights of {name.removesuffix(".weight")}'
-    if images is None:
-        return ''
-    if is_spiking(model):
-        records = model.record(images) if model.timesteps > model.latency else ()
-        return next((f'the membrane potentials of {record.name}' for record in records
-                     if not math.isfinite(record.fault)), '')
-    if distributed.process().world_size > 1:  # batch norm would wait for the other processes
-        model.eval()
-    found, hooks = [], []
-    for name, module in model.named_modules():
-        if hasattr(module, 'weight'):
-            hooks.append(module.register_forward_hook(
-                lambda _, __, output, name=name: found.append((name, is_finite(output)))))
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    return next((f'the output of {name}' for name, finite in found if not finite), '')
+def check_finite(loss: float, where: str, model: nn.Module) -> None:
+    """Raise UserError if a loss or a model's weights are not finite; the message names the first such weights."""
+    wrong = next((name.removesuffix('.weight') for name, weight in model.named_parameters()
+                  if not weight.isfinite().all()), None)
+    said = [] if math.isfinite(loss) else [f'the loss became {loss}']
+    said += [f'the weights of {wrong} left the finite range'] if wrong else []
+    if said:
+        raise UserError(f'{where} {", as ".join(said)}: lower --learning_rate' + (
+            ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds'
+            if isinstance(model, SpikingNetwork) else ''))
 
 
 class Meter:
@@ -164,7 +129,7 @@ class Meter:
         self.model, self.along, self.waiting = model, along, None
         self.loss, self.correct, self.seen = 0.0, 0, 0
 
-    def add(self, number: int, images: Tensor, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
+    def add(self, number: int, labels: Tensor, logits: Tensor, loss: Tensor) -> None:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
         hits, size = (logits.detach().argmax(1) == labels).sum(), (labels != NO_IMAGE).sum()
         numbers = torch.stack([loss, hits.to(loss.dtype), size.to(loss.dtype)]).to('cpu', non_blocking=True)
@@ -172,18 +137,18 @@ class Meter:
         if copied:
             copied.record()
         self.read()
-        self.waiting = number, images, numbers, copied
+        self.waiting = number, numbers, copied
 
     def read(self) -> None:
         """Read the batch that is waiting, if one is. Raises UserError for a loss that is not finite."""
         if not self.waiting:
             return
-        (number, images, numbers, copied), self.waiting = self.waiting, None
+        (number, numbers, copied), self.waiting = self.waiting, None
         if copied:  # and what the GPU has been given since is not waited for
             copied.synchronize()
         loss, hits, size = numbers.tolist()
         if not math.isfinite(loss):
-            check_finite(loss, f'at batch {number}', self.model, images)
+            check_finite(loss, f'at batch {number}', self.model)
         self.loss, self.correct, self.seen = self.loss + loss, self.correct + int(hits), self.seen + int(size)
         if self.seen and self.along.every and number % self.along.every == 0:
             self.along.say(f'  batch {number}: train loss {self.loss / self.seen:.4f}, train accuracy '
@@ -231,26 +196,36 @@ def train_epoch(model: nn.Module, loader: DataLoader, optimizer: Optimizer, loss
         optimizer.step()
         for module in constrained:  # thresholds and bounds above 0, leaks in (0, 1]
             module.constrain()
-        meter.add(number, images, labels, logits, loss)
+        meter.add(number, labels, logits, loss)
         bar.set_postfix_str(str(meter), refresh=False)
     return meter.metrics(device)
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, device: torch.device, amp: bool = False,
-             say: Callable | None = None, at: list[int] | None = None) -> tuple[Metrics, list[float]]:
-    """One pass over a loader without training; returns (its Metrics, accuracies after each of `at` time steps).
+def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: Namespace,
+         say: Callable | None = None) -> Metrics:
+    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
+    return test_over_time(model, dataset, loss_function, device, args, say)[0]
 
-    loss_function: as for train_epoch. say: prints the accuracy after every batch. at: of a spiking network, time steps
-    in ascending order, of which the last gives the Metrics; None for all of them at once.
+
+@torch.no_grad()
+def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
+                   args: Namespace, say: Callable | None = None,
+                   at: list[int] | None = None) -> tuple[Metrics, list[float]]:
+    """test(), and with it the accuracies of a spiking network after each of `at` time steps.
+
+    loss_function: as for train_epoch. say: prints the accuracy after every batch. at: time steps in ascending order, of
+    which the last gives the Metrics; None for all of them at once.
     """
+    process = distributed.process()
+    seed_all(seed_for(args.seed, 0, process.rank))
+    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', process=process)
     model.eval()
     total_loss, correct, seen = 0.0, torch.zeros(len(at or [0]), dtype=torch.int64), 0
     bar = tqdm(loader, desc='test', leave=False, disable=None if distributed.is_main() else True)
     for number, (images, labels) in enumerate(bar, 1):
         seen += (labels != NO_IMAGE).sum().item()
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with autocast(device, amp):
+        with autocast(device, args.amp):
             outputs = model.curve(images, at) if at else model(images)[None]  # (len(at), B, labels)
             total_loss += loss_function(outputs[-1], labels).item()
         correct += (outputs.argmax(2) == labels).sum(1).cpu()
@@ -263,22 +238,6 @@ def evaluate(model: nn.Module, loader: DataLoader, loss_function: Callable, devi
     return Metrics(total_loss / seen, accuracies[-1]), accuracies
 
 
-def test(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device, args: Namespace,
-         say: Callable | None = None) -> Metrics:
-    """The Metrics on a whole set, always with the same random draws: a checkpoint gives its accuracy again."""
-    return test_over_time(model, dataset, loss_function, device, args, say)[0]
-
-
-def test_over_time(model: nn.Module, dataset: Dataset, loss_function: Callable, device: torch.device,
-                   args: Namespace, say: Callable | None = None,
-                   at: list[int] | None = None) -> tuple[Metrics, list[float]]:
-    """test(), and with it the accuracies of a spiking network after each of `at` time steps."""
-    process = distributed.process()
-    seed_all(seed_for(args.seed, 0, process.rank))
-    loader = epoch_loader(dataset, args.batch_size, args.num_workers, pin_memory=device.type == 'cuda', process=process)
-    return evaluate(model, loader, loss_function, device, args.amp, say, at)
-
-
 def least_progress(classes: int) -> float:
     """The accuracy below which a network has learned nothing: for ten classes 0.15, as published."""
     return min(0.15, 1.5 / classes)
@@ -288,13 +247,13 @@ def train(model: nn.Module, optimizer: Optimizer, data: Data, run: 'Run', progre
           chance_epochs: int) -> None:
     """Train from epoch progress.done + 1 to args.epochs; leaves the model at its best epoch, progress.best.
 
-    Epochs are compared on the validation set where there is one; then the best one is run on the test set at the end.
-    run: run.Run. progress: start.Progress, which goes on. chance_epochs: so many may a network be no better than
-    chance; one more stops the run with a UserError.
+    Epochs are compared on the validation set if there is one; the best epoch is then tested at the end.
+    run: run.Run. progress: start.Progress, which is updated. chance_epochs: for so many epochs the accuracy may be
+    near chance; after one more, the run stops with a UserError.
     """
     args, chosen_on, trained_as = run.args, data.selection, None
     if progress.done >= args.epochs:
-        enough = f'{progress.done} epochs are done already; a larger --epochs trains on'
+        enough = f'{progress.done} epochs are done already; for more, raise --epochs'
         if progress.fresh:  # no epoch would be this run's
             raise UserError(enough)
         run.say(enough)
@@ -326,35 +285,33 @@ def train_and_test(epoch: int, model: nn.Module, learner: nn.Module, optimizer: 
                    run: 'Run') -> dict[str, float]:
     """One epoch of a model, trained as `learner`, and its test; returns {train_loss, ...} for the history.
 
-    Raises UserError where what it gives is not finite, before the last whole checkpoint is written over.
+    Raises UserError if the loss or the weights are not finite, before the last checkpoint is replaced.
     """
     args, rank = run.args, distributed.process().rank
-    rate = partial(learning_rate_at, epoch, args)
-    for group in optimizer.param_groups:
-        group['lr'] = rate()
-    along = Along(run.say, getattr(args, 'train_acc_batches', None), rate if args.lr_schedule == 'cosine' else None)
+    along = Along(run.say, getattr(args, 'train_acc_batches', None), partial(learning_rate_at, epoch, args))
     seed_all(seed_for(args.seed, epoch, rank))
     loader = epoch_loader(data.train, args.batch_size, args.num_workers, seed_for(args.seed, epoch), shuffle=True,
                           pin_memory=run.device.type == 'cuda', process=distributed.process())
     trained = train_epoch(learner, loader, optimizer, partial(run.loss_function, smoothing=args.label_smoothing),
                           run.device, args.amp, along)
-    distributed.share_buffers(model)
+    # DistributedDataParallel shares batch norm's statistics before each step, so not those of the last one
+    distributed.share(model.buffers())
     tested = run.test(model, getattr(data, data.selection))
-    images = None if math.isfinite(tested.loss) else next(iter(loader))[0].to(run.device)
-    check_finite(tested.loss, f'after epoch {epoch}', model, images)
+    check_finite(tested.loss, f'after epoch {epoch}', model)
     return {'train_loss': trained.loss, 'train_accuracy': trained.accuracy,
             f'{data.selection}_loss': tested.loss, f'{data.selection}_accuracy': tested.accuracy}
 
 
 def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', trained_as: dict | None = None) -> None:
-    """Load the best epoch; if it was chosen on the validation set, test it. Write what a kill kept from the metrics.
+    """Load the best epoch; test it if it was chosen on the validation set. Write the metrics if they are not complete.
 
     trained_as: the arguments that the metrics are to name, if not the run's.
     """
     if distributed.is_main():
         state = checkpoint.read(run.paths.best)
-        (checkpoint.load_snn if is_spiking(model) else checkpoint.load_weights)(model, state, run.paths.best)
-    distributed.share_weights(model)
+        load = checkpoint.load_snn if isinstance(model, SpikingNetwork) else checkpoint.load_weights
+        load(model, state, run.paths.best)
+    distributed.share(model.state_dict().values())
     if data.validation is not None:
         accuracy, epoch = progress.best
         tested = run.test(model, data.test)
@@ -363,21 +320,18 @@ def finish(model: nn.Module, data: Data, run: 'Run', progress: 'Progress', train
         for entry in progress.history:
             if entry['epoch'] == epoch:
                 entry.update(test_loss=tested.loss, test_accuracy=tested.accuracy)
-    # those of a finished run stay as they are
+    # the metrics of a finished run stay as they are
     if distributed.is_main() and not metrics.holds(run.paths.metrics, progress.history):
         metrics.write(run.paths.metrics, run.args, progress.history, trained_as)
 
 
 def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress', accuracy: float) -> None:
-    """Note the epoch at the end of progress.history as done, at this accuracy; write the checkpoint to resume from,
-    then, where this epoch is the best, that of the best, and the metrics.
+    """Record the last epoch of progress.history as done, at this accuracy. Write the checkpoint to resume from, then
+    the checkpoint of the best epoch if this is the best, then the metrics.
 
-    In this order: whatever a kill keeps from being written is made up for when the run goes on, from the first one. The
-    files of an earlier run of this name are set aside once the first two checkpoints are whole: a full disk costs
-    neither run its name.
-
-    The history goes into the checkpoints too, so that the metrics file of a resumed run is whole. Of several processes
-    the main one writes.
+    If a kill comes in between, a resumed run writes the rest from the first file. The files of an earlier run of this
+    name are renamed only when the first two checkpoints are complete, so a full disk costs neither run its files. The
+    history is in the checkpoints, too, so that a resumed run has all its metrics. Only the main process writes.
     """
     paths, epoch = run.paths, progress.history[-1]['epoch']
     improved = progress.best is None or accuracy > progress.best[0]
@@ -388,8 +342,9 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
     if not distributed.is_main():
         return
     state = {'accuracy': accuracy, 'epoch': epoch, **run.extra, 'state_dict': model.state_dict(),
-             **(checkpoint.snn_state(model) if is_spiking(model) else {}), 'optimizer': optimizer.state_dict(),
-             'best': list(progress.best), 'args': log.arguments(run.args), 'history': progress.history}
+             **(checkpoint.snn_state(model) if isinstance(model, SpikingNetwork) else {}),
+             'optimizer': optimizer.state_dict(), 'best': list(progress.best),
+             'args': log.arguments(run.args), 'history': progress.history}
     if fresh:
         write = partial(torch.save, state)
         with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
@@ -404,7 +359,7 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
 
 
 def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
-    """Put the optimizer back to where the checkpoint `path` left it, at the flags' settings. Raises UserError.
+    """Restore the optimizer's state from the checkpoint `path`, with the settings of the flags. Raises UserError.
 
     state: of checkpoint.load_training().
     """
@@ -416,10 +371,10 @@ def load_optimizer(optimizer: Optimizer, state: dict, path: Path | str) -> None:
                 if key != 'step' and value is not None:
                     if not checkpoint.is_dense(value) or value.shape != weight.shape:
                         raise ValueError(key)
-                    # in the layout of the weight, which fused optimizers take for granted
+                    # in the layout of the weight, as fused optimizers require
                     values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-    except Exception as error:  # load_state_dict raises whatever a wrong form leads it to
-        raise UserError(f'{path}: its optimizer state does not fit this network; start anew from its weights with '
+    except Exception as error:  # load_state_dict raises many kinds of errors
+        raise UserError(f'{path}: its optimizer state does not fit this network; start a new run from its weights with '
                         '--pretrained_ann or --pretrained_snn') from error
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)

@@ -1,4 +1,4 @@
-"""The graph of any spiking network, and a pass along it: what a report counts and a NIR file holds is found so."""
+"""The graph of any spiking network, and a pass along it: for reports and NIR files."""
 import operator
 from functools import reduce
 
@@ -52,19 +52,20 @@ def graph_of(network: SpikingNetwork) -> fx.Graph:
 
 
 class Pass(fx.Interpreter):
-    """One pass of values along the graph of a spiking network, which makes something of each call on its way.
+    """One pass of values along the graph of a spiking network.
 
-    A subclass defines made(). found: {call: what that gave}, of calls that depend on the images, until their last use.
+    A subclass defines made(). found: {call: what made() returned}, for calls that depend on the images, until their
+    last use.
     """
 
     def __init__(self, network: SpikingNetwork):
         super().__init__(getattr(network, '_space', network), graph=graph_of(network))
         self.network, self.found = network, {}
-        self.extra_traceback = False  # which would lengthen a UserError
+        self.extra_traceback = False  # it would lengthen a UserError
 
     def made(self, node: fx.Node, value, before: list):
-        """Of a call that gives `value`, given what was made of the calls that it depends on; None of one that does not
-        depend on the images' values, as a size."""
+        """What a subclass finds for a call that gives `value`. before: what it found for the calls that this one uses.
+        None for a call that does not depend on the images' values, such as a size."""
         raise NotImplementedError
 
     def run_node(self, node):
@@ -88,7 +89,7 @@ class Pass(fx.Interpreter):
 
 
 class BlankPass(Pass):
-    """A Pass of one blank image (1, ...), for the shapes: whatever keeps a shape gives what it is given."""
+    """A Pass of one blank image (1, ...), for the shapes: modules that keep a shape return their input."""
 
     def call_module(self, target, args, kwargs):
         if isinstance(self.submodules[target], (LIF, Repeat, HeldDropout, NORMS)):

@@ -2,30 +2,29 @@
 
 NIR's neurons are differential equations; these constants make their Euler step of length dt that of the network:
 
-    IF, where all leak 1    dv/dt = r I                    v <- v + dt r I                      = v + I
+    IF, if every leak is 1   dv/dt = r I                    v <- v + dt r I                      = v + I
         dt = 1, r = 1
-    LIF, elsewhere          tau dv/dt = v_leak - v + r I   v <- v + dt/tau (v_leak - v + r I)   = leak v + I
+    LIF, otherwise          tau dv/dt = v_leak - v + r I   v <- v + dt/tau (v_leak - v + r I)   = leak v + I
         dt = 1e-4, tau = dt / (1 - leak), r = tau / dt = 1 / (1 - leak), v_leak = 0
 
-The two dt are what importers presume (an r of 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly), and
-the file names its own. Where only some layers leak, one that does not is an LIF too, of the largest float64 below 1: at
-dt = 1e-4 snnTorch would refuse an IF.
+Importers assume the two dt (r = 1 in an IF: snnTorch, Norse; 1e-4 in an LIF: snnTorch, SpikingJelly); the file names
+its dt. If only some layers leak, the others are LIF, too, with the largest float64 below 1 as leak: at dt = 1e-4
+snnTorch refuses an IF.
 
 Biases are NIR's own. NIR knows one reset, v <- v_reset, and neurons that fire in the step of their input, from 0. The
 network's soft reset, v <- v - threshold, its delay and its initial potential are in the graph's metadata, with the
-input's encoding and what the output is. That is all it takes to run the file (a test does). A tool that does not heed
-the metadata runs another network.
+input's encoding and what the output is. That is enough to run the file (a test does). A tool that ignores the metadata
+runs another network.
 """
 import io
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from experiment import UserError, importing
-from experiment.files import write_atomically
+from experiment.files import check_writable, write_atomically
 from experiment.nir_nodes import Nodes
 from self_models.encoding import ENCODINGS
 from self_models.spiking_network import SpikingNetwork
@@ -39,7 +38,7 @@ NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current 
 
 
 def semantics(model: SpikingNetwork) -> dict:
-    """What of a network NIR's nodes do not say."""
+    """The parts of a network that NIR's nodes do not express."""
     return {'neuron': f'{NEURONS[model.delay]}, u(-1) = initial_potential theta',
             'initial_potential': model.initial_potential,
             'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
@@ -50,25 +49,17 @@ def semantics(model: SpikingNetwork) -> dict:
 
 
 def check(path: str) -> None:
-    """Raise UserError, before hours of training, where a NIR file cannot be written to `path`."""
-    path, folder = Path(path), Path(path).parent
+    """Raise UserError, before hours of training, if a NIR file cannot be written to `path`."""
     _nir()
-    if path.is_dir():
-        raise UserError(f'--export_nir {path}: is a folder; name a file in it, such as {path / "snn.nir"}')
-    if not folder.is_dir():
-        raise UserError(f'--export_nir {path}: there is no folder {folder}; make it, or name another')
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f'--export_nir {path}: cannot write in {folder} ({error.strerror}); make it writable, or '
-                        'name another') from error
+    if os.path.isdir(path):
+        raise UserError(f'--export_nir {path}: is a folder; name a file in it, such as {Path(path, "snn.nir")}')
+    check_writable(Path(path).parent)
 
 
 def export(model: SpikingNetwork, input_shape: tuple, path: str | Path, **about) -> str:
     """Write a spiking network to `path` as NIR; returns a line to say. What is there is replaced once that is whole.
 
-    input_shape: (C, H, W). about: further metadata, numbers and texts by name. Raises UserError where it cannot.
+    input_shape: (C, H, W). about: further metadata, numbers and texts by name. Raises UserError if it cannot.
     """
     graph, file = to_graph(model, input_shape, **about), io.BytesIO()
     _nir().write(file, graph)
@@ -87,7 +78,7 @@ def to_graph(model: SpikingNetwork, input_shape: tuple, **about) -> 'NIRGraph':
 
     A node of weights has the name of the model's module, neurons that of their layer and '.neuron'. Currents that meet
     at neurons add up. about: further metadata, numbers and texts by name. Raises UserError without the package nir, and
-    for a network of one's own with what NIR does not know.
+    for your own network if it has something that NIR does not know.
     """
     nir = _nir()
     with torch.no_grad():

@@ -125,7 +125,7 @@ class Nodes(BlankPass):
             weight = np.concatenate([np.pad(part, [(0, 0), (i * part.shape[1], given[0] - (i + 1) * part.shape[1]),
                                                    *[(0, 0)] * (part.ndim - 2)]) for i, part in enumerate(parts)])
         weight = (weight * np.reshape(factor, (-1, *[1] * len(given[1:])))).astype(weight.dtype)
-        # nir takes every kernel for a square one: zeros around it make it so
+        # nir assumes square kernels: zeros around the weight make it square
         more = [(max(module.kernel_size) - size) // 2 for size in module.kernel_size]
         weight = np.pad(weight, [(0, 0), (0, 0), *((each, each) for each in more)])
         padding = [p + each * d for p, each, d in zip(padding, more, module.dilation, strict=True)]
@@ -147,7 +147,7 @@ class Nodes(BlankPass):
         return total
 
     def side_by_side(self, name, parts, channels):
-        """What several calls give as channels of one: each goes to its own, and the others get nothing from it."""
+        """A concatenation of channels: each call goes to its own channels."""
         way, start = {}, 0
         for part in parts:
             names, factor = self.together(part)
@@ -169,7 +169,7 @@ class Nodes(BlankPass):
         return {self.add(name, made, shape, *names): factor}
 
     def pool(self, node, name, module, way, given, shape):
-        """An average pool or a mean over the map; whatever else comes here is refused."""
+        """An average pool or a mean over the map; anything else is refused."""
         function = getattr(node.target, '__name__', '')
         if module is None and function in POOLS:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
@@ -231,7 +231,7 @@ class Nodes(BlankPass):
         return self.mix(name, np.diag(factor), *sources)
 
     def ready(self, way):
-        """The names of nodes that give what a way does: where there is a factor, of a further node."""
+        """The names of nodes that give what a way does; a factor becomes a node of its own."""
         return [name if np.all(factor == 1) else self.scale(f'{name}.scale', factor, name)
                 for name, factor in way.items()]
 
@@ -263,8 +263,8 @@ def values(tensor: torch.Tensor) -> np.ndarray:
 
 
 def adaptive(sizes: Sequence[int], outputs: Sequence[int]) -> list[Sequence[int]] | None:
-    """[kernel, stride, padding] of the pool that an adaptive one is, from maps of `sizes` to such of `outputs`; None if
-    they are not the same everywhere."""
+    """[kernel, stride, padding] of the pool that an adaptive one equals, from maps of `sizes` to `outputs`; None if its
+    windows differ."""
     strides = [size // number if number > 1 else 1 for size, number in zip(sizes, outputs, strict=True)]
     kernels = [size - (number - 1) * stride for size, number, stride in zip(sizes, outputs, strides)]
     same = all(stride and (i * size // number, -(-(i + 1) * size // number)) == (i * stride, i * stride + kernel)

@@ -1,4 +1,4 @@
-"""A network of one's own: a function or class NAME in a FILE.py that the command line names."""
+"""Your own network: a function or class NAME in a FILE.py that the command line names."""
 import copy
 import importlib.util
 import inspect
@@ -25,18 +25,21 @@ def find(architecture: str) -> Callable:
         make = getattr(_module(path), name, None)
     except (Exception, SystemExit) as error:  # anything, as it is the user's code
         _refuse(architecture, error=error)
-    if not callable(make) or isinstance(make, nn.Module):
-        _refuse(architecture, f'{file} has no function or class {name}' + (
-            ', but a network of that name: give a function that returns it' if callable(make) else ''))
+    if make is None:
+        _refuse(architecture, f'{file} has no function or class {name}')
+    if isinstance(make, nn.Module):
+        _refuse(architecture, f'{name} in {file} is a network: give a function or class that returns it')
+    if not callable(make):
+        _refuse(architecture, f'{name} in {file} is of type {type(make).__name__}: give a function or class')
     return make
 
 
 def build(architecture: str, labels: int, input_shape: tuple[int, int, int]) -> nn.Module:
     """The network that FILE.py:NAME makes; NAME is given labels and input_shape (C, H, W) if it takes them.
 
-    It has run once, on images of zeros. Raises UserError as `find` does, for an error in NAME, for what is no nn.Module
-    or has no weights, for a network that cannot become a spiking one, and for one that does not take images of
-    input_shape or does not give (B, labels).
+    It has run once, on images of zeros. Raises UserError as `find` does, for an error in NAME, for a result that is no
+    nn.Module or has no weights, for a network that cannot become a spiking one, and for one that does not take images
+    of input_shape or does not give (B, labels).
     """
     make, name, refuse = find(architecture), architecture.rpartition(':')[2], partial(_refuse, architecture)
     known = {'labels': labels, 'input_shape': tuple(input_shape)}
@@ -74,7 +77,7 @@ def _module(path):
     if getattr(sys.modules.get(name), '__file__', None) != str(path):
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        sys.path.append(str(path.parent))  # what lies beside it can be imported, as for a script
+        sys.path.append(str(path.parent))  # files in its folder can be imported, as by a script
         try:
             spec.loader.exec_module(sys.modules[name])
         except BaseException:
@@ -84,7 +87,7 @@ def _module(path):
 
 
 def _run(network, labels, input_shape, refuse):
-    """Run a network on two images in evaluation, and a copy in training; weights of no use in that take no gradient."""
+    """Run a network on two images in evaluation, and a copy in training; weights without a use get no gradient."""
     network.eval()
     with torch.no_grad():
         given = [network(torch.zeros(2, *input_shape))]  # which also makes the weights of lazy modules
@@ -108,7 +111,7 @@ def _refuse(architecture, why='', error=None):
 
 
 def _said(error, path):
-    """An error of the user's code in a line, with the line of the file that it came from."""
+    """An error of the user's code as one line, with the number of the line that it came from."""
     trace, line, text = error.__traceback__, None, str(error)
     while trace:
         line = trace.tb_lineno if Path(trace.tb_frame.f_code.co_filename) == path else line
@@ -116,5 +119,5 @@ def _said(error, path):
     if isinstance(error, SyntaxError) and error.filename == str(path):
         line, text = error.lineno, error.msg
     if isinstance(error, ImportError) and 'relative import' in text:
-        text += '; import what lies beside the file by its name, without the dot'
+        text += '; import a file of the same folder by its name, without the dot'
     return f'{type(error).__name__}{f" in line {line}" if line else ""}: {" ".join(text.split())}'

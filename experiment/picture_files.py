@@ -1,4 +1,4 @@
-"""Picture files: which ones there are in the folders of classes, and reading one. Pillow is imported by its users."""
+"""Picture files: finding them in the folders of classes, and reading one. Importing this does not import Pillow."""
 import contextlib
 import os
 import warnings
@@ -11,30 +11,29 @@ import torch
 
 from experiment import UserError, importing
 
-# what Pillow opens and is no picture: documents and drawings, videos, measurements
+# what Pillow opens besides pictures: documents and drawings, videos, measurements
 NO_PICTURES = {'EPS', 'WMF', 'MPEG', 'BUFR', 'FITS', 'GRIB', 'HDF5'}
 
 
 def by_class(folder: Path) -> tuple[dict[str, list[str]], Counter]:
-    """({class: its picture files}, both sorted; a Counter of the other files by the ends of their names).
+    """({class: its picture files}, both sorted; a Counter of the other files by their extensions).
 
-    A folder counts once, however many links lead to it: links are followed last, and none to a folder around a class.
+    A folder counts once, even if links lead to it: links are followed last, and never to a folder around a class.
     """
     _, labels, files = next(_walk(folder))
     others, endings = Counter(f'{_ending(file)} in no class' for file in files), _endings()
     around = {place for top in (folder.resolve(), folder.parent.resolve()) for place in (top, *top.parents)}
-    classes = {}  # {where it really lies: its name}
+    classes = {}  # {its folder without links: its name}
     for label in labels:
         if (place := (folder / label).resolve()) in classes:
-            raise UserError(f'{folder}: classes {classes[place]} and {label} are one and the same folder; delete a '
-                            'link')
+            raise UserError(f'{folder}: classes {classes[place]} and {label} are the same folder; delete a link')
         if place not in around:
             classes[place] = label
 
     walked = around.union(*(place.parents for place in classes)) - classes.keys()
     found = {label: [] for label in classes.values()}
     to_walk = [(label, folder / label) for label in found]
-    for label, top in to_walk:  # which grows by the links that are met
+    for label, top in to_walk:  # links that are met are appended
         for at, folders, files in _walk(top):
             if (place := Path(at).resolve()) in walked:
                 folders.clear()
@@ -45,14 +44,14 @@ def by_class(folder: Path) -> tuple[dict[str, list[str]], Counter]:
                 if (ending := _ending(file)) not in endings:
                     others[ending] += 1
                 elif not os.path.isfile(path := os.path.join(at, file)):
-                    raise UserError(f'{path}: is no file, or a link to none; mend or delete it')
+                    raise UserError(f'{path}: is no file, or a link to none; repair or delete it')
                 else:
                     found[label].append(path)
     return {label: sorted(files) for label, files in found.items()}, others
 
 
 def _walk(top):
-    """os.walk() in the order of names, without those that begin with a dot; raises OSError. It follows no links."""
+    """os.walk() sorted by name, without hidden files and folders; raises OSError. It follows no links."""
     def fail(error):
         raise error
 
@@ -62,9 +61,9 @@ def _walk(top):
 
 
 def _endings():
-    """The ends of names of pictures that Pillow reads, in lower case; also those of plugins that are loaded."""
+    """The extensions of pictures that Pillow and its loaded plugins read, in lower case."""
     from PIL import Image
-    formats = Image.registered_extensions()  # which loads Pillow's own, too
+    formats = Image.registered_extensions()  # this loads Pillow's own plugins
     readable = {*Image.OPEN, 'MPO'} - NO_PICTURES  # an MPO is opened as a JPEG
     return {ending for ending, kind in formats.items() if kind in readable}
 
@@ -75,7 +74,7 @@ def _ending(name):
 
 
 def listed(counts: Counter, most: int = 30) -> str:
-    """A Counter in words, those that are met most often first."""
+    """A Counter in words, the most frequent first."""
     shown = counts.most_common(most)
     others = counts.total() - sum(count for _, count in shown)
     return ', '.join(f'{count} {what}' for what, count in [*shown, *([('of other names', others)] if others else [])])
@@ -87,7 +86,7 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
         from PIL import Image
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # Pillow warns of damaged EXIF and of large pictures, which are taken
+            warnings.simplefilter('ignore')  # damaged EXIF and large pictures are read all the same
             with Image.open(file) as opened:
                 image = _rgb(opened)
     except UserError as error:
@@ -101,18 +100,18 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
 def _rgb(image):
     """The first frame of a picture that was just opened, as RGB: upright, and over black if it is transparent."""
     from PIL import Image, ImageOps
-    decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels lie in the file; gone once loaded
+    decoder, _, _, layout = image.tile[0] if image.tile else [None] * 4  # how pixels are stored; gone once loaded
     tags = image.tag_v2 if image.format == 'TIFF' else {}
     if decoder == 'raw' and tags.get(284) == 2 and 16 in tags.get(258, ()):  # PlanarConfiguration, BitsPerSample
         raise UserError('holds uncompressed 16-bit colours in separate planes, which Pillow misreads; '
                         'save it compressed or as an 8-bit picture')
-    image.filename = ''  # or Pillow maps the file into memory, a TIFF that lies on its side with its sides exchanged
+    image.filename = ''  # else Pillow maps the file into memory, with the sides of a rotated TIFF exchanged
     image.load()
-    with contextlib.suppress(Exception):  # damaged EXIF; the picture itself is whole
+    with contextlib.suppress(Exception):  # damaged EXIF; the picture itself is intact
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith('I') or image.mode == 'F':
         image = _eight_bits(image, tags)
-    elif image.mode == 'La':  # grey that is composed over black already
+    elif image.mode == 'La':  # grey, already composed over black
         image = image.getchannel(0)
     elif image.has_transparency_data:
         if layout in ('L;2', 'L;4'):  # the colour that is transparent is in the file's own depth
@@ -126,16 +125,16 @@ def _rgb(image):
 
 
 def _eight_bits(image, tags):
-    """A grey picture of 16 bits, or of floats from 0 to 1, as one of 8 bits, which Pillow would clip rather than scale.
+    """A grey picture of 16 bits, or of floats from 0 to 1, scaled to 8 bits; Pillow would clip it.
 
-    tags: a TIFF's. Raises UserError if nothing says which value is white: for signed and 32-bit integers, for floats
-    beyond 0 to 1, the range that pictures of floats have by convention, and for those that are not numbers.
+    tags: a TIFF's. Raises UserError if it is unknown which value is white: for signed and 32-bit integers, and for
+    floats outside of 0 to 1, the usual range, or NaN.
     """
     from PIL import Image
     values = np.array(image)
     if image.mode == 'F' and ((values >= 0) & (values <= 1)).all():
         levels = np.rint(values * 255)
-    elif image.mode.startswith('I;16') or image.format == 'PPM':  # whose integers have 16 bits at most
+    elif image.mode.startswith('I;16') or image.format == 'PPM':  # its integers have 16 bits at most
         values[values == image.info.get('transparency', -1)] = 0
         levels = values // (16 if tags.get(258) == (12,) else 256)  # BitsPerSample
     else:

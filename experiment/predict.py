@@ -1,4 +1,4 @@
-"""What a trained spiking network says of pictures that are in no data set."""
+"""Classify pictures with a trained spiking network."""
 import argparse
 import os
 
@@ -23,13 +23,13 @@ def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
             raise UserError(f'--predict: {file}: is not a file; name pictures, such as new/*.jpg')
     state = checkpoint.load(path, 'snn')
     if not isinstance(state.get('classes'), list):
-        raise UserError(f'--predict: {path} does not name its classes; go on training it for an epoch with '
+        raise UserError(f'--predict: {path} does not name its classes; train it for one more epoch with '
                         '--pretrained_snn, which adds them')
     said, args.given = [start.adopt(args, state, path)], given
     said += start.drop_idle(args)
     if args.dataset not in INPUT_SHAPES:
-        raise UserError(f'--predict: {path} is of a data set {args.dataset}, which is not known; name one whose images '
-                        'are of the same shape with --dataset')
+        raise UserError(f'--predict: {path} is of an unknown data set {args.dataset}; name one whose images have '
+                        'the same shape with --dataset')
     shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path, leaks='leak' not in args.given)
@@ -37,7 +37,7 @@ def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
         said.append(silent)
     images, logits = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict]), []
     with torch.no_grad(), engine.autocast(device, args.amp):
-        for image in images.split(1):  # each by itself and from the same seed, so that its answer is its own
+        for image in images.split(1):  # one by one, each from the same seed, so that the other pictures do not matter
             engine.seed_all(args.seed)
             logits.append(model(image.to(device)).float())
     logits = torch.cat(logits)

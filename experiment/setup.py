@@ -17,11 +17,11 @@ from self_models.surrogate import FLAGS
 
 
 def set_up_device(args: Namespace) -> torch.device:
-    """The torch.device that --gpu and --devices ask for. Raises UserError where it is not there.
+    """The torch.device that --gpu and --devices ask for. Raises UserError if it is not there.
 
-    Where torchrun started several processes, they meet here, and each has its own device.
+    If torchrun started several processes, they meet here, and each has its own device.
 
-    To be called before torch computes anything: threads take over the setting below when they start.
+    To be called before torch computes anything: threads copy the setting below when they start.
     """
     # Weight decay shrinks the weights of dead units into denormal numbers, on which a CPU is many times slower.
     torch.set_flush_denormal(True)
@@ -58,7 +58,7 @@ def _device(args):
 
 
 def notes(args: Namespace, device: torch.device, model: torch.nn.Module) -> list[str]:
-    """What is to be said of the flags and the network on this device, a list of lines."""
+    """Lines to say about the flags and the network on this device."""
     said = []
     normed = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if distributed.wanted() and normed and not distributed.synchronises(device):
@@ -81,8 +81,8 @@ def load_data(args: Namespace) -> Data:
 
 def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_norm: bool,
               bounds: str = 'layer') -> torch.nn.Module:
-    """The ANN that the flags ask for, for this data. Raises UserError if the two do not go together, and for a network
-    of one's own that cannot become a spiking one."""
+    """The ANN that the flags ask for, for this data. Raises UserError if the two do not go together, and for
+    your own network if it cannot become a spiking one."""
     if options.is_own_network(args.architecture):
         model = own.build(args.architecture, len(data.classes), data.input_shape)
         try:
@@ -97,15 +97,15 @@ def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_n
 def build_snn(args: Namespace, data: Data, state: dict | None = None) -> SpikingNetwork:
     """The spiking network that the flags ask for, for this data and for the weights of a checkpoint's `state`.
 
-    Raises UserError where they do not go together.
+    Raises UserError if they do not go together.
     """
     neurons = {flag: getattr(args, flag) for flag in (
         'activation', 'timesteps', 'leak', 'backend', 'encoding', 'delay', 'initial_potential', 'learn_threshold',
         'learn_leak', *FLAGS)}
-    neurons['default_threshold'] = args.default_threshold or 1.0  # None if all thresholds are the checkpoint's
+    neurons['default_threshold'] = args.default_threshold or 1.0  # None if all thresholds come from the checkpoint
     if options.is_own_network(args.architecture) or args.keep_batch_norm:
         ann = build_ann(args, data, **{**checkpoint.ann_layers(state), 'levels': 1})
-        with warnings.catch_warnings(action='ignore'):  # its notes are said with the run's
+        with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
             return self_models.spiking(ann, **neurons)
     scale = args.balance_blocks or state is not None and checkpoint.has_scales(state)
     resnet = partial(self_models.RESNET_SNN_STDB, scale=scale)
@@ -125,23 +125,23 @@ def _build(vgg, resnet, args, data, **options):
 
 
 def check_levels(model: torch.nn.Module, args: Namespace) -> None:
-    """Raise UserError if the code of a network of one's own has QCFS of other levels than the flags say."""
+    """Raise UserError if the code of your own network has QCFS of other levels than the flags say."""
     wanted = args.levels if args.activation == 'QCFS' else None
     for levels in {module.levels for module in model.modules() if isinstance(module, self_models.QCFS)} - {wanted}:
-        raise UserError(f'--architecture {args.architecture}: its own code has QCFS of {levels} levels: say so with '
+        raise UserError(f'--architecture {args.architecture}: its code has QCFS of {levels} levels: say so with '
                         f'--activation QCFS --levels {levels}')
 
 
 def check_steps(model: SpikingNetwork, args: Namespace) -> list[str]:
-    """A list of lines to say of too few time steps; UserError where several processes were to train."""
+    """Lines to say about too few time steps; UserError if several processes were to train."""
     silent = too_few_steps(model)
-    if silent and distributed.wanted() and not args.test_only:  # DistributedDataParallel wants a gradient
+    if silent and distributed.wanted() and not args.test_only:  # DistributedDataParallel needs a gradient
         raise UserError(silent)
     return [silent] if silent else []
 
 
 def too_few_steps(model: SpikingNetwork) -> str | None:
-    """What to say where no spike can reach the output of a spiking network, else None."""
+    """What to say if no spike can reach the output of a spiking network, else None."""
     if model.timesteps > model.latency:
         return None
     return (f'--timesteps {model.timesteps}: each of the {model.depth} spiking layers delays by one step, so no spike '

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: a QCFS ANN, converted and fine-tuned with Linear. T of 2
-# and 1 are of that ANN trained further with four levels. ARCHITECTURE may be a network of your own, FILE.py:NAME, the
-# file as seen from the project's folder.
+# VGG5 (or ARCHITECTURE) on CIFAR-10 at T of 8, 4, 2 and 1: a QCFS ANN, converted and fine-tuned with Linear. For T of 2
+# and 1, the ANN is first trained further with four levels. ARCHITECTURE may be your own network, FILE.py:NAME, with the
+# path relative to the project's folder.
 #
 #     bash recipes/low_latency.sh
 #     ARCHITECTURE=VGG9 EPOCHS=46 bash recipes/low_latency.sh
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' SEEDS=1 bash recipes/low_latency.sh
 #
-# Stopped, it resumes where it was. How long it takes, on two cores with bfloat16 and on an H200 (a GPU; two seeds and
-# another training side by side):
+# If it was stopped, start it again: it resumes. Time on two cores with bfloat16, and on an H200 (a GPU, which ran two
+# seeds and another training at once):
 #                                two cores    H200
 #     an epoch of the ANN           62 s       3 s
 #     fine-tuning, T = 4, 2, 1     213, 128, 88 s an epoch; on the H200 6 s at T = 4
 #     a seed                     2 h 45 min    (its ANN, T = 8 and 4: 7 min)
 # With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
-# EPOCHS: of the ANN, 100. With EPOCHS=46 a seed takes 1 h 50 min and gets a point less at T of 8 and 4; it is in the
-# names then. FURTHER: of its training with four levels, 46. SEEDS: of the ANN and what comes of it, one run after another
-# ('0 1'). EXTRA: flags for all runs, as --train_samples 5000. Leave --amp out (AMP=) on a processor without bfloat16.
+# EPOCHS: of the ANN; default 100. With EPOCHS=46, which then is part of the names, a seed takes 1 h 50 min and gets a
+# point less at T of 8 and 4. FURTHER: epochs of its training with four levels; default 46. SEEDS: of the ANN and its SNNs,
+# run one after another; default '0 1'. EXTRA: flags for all runs, such as --train_samples 5000. AMP= leaves --amp out,
+# for a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
-eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is one's home
+eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder
 read -ra seeds <<< "${SEEDS:-0 1}"
 read -ra extra <<< "${AMP---amp} ${EXTRA:-}"
 architecture=${ARCHITECTURE:-VGG5}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Write scripts beside this one, two for each row of the paper's table: train the ANN, then convert and fine-tune.
+# Write scripts into this folder, two for each row of the paper's table: train the ANN, then convert and fine-tune.
 #
 #     bash recipes/make.sh && bash recipes/vgg5_cifar10_ann.sh && bash recipes/vgg5_cifar10_snn.sh
 #
-# RECIPES=DIR writes them there instead (seen from the project's folder).
+# RECIPES=DIR writes them there instead (relative to the project's folder).
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 folder=${RECIPES:-recipes}

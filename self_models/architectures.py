@@ -1,4 +1,4 @@
-"""The one table of VGG and ResNet layouts and of image shapes. It needs no torch, so that `--help` is quick."""
+"""The one table of VGG and ResNet layouts and of image shapes. It does not import torch, so `--help` is quick."""
 
 INPUT_SHAPES = {  # channels, height, width
     'MNIST': (1, 28, 28), 'FASHIONMNIST': (1, 28, 28), 'CIFAR10': (3, 32, 32), 'CIFAR100': (3, 32, 32),

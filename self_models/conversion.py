@@ -1,4 +1,4 @@
-"""From an ANN to a spiking network: copying its weights, folding batch norm, putting QCFS bounds to thresholds."""
+"""From an ANN to a spiking network: copy weights, fold batch norm, take QCFS bounds as thresholds."""
 from functools import partial
 from itertools import zip_longest
 
@@ -31,26 +31,26 @@ def is_quantized(ann: nn.Module) -> bool:
 
 
 def has_biases(ann: nn.Module) -> bool:
-    """Whether the spiking network of an ANN needs biases: for its own, or those that its batch norms fold into."""
+    """Whether the spiking network of an ANN needs biases: if the ANN has some, or batch norm, which becomes a bias."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, 'bias', None) is not None
                for module in ann.modules())
 
 
 def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
-    """The spiking network of an ANN whose activations are QCFS, ready to run: nothing is left to be balanced.
+    """The spiking network of a QCFS ANN, ready to run: no threshold needs balancing.
 
     Its output over `timesteps` steps, divided by them, stands for the ANN's logits; at T = 1 and levels 1 it equals
-    them. A VGG or a ResNet becomes a VGG_SNN_STDB or a RESNET_SNN_STDB, batch norm folded in its running statistics;
-    any other network, and one of these whose modules were exchanged, what spiking() makes of it. options: of these, in
-    place of direct input, delay 0, initial potential 1/2 and leak 1.
+    them. A VGG or a ResNet becomes a VGG_SNN_STDB or a RESNET_SNN_STDB with batch norm folded (by its running
+    statistics); any other network, also one of these whose modules were exchanged, becomes spiking(ann). options: of
+    those, in place of direct input, delay 0, initial potential 1/2 and leak 1.
 
     Raises ValueError for an ANN without QCFS, whose thresholds are to be balanced (find_thresholds), for a network that
     cannot be spiking, and if a bound or a batch norm is not finite or not above 0. Source: Bu et al., ICLR 2022.
     """
     ann = unwrapped(ann)
     if not is_quantized(ann):
-        raise ValueError('an ANN without QCFS has no bounds to take thresholds from: quantize() gives it some, to be '
-                         'trained; or balance the thresholds of spiking(ann, timesteps) with find_thresholds')
+        raise ValueError('an ANN without QCFS has no bounds that become thresholds: train quantize(ann), or balance '
+                         'the thresholds of spiking(ann, timesteps) with find_thresholds')
     kind = next((kind for kind in (VGG, ResNet) if isinstance(ann, kind) and type(ann).forward is kind.forward), None)
     if kind:
         weight, head = next(ann.parameters()), [*ann.classifier.modules()][-1]
@@ -78,11 +78,11 @@ def scales_of(ann: nn.Module) -> bool | str:
 def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     """Copy an ANN's weights and biases into the spiking network of its layout, batch norm folded.
 
-    Of QCFS activations the bounds become thresholds; as spikes are 0 or 1, a bound also goes into the weights of the
-    next synapse, of a plain identity into its Scale. Bounds of channels go into the weights on both sides, and the
-    threshold is 1. If the spiking network has biases, so does each threshold of an ANN with ReLU, now and when it is
-    balanced. Raises ValueError as `convert` does, and LayoutError, a ValueError, for an ANN and a spiking network of
-    different layouts; then nothing is copied.
+    QCFS bounds become thresholds. As spikes are 0 or 1, a bound also multiplies the weights of the next synapse, or the
+    Scale of a plain identity. Bounds of channels go into the weights on both sides, and the threshold is 1. If the
+    spiking network has biases, a threshold multiplies the weights behind it for an ANN with ReLU, too, now and when it
+    is balanced. Raises ValueError as `convert` does, and LayoutError, a ValueError, for an ANN and a spiking network of
+    different layouts; nothing is copied then.
     """
     ann = unwrapped(ann)
     if isinstance(snn, PlainNetwork):
@@ -91,12 +91,12 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     pairs = list(matching_layers(ann, snn))
     quantized, relus = ([each for each in ann.modules() if isinstance(each, kind)] for kind in (QCFS, nn.ReLU))
     if quantized and relus:
-        raise LayoutError('some of the activations of the ANN are QCFS, others ReLU')
+        raise LayoutError('some activations of the ANN are QCFS, others ReLU')
     bounds = [checked_bound(module) for module in quantized]
     factors = [module.factor for module in snn.modules() if isinstance(module, Scale)]
     if any(bound.dim() for bound in bounds) and not all(factor.dim() for factor in factors):
-        raise LayoutError("the ANN has bounds of channels, and the spiking network no factors for them: build it with "
-                          "scale='channel'")
+        raise LayoutError("the ANN has bounds of channels, but the spiking network has no factors for them: build it "
+                          "with scale='channel'")
     folded = [(target, *folded_layer(source, norm, target)) for source, norm, target in pairs if source is not None]
     for target, weight, bias in folded:
         target.weight.copy_(weight)
@@ -115,8 +115,8 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
 
 
 def fold_channels(snn: SpikingNetwork, bounds: list[torch.Tensor]) -> None:
-    """Divide what a layer is given by the bounds of its channels, and multiply what it gives: W / theta a row here,
-    W theta a column in the synapses behind, so that its threshold is 1."""
+    """Divide a layer's input by the bounds of its channels and multiply its output by them, so that its threshold is 1:
+    each row of its W is divided by theta, each column of the next W multiplied."""
     last = [Stage(((len(bounds) - 1, snn.classifier[-1]),))]
     for stage, bound in zip([*snn.stages(), *last], [*bounds, torch.ones(())]):
         for source, synapse in stage.inputs:
@@ -135,8 +135,8 @@ def fold_channels(snn: SpikingNetwork, bounds: list[torch.Tensor]) -> None:
 def matching_layers(ann: nn.Module, snn: nn.Module):
     """Yield (layer of the ANN, its batch norm or None, layer of the SNN) for each convolution and linear layer.
 
-    Raises ValueError if the two do not have the same modules in the same order, but for batch norm, which the SNN does
-    without, and a plain identity's Scale.
+    Raises ValueError unless both have the same modules in the same order, apart from batch norm, which the SNN lacks,
+    and a plain identity's Scale.
     """
     def is_own(module):
         return not type(module).forward.__module__.startswith(('torch.', 'self_models.'))
@@ -177,8 +177,8 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
                               'are of different layouts')
         if isinstance(source, (nn.Conv2d, nn.Linear)):
             if target.bias is None and (source.bias is not None or i in norms):
-                raise LayoutError(f'{name} of the ANN has a bias or a batch norm, and {other} of the spiking network '
-                                  'has no bias: build that with bias=True')
+                raise LayoutError(f'{name} of the ANN has a bias or a batch norm, but {other} of the spiking network '
+                                  'has no bias: build it with bias=True')
             yield source, norms.get(i), target
 
 
@@ -192,8 +192,6 @@ def folded_layer(layer: nn.Module, norm: nn.Module | None, target: nn.Module) ->
     bias = ((0 if layer.bias is None else layer.bias) - norm.running_mean) * factor
     weight = layer.weight * factor.view(-1, *[1] * (layer.weight.dim() - 1))
     return weight, bias if norm.bias is None else bias + norm.bias
-
-
 
 
 def check_norm(norm: nn.Module) -> None:

@@ -1,9 +1,8 @@
-"""What a CPU does quicker in another way than torch's own; elsewhere each is torch's own.
+"""What is faster on a CPU than torch's own; on other devices, torch's own is used.
 
-Convolutions of small feature maps as matrix products over their patches, as a linear layer computes: a convolution of
-4x4 pixels or fewer takes up to three times as long as such a product, in bfloat16 its gradient up to twenty times; of
-larger maps it is the quicker (docs/performance.md). Dropout whose mask is drawn five times as quickly. Memory that is
-kept when it is freed.
+Convolutions of small feature maps as matrix products over their patches: at 4x4 pixels or fewer, torch's convolution
+takes up to three times as long, its gradient in bfloat16 up to twenty times; for larger maps it is faster
+(docs/performance.md). Dropout with a mask that is drawn five times as fast. Freed memory that is kept.
 """
 import ctypes
 import platform
@@ -25,7 +24,7 @@ def compute_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 def takes_patches(synapse: nn.Module | None, shape: tuple, device: torch.device) -> bool:
-    """Whether a synapse is a convolution that keeps the size of its input, whose shape is (C, H, W), a small one."""
+    """Whether a synapse is a convolution that keeps the size of its input, of the small shape (C, H, W)."""
     return (device.type == 'cpu' and isinstance(synapse, nn.Conv2d) and shape[1] * shape[2] <= LARGEST_MAP
             and set(synapse.stride) == {1}
             and all(size == 2 * p + 1 for size, p in zip(synapse.kernel_size, synapse.padding, strict=True)))
@@ -51,7 +50,7 @@ def maps(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def matrix(weight: torch.Tensor) -> torch.Tensor:
-    """The weight (C', C, k, m) of a convolution -> that of patches, (C', k * m * C); no copy where channels-last."""
+    """The weight (C', C, k, m) of a convolution -> that of patches, (C', k * m * C); no copy if channels-last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -121,20 +120,20 @@ def dropout_factors(like: torch.Tensor, p: float) -> torch.Tensor:
     if like.is_cuda or not 0 < p < 1:
         return F.dropout(torch.ones_like(like), p)
     factors = torch.empty_like(like)
-    # the generator's time goes by its 64 bits, which are enough for four values
+    # the generator takes the same time for 64 bits, which are enough for four values
     bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)
     flat = factors.as_strided((like.numel(),), (1,))
     for out, drawn in blocks(flat, bits[:like.numel()]):
-        # at most the largest that 16 bits hold
+        # 2 ** 15 - 1 is the largest int16
         out.copy_(drawn >= min(round(p * 2 ** 16) - 2 ** 15, 2 ** 15 - 1)).mul_(1 / (1 - p))
     return factors
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory for what comes next, where that is glibc; elsewhere nothing is done.
+    """Make glibc keep freed memory for the next tensor; with other C libraries, do nothing.
 
-    By itself it gives tensors above 32 MB back to the system, which then has to clear each page of the next one: at
-    B = 128 that is 100,000 page faults a training step of VGG5 with batch norm, and a fifth of its time.
+    By default it returns tensors above 32 MB to the system, which must then clear each page of the next one: 100,000
+    page faults in a training step of VGG5 with batch norm at B = 128, a fifth of its time.
     """
     if platform.libc_ver()[0] == 'glibc':
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # mallopt(3)

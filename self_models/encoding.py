@@ -1,6 +1,6 @@
-"""Encodings: a class for each, which says what the input layer is given of an image at each time step.
+"""Encodings: a class for each, which makes the input of the first layer at each time step from an image.
 
-No torch is imported here, so that `--help` is quick; PoissonGenerator needs it, and is imported on its first use.
+No torch is imported here, so that `--help` is quick.
 """
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ class Encoding:
     def __init_subclass__(cls, name: str | None = None, **options):
         super().__init_subclass__(**options)
         name, encoding = name or cls.__name__, cls()
-        if ENCODINGS.get(name, encoding).__module__ != cls.__module__:  # a notebook may define its class anew
+        if ENCODINGS.get(name, encoding).__module__ != cls.__module__:  # a notebook may define its class again
             raise ValueError(f'{cls.__name__}: there is an encoding {name!r} already; give another name')
         ENCODINGS[name] = encoding
 
@@ -49,10 +49,3 @@ class Poisson(Encoding, name='poisson'):
 class Direct(Encoding, name='direct'):
     description = 'direct: the image itself at each step'
     constant = True
-
-
-def __getattr__(name):
-    if name != 'PoissonGenerator':
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from self_models.published import PoissonGenerator
-    return PoissonGenerator

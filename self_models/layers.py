@@ -25,7 +25,7 @@ ACTIVATIONS = ('ReLU', 'QCFS')
 
 
 class Scale(nn.Module):
-    """A factor that conversion sets: of a plain identity, whose spikes stand for a layer's bound, not for 1.
+    """A factor of a plain identity, set by conversion: a spike there stands for a layer's bound, not for 1.
 
     channels: a factor for each of so many, (C, 1, 1); None for one, ().
     """
@@ -40,7 +40,7 @@ class Scale(nn.Module):
 
 
 class _OneValue:
-    """Batch norm that takes a single value a channel, of which there are no statistics, by those so far.
+    """Batch norm that normalises a single value per channel, which has no statistics, by the running statistics.
 
     A last batch may hold a single image.
     """
@@ -60,12 +60,11 @@ class BatchNorm2d(_OneValue, nn.BatchNorm2d):
 
 
 class Parts:
-    """What the layers of a network are made of.
+    """Makes the layers of a network.
 
     bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`, with a bound for each 'layer' or
-    each 'channel' (bounds). batch_norm: behind every
-    convolution and linear layer but the last. scale: a factor in every plain identity, or 'channel': one for
-    each channel. Raises ValueError for another activation.
+    each 'channel' (bounds). batch_norm: behind every convolution and linear layer but the last. scale: a factor in
+    every plain identity, or 'channel': one for each channel. Raises ValueError for another activation.
     """
 
     def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False,

@@ -20,7 +20,7 @@ from self_models.surrogate import Surrogate
 
 
 class LIFParameters(NamedTuple):
-    """What an LIF layer needs to know.
+    """The parameters of an LIF layer.
 
     threshold, leak: numbers, or tensors () that gradients are wanted of. backend: 'torch', or 'triton' for the kernels
     of lif_triton.py. delay: steps from input to spike, 1 or 0. initial_potential: F, in thresholds.
@@ -48,7 +48,7 @@ class LIFParameters(NamedTuple):
         return self.threshold if self.delay else self.leak * self.threshold
 
     def detached(self) -> 'LIFParameters':
-        """The same without gradients; for the torch backend as plain numbers, for which a GPU is waited."""
+        """The same without gradients; for the torch backend as plain numbers, which waits for a GPU."""
         def plain(value):
             if not isinstance(value, torch.Tensor):
                 return value
@@ -66,7 +66,7 @@ class LIFParameters(NamedTuple):
 def lif_forward(current: torch.Tensor, spikes: torch.Tensor, parameters: LIFParameters,
                 state: tuple[torch.Tensor, torch.Tensor] | None = None,
                 potentials: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run LIF neurons over time: fill `spikes` and, where given, `potentials`; returns the state after the last row.
+    """Run LIF neurons over time: fill `spikes` and, if given, `potentials`; return the state after the last row.
 
     current: (n, M) floats, the input at n successive steps; or (M,), an input that is the same at all of them.
     spikes: (n, M) bool or floats, rows contiguous: row k is what current[:k+1] causes, which leaves `delay` steps

@@ -1,19 +1,19 @@
 """An LIF layer with its synapses over all time steps, and its gradient.
 
-Layer by layer: a layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over
-T * B images and a scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever held.
+A layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over T * B images and a
+scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever in memory.
 
-Spikes are bytes, and autograd knows only floats. So they travel outside autograd, and the proxy of their train, a
-tensor of the same shape that holds no data, stands for them in its graph:
+Spikes are bytes, but autograd needs floats. So spikes are outside of autograd, and the proxy of their train, a tensor
+of the same shape without data, stands for them in its graph:
 
     spikes of layer k  --floats(), W s + b, scan over time-->  spikes of layer k + 1
     proxy of layer k   <------- _LIFLayer.backward ----------  proxy of layer k + 1
 
-What training keeps of a layer is, for each neuron and step, one of these (see what_to_keep):
+Training keeps one of these for each neuron and step of a layer (see what_to_keep):
 
-    'spikes'      one byte, from which STDB's gradient follows
-    'factors'     the surrogate's, of the potential
-    'potentials'  of which the gradients of the threshold and the leak follow, and the factors
+    'spikes'      one byte, which gives STDB's gradient
+    'factors'     of the surrogate
+    'potentials'  which give the factors and the gradients of the threshold and the leak
 """
 import dataclasses
 import math
@@ -34,7 +34,7 @@ from self_models.lif import (
 )
 from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten, unflatten
 
-CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should stay in cache
+CHUNK_BYTES = {'cpu': 16 << 20, 'cuda': 1 << 30}  # float working memory of a layer; on a CPU it should fit a cache
 
 
 @dataclasses.dataclass
@@ -65,11 +65,11 @@ class SynapticInput:
         return (self.synapse.out_channels, *((size + 2 * p - k) // s + 1 for size, p, k, s in sizes))
 
     def takes_patches(self, device: torch.device) -> bool:
-        """Whether it is a convolution that is computed as a matrix product, see cpu.py."""
+        """Whether it is a convolution that is computed as a matrix product (cpu.py)."""
         return cpu.takes_patches(self.synapse, self.train.pooled_shape, device)
 
     def patch_values(self) -> int:
-        """How many values the patches of one image are, of input or gradient; 0 where none are taken."""
+        """How many values the patches of one image have, of input or gradient; 0 without patches."""
         if not self.takes_patches(self.train.tensors()[0].device):
             return 0
         channels = max(self.synapse.in_channels, self.synapse.out_channels)
@@ -88,7 +88,7 @@ class SynapticInput:
         return F.conv2d(x, weight, bias=bias, stride=self.synapse.stride, padding=self.synapse.padding)
 
     def turned(self, weight: torch.Tensor | None) -> torch.Tensor | None:
-        """A weight as input_gradient() takes it; to be called once for all samples, as it may copy."""
+        """A weight for input_gradient(); called once for all samples, as it may copy."""
         return cpu.turn(weight) if weight is not None and self.takes_patches(weight.device) else weight
 
     def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -123,8 +123,7 @@ class SynapticInput:
 def chunks(batch: int, sample_bytes: int, weights: list[torch.Tensor], dtype: torch.dtype) -> list[slice]:
     """Slices over `batch` samples, each of as many as fit into the working memory, at least one.
 
-    weights: of the layer. Its memory is at least twice what they take in dtype, or the time would go into adding up
-    their gradients.
+    weights: of the layer. The memory is at least twice theirs in dtype, else adding up their gradients takes the time.
     """
     memory = max(CHUNK_BYTES[weights[0].device.type], *(2 * weight.numel() * dtype.itemsize for weight in weights))
     size = max(1, memory // max(1, sample_bytes))
@@ -132,7 +131,7 @@ def chunks(batch: int, sample_bytes: int, weights: list[torch.Tensor], dtype: to
 
 
 def prepare(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A weight or bias as convolutions like it best: of `dtype`, channels-last. None stays None."""
+    """A weight or bias in the fastest form for convolutions: of `dtype`, channels-last. None stays None."""
     if tensor is None:
         return None
     tensor = tensor.detach().to(dtype)
@@ -145,9 +144,9 @@ def dtypes(weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 
 def window(inputs: list[SynapticInput], parameters: LIFParameters) -> tuple[int, int]:
-    """(start, steps): the steps at which a layer has all its input; before `start` nothing happens in it.
+    """(start, steps): the steps at which a layer has all its inputs; before `start` it is at rest.
 
-    A bias is an input at every step, and an initial potential leaks from the first one on.
+    A bias is an input at every step, and an initial potential leaks from the first step on.
     """
     from_start = parameters.initial_potential or any(each.bias is not None for each in inputs)
     start = 0 if from_start else min(each.train.start for each in inputs)
@@ -166,7 +165,7 @@ def input_current(inputs: list[SynapticInput], window: tuple[int, int], weights:
                   compute_dtype: torch.dtype) -> torch.Tensor:
     """The input current W s + b of an LIF layer over its window, for a slice of samples: (n, b, N) of `dtype`.
 
-    Of direct input (1, b, N), the same at all steps. compute_dtype: of the convolutions, as autocast wants it.
+    For direct input (1, b, N), the same at all steps. compute_dtype: of the convolutions, by autocast.
     """
     (start, steps), total = window, None
     for each, weight, bias in zip(inputs, weights, biases, strict=True):
@@ -197,7 +196,7 @@ def prepared(inputs: list[SynapticInput]) -> tuple[list[torch.Tensor | None], li
 
 def currents(inputs: list[SynapticInput], window: tuple[int, int],
              ready: tuple[list, list]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield (samples, input_current() of them), for as many samples as fit into the working memory after others.
+    """Yield (samples, their input_current()) for groups of samples that fit into the working memory.
 
     ready: prepared() of the inputs.
     """
@@ -208,7 +207,7 @@ def currents(inputs: list[SynapticInput], window: tuple[int, int],
 
 
 def what_to_keep(inputs: list[SynapticInput], parameters: LIFParameters) -> str | None:
-    """'spikes', 'factors' or 'potentials', of which the gradients follow; None where none is wanted."""
+    """What the gradients need: 'spikes', 'factors' or 'potentials'; None without gradients."""
     given = [tensor for each in inputs for tensor in (each.weight, each.bias, each.train.proxy)]
     wanted = parameters.learned or any(tensor is not None and tensor.requires_grad for tensor in given)
     if not (torch.is_grad_enabled() and wanted):
@@ -224,7 +223,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
 
     inputs: all of one output shape, those with a weight among them. dropout: its mask is drawn once for each sample and
     held over all steps. pools: 2x2 average pools behind. Differentiable in the inputs' weights, biases and trains, and
-    in the threshold and the leak where those are tensors.
+    in the threshold and the leak if these are tensors.
     """
     (start, steps), shape = window(inputs, parameters), inputs[0].output_shape()
     weight = next(each.weight for each in inputs if each.weight is not None)
@@ -245,7 +244,7 @@ def lif_layer(inputs: list[SynapticInput], parameters: LIFParameters, dropout: n
                 potentials = current.new_empty(steps, current.shape[1])
             u, _ = lif_forward(current[0] if once else current, spikes[:, samples].flatten(1), numbers,
                                potentials=potentials)
-            # A potential that is not finite stays so: the last ones tell. Spikes do not, as NaN exceeds no threshold.
+            # a potential that is not finite stays so, so the last ones tell; spikes do not, as NaN exceeds no threshold
             fault = fault + sum(0 * end for end in torch.aminmax(u))
             if keep == 'factors':
                 kept[:, samples] = surrogate_state(potentials, numbers).view(kept[:, samples].shape)
@@ -276,7 +275,7 @@ class _InputGradients:
             self.turned = given.turned(weight)
             steps = 1 if train.constant else train.steps
             self.proxy = grad.new_empty(steps, train.batch, math.prod(train.pooled_shape))
-            self.proxy[self.rows:] = 0  # spikes after the window reach nothing
+            self.proxy[self.rows:] = 0  # spikes after the window have no effect
 
     def add(self, g: torch.Tensor, lowered: torch.Tensor, samples: slice, shape: tuple) -> None:
         """g: the gradient (n, b, N) of the layer's current over the window; lowered: the same as autocast has it."""
@@ -306,7 +305,7 @@ class _LIFLayer(torch.autograd.Function):
         weight = next(weight for weight in given[1::3] if weight is not None)
         ctx.save_for_backward(kept, train.mask, *(tensor for each in inputs for tensor in each.train.tensors()),
                               *ready)
-        # without their tensors, so that those are freed with the saved ones, after the backward pass
+        # without their tensors, which are saved above, so that all are freed after the backward pass
         ctx.train, ctx.inputs = train.without(), [SynapticInput(each.train.without(), each.synapse) for each in inputs]
         ctx.parameters, ctx.dtype = parameters, dtypes(weight)[0]
         size = math.prod(train.pooled_shape)

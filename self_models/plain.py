@@ -1,11 +1,11 @@
-"""Any network as a spiking one: an LIF for each of its activations, all else as it is.
+"""Any network as a spiking network: an LIF for each of its activations; the rest stays as it is.
 
 Time steps and samples share the first dimension, (T * B, ...), steps outermost, so convolutions, batch norm, pools and
 sums are torch's own. A spike is worth its threshold: an LIF gives theta s(t), so that currents, biases and the branches
 of a sum stay in the units of the ANN, and the output's mean over time stands for its logits.
 """
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from self_models.traced import (
 
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
 QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
-BLOCK, SHORTEST = 2 ** 19, 2 ** 15  # values of a tensor that a thread works on at once, and of one of its rows
+BLOCK, SHORTEST = 2 ** 19, 2 ** 15  # values of a tensor that a thread processes at once, and of one row of it
 
 
 class LIF(nn.Module):
@@ -120,8 +120,8 @@ def blocks(x: torch.Tensor) -> list[slice]:
 class _LIF(torch.autograd.Function):
     """theta s(t) of LIF neurons, and its gradients.
 
-    It keeps the currents, of which the potentials are computed anew, or its output if the surrogate is of the spikes.
-    Neurons go through all steps and passes in blocks that stay in a CPU's cache.
+    It keeps the currents, and computes the potentials again, or its output if the surrogate is of the spikes.
+    Neurons are processed in blocks that stay in a CPU's cache, each over all steps.
     """
 
     @staticmethod
@@ -225,20 +225,19 @@ class Repeat(nn.Module):
 
 class PlainRecord(NamedTuple):
     """What one LIF is given and does: current, potentials and spikes (T, B, ...) at each step, spikes as 0 and 1. The
-    potential is the one that the neuron fires on; fault: NaN if one left the finite range, else 0."""
+    potential is the one that the neuron fires on."""
     name: str
     parameters: LIFParameters
     current: torch.Tensor
     potentials: torch.Tensor
     spikes: torch.Tensor
-    fault: torch.Tensor
 
 
 class PlainNetwork(Graphed, SpikingNetwork):
     """The spiking network of any ANN; made by spiking(). Modules, weights and their names are the ANN's.
 
-    notes: lines that say what is not as in the ANN. activations: the paths of the ANN's modules in whose place the LIFs
-    are, None for a function. Other attributes: as for SpikingNetwork.
+    notes: lines that say how it differs from the ANN. activations: the paths of the ANN's modules that the LIFs
+    replace, None for a function. Other attributes: as for SpikingNetwork.
     """
 
     def __init__(self, tree: nn.Module, graph: fx.Graph, names: list[str], activations: list[str | None], depth: int,
@@ -280,26 +279,9 @@ class PlainNetwork(Graphed, SpikingNetwork):
     def balanced(self) -> int:
         return len(self.layer_names)
 
-    @torch.no_grad()
-    def leak_update(self, leaks: Sequence[float]) -> None:
-        """Set the leaks of all LIFs, each in (0, 1]. Raises ValueError for others or another number of them."""
-        leaks = [check_leak(float(leak)) for leak in leaks]
-        if len(leaks) != len(self.layer_names):
-            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.layer_names)} LIF layers')
-        for lif, leak in zip(self.lifs, leaks):
-            lif.leak.fill_(leak)
-
-    @torch.no_grad()
-    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
-        """Set the thresholds of all LIFs, each times scaling_factor. Changes no argument.
-
-        Raises ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
-        """
-        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
-        if thresholds and len(thresholds) != len(self.layer_names):
-            raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.layer_names)} LIF layers')
-        for lif, threshold in zip(self.lifs, thresholds):
-            lif.threshold.fill_(threshold)
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        for lif, value in zip(self.lifs, values):
+            getattr(lif, what.removesuffix('s')).fill_(value)
 
     @torch.no_grad()
     def constrain(self) -> None:
@@ -312,9 +294,9 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
     @torch.no_grad()
     def copy_from(self, ann: nn.Module) -> None:
-        """Take over the weights of the ANN that it was made of, or of one like it, and QCFS bounds as thresholds.
+        """Copy the weights of the ANN that it was made from, or of one like it; QCFS bounds become thresholds.
 
-        Raises ValueError for an ANN with other weights or other bounds; then nothing is copied.
+        Raises ValueError for an ANN with other weights or bounds; nothing is copied then.
         """
         found = {name: module for name, module in ann.named_modules() if isinstance(module, QCFS)}
         weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
@@ -327,7 +309,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
                          for each in (given, wanted))
         wrong = sorted(key for key in given.keys() | wanted.keys() if given.get(key, 0) != wanted.get(key, 0))
         if wrong:
-            raise ValueError(f'the ANN is not of the layout of the spiking network: {wrong[0]} differs')
+            raise ValueError(f'the ANN and the spiking network have different layouts: {wrong[0]} differs')
         for key, value in weights.items():
             own[key].copy_(value)
         for lif, bound in zip(self.lifs, bounds):
@@ -335,7 +317,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
                 (lif.bounds if bound.dim() else lif.threshold).copy_(bound)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, ...) as the network takes them: themselves if direct, else Poisson spikes at each step."""
+        """Images (B, ...) as the network's input: unchanged for direct input, else spikes at each step."""
         encoding = ENCODINGS[self.encoding]
         if encoding.constant:
             return x
@@ -393,8 +375,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
             first = torch.full_like(u, parameters.initial_potential * parameters.threshold)
             potentials = torch.cat([first[None], potentials[:-1]])
             spikes = torch.cat([torch.zeros_like(spikes[:1]), spikes[:-1]])
-        fault = sum(0 * end for end in torch.aminmax(u))
-        return PlainRecord(name, parameters, current, potentials.view(current.shape), spikes.view(current.shape), fault)
+        return PlainRecord(name, parameters, current, potentials.view(current.shape), spikes.view(current.shape))
 
 
 def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
@@ -463,7 +444,7 @@ def _lif_of(activation, options):
 
 
 def _repeat(tree, graph, modules, used):
-    """What no spike has reached yet is computed once, and repeated where it meets what spikes made."""
+    """Compute what does not depend on spikes once, and repeat it where it meets what does."""
     once, taken = set(), []
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == 'call_module' else None
@@ -475,7 +456,7 @@ def _repeat(tree, graph, modules, used):
             once.add(node)
         elif node.op != 'output':
             taken += [(each, node) for each in node.all_input_nodes if each in once and _of_input(each)]
-    if any(_is_size(each) for each, _ in taken):  # a size of what is (B, ...) would be taken for one of (T * B, ...)
+    if any(_is_size(each) for each, _ in taken):  # the size of a tensor (B, ...) would stand for that of (T * B, ...)
         for node in graph.nodes:
             if node.op == 'call_module' and isinstance(modules[node.target], (LIF, HeldDropout)):
                 modules[node.target].once = False
@@ -516,7 +497,7 @@ def _depth(graph, modules):
 
 
 def _notes(graph, modules):
-    """Lines on what a spiking network does not do as its ANN does."""
+    """Lines on how a spiking network differs from its ANN."""
     spiked, notes = set(), []
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == 'call_module' else None
@@ -537,7 +518,7 @@ class Segment(NamedTuple):
 
 
 def segments(network: PlainNetwork) -> list[Segment]:
-    """The Segment of each LIF of a network, in the order of their calls."""
+    """The Segment of each LIF of a network, in call order."""
     modules, found = dict(network.named_modules()), []
 
     def is_source(node):

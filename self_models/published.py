@@ -1,4 +1,4 @@
-"""The published functions of one time step. surrogate.py and encoding.py, which import no torch, hand them out, too."""
+"""The published functions of one time step."""
 import torch
 from torch import nn
 

@@ -5,8 +5,8 @@ Bu et al., "Optimal ANN-SNN conversion for high-accuracy and ultra-low-latency s
 import torch
 from torch import nn
 
-SMALLEST = 1e-4  # that a learned bound, threshold or leak becomes
-BLOCK = 2 ** 17  # values that go through all passes at once, so that they stay in a CPU's cache
+SMALLEST = 1e-4  # the least value of a learned bound, threshold or leak
+BLOCK = 2 ** 17  # values that are processed together, so that they stay in a CPU's cache
 
 
 class QCFS(nn.Module):
@@ -50,7 +50,7 @@ def blocks(*tensors):
 
 
 class _QCFS(torch.autograd.Function):
-    """It computes in float32 where x and y are narrower, so that the bound is the threshold that conversion takes."""
+    """It computes in float32 if x and y are narrower, so that the bound is the threshold after conversion."""
 
     @staticmethod
     def forward(ctx, x, bound, levels):
@@ -88,7 +88,7 @@ class _QCFS(torch.autograd.Function):
 
 
 def number(bound, dtype):
-    """The bound as a number; on a GPU as a tensor () of dtype, for which the host need not wait."""
+    """The bound as a number; on a GPU as a tensor () of dtype, so that the host need not wait."""
     return bound.detach().to(dtype) if bound.is_cuda else bound.item()
 
 

@@ -1,4 +1,6 @@
 """ResNet as an ANN."""
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ class ResNet(nn.Module):
                  batch_norm: bool = False, bounds: str = 'layer'):
         super().__init__()
         self.layout = dict(resnet_name=resnet_name, labels=labels, dataset=dataset, dropout=dropout,
-                           input_shape=input_shape)  # what the spiking network of the same layout is built of
+                           input_shape=input_shape)  # the spiking network of this layout has them, too
         (self.pre_process, self.layer1, self.layer2, self.layer3, self.layer4, self.final_pool,
          self.classifier) = resnet_layers(**self.layout, activation=activation, levels=levels, batch_norm=batch_norm,
                                           bounds=bounds)
@@ -33,25 +35,5 @@ class ResNet(nn.Module):
         return self.classifier(x.flatten(1))
 
 
-def ResNet6(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET6', ...): [1, 1, 0, 0] basic blocks."""
-    return ResNet('RESNET6', labels, dropout, dataset, input_shape)
-
-
-def ResNet12(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET12', ...): [1, 1, 1, 1] basic blocks."""
-    return ResNet('RESNET12', labels, dropout, dataset, input_shape)
-
-
-def ResNet20(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET20', ...): [2, 2, 2, 2] basic blocks."""
-    return ResNet('RESNET20', labels, dropout, dataset, input_shape)
-
-
-def ResNet34(labels: int = 10, dropout: float = 0.2, dataset: str = 'CIFAR10',
-            input_shape: tuple | None = None) -> ResNet:
-    """ResNet('RESNET34', ...): [3, 4, 6, 3] basic blocks."""
-    return ResNet('RESNET34', labels, dropout, dataset, input_shape)
+# the published names
+ResNet6, ResNet12, ResNet20, ResNet34 = (partial(ResNet, f'RESNET{number}') for number in (6, 12, 20, 34))

@@ -1,4 +1,4 @@
-"""What a layer sends to the next one over time: its spikes, or the image itself where that is the input.
+"""What a layer sends to the next one over time: its spikes, or the image itself for direct input.
 
 A feature map is stored channels-last and flat: (n, B, N) with N = H * W * C, n the steps.
 """
@@ -17,7 +17,7 @@ class SpikeTrain:
     shape: (C, H, W) or (features,) of the layer; N is its product
     mask: (B, N) factors held over time, or None; pools: 2x2 average pools after it
     proxy: (n, B, N') with N' after the pools; holds no data (stride 0), stands for floats() in autograd; or None
-    fault: () 0, or NaN where a potential of this layer or of one before it left the finite range
+    fault: () 0, or NaN if a potential of this layer or of one before it left the finite range
     """
     spikes: torch.Tensor
     shape: tuple
@@ -42,7 +42,7 @@ class SpikeTrain:
         return self.spikes.shape[1]
 
     def tensors(self) -> list:
-        """What of it is kept for the backward pass; without() is the rest, with_tensors() puts them together."""
+        """The tensors kept for the backward pass; without() is the rest, with_tensors() joins both again."""
         return [self.spikes, self.mask]
 
     def without(self) -> 'SpikeTrain':
@@ -53,7 +53,7 @@ class SpikeTrain:
 
     def floats(self, samples: slice, rows: slice, dtype: torch.dtype) -> torch.Tensor:
         """What the next layer is given: (m * b, C, H', W') or (m * b, features), for m rows and b samples."""
-        # as bytes, which a CPU reads several times faster than bools
+        # as bytes: a CPU reads them several times faster than bools
         x = self.spikes.view(torch.uint8)[rows, samples].to(dtype, memory_format=torch.contiguous_format)
         if self.mask is not None:
             x.mul_(self.mask[samples])
@@ -78,15 +78,6 @@ class SpikeTrain:
             counts *= self.mask
         return flatten(self.pool(unflatten(counts[None], self.shape)), 1)[0]
 
-    def spikes_per_input(self, steps: int) -> torch.Tensor:
-        """How many spikes of the first `steps` steps, over all samples, come to each input of the next layer.
-
-        (C, H', W') or (features,) of float64. A spike counts whatever its sign, which is the mask's, and whole, though
-        a pool gives a quarter of it on.
-        """
-        counts = dataclasses.replace(self, mask=None).total(slice(0, steps), torch.float64).sum(0)
-        return unflatten(counts[None, None], self.pooled_shape)[0] * 4 ** self.pools
-
     def pull_back(self, grad: torch.Tensor, samples: slice, dtype: torch.dtype,
                   scale: float | torch.Tensor = 1.0) -> torch.Tensor:
         """The gradient of floats(), (n, b, N'), times scale, back through pools and mask: (n, b, N) of `dtype`."""
@@ -110,11 +101,11 @@ class SpikeTrain:
 
 @dataclasses.dataclass
 class DirectInput:
-    """Direct input: the images themselves, (B, C, H, W), at each of `steps` steps. It offers what a SpikeTrain does.
+    """Direct input: the images themselves, (B, C, H, W), at each of `steps` steps. It has the methods of a SpikeTrain.
 
     The current that they cause is the same at all steps, so it is computed once, and so is its gradient.
 
-    proxy: (1, B, N) the images themselves, where their gradient is wanted; or None
+    proxy: (1, B, N) the images themselves, if their gradient is wanted; or None
     """
     images: torch.Tensor
     shape: tuple
@@ -191,7 +182,7 @@ class SpikeCounts(torch.autograd.Function):
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums over time are kept in, for weights of `dtype`: a narrower one loses what is added to it."""
+    """The type of sums over time, for weights of `dtype`: a narrower type loses small terms."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -204,7 +195,7 @@ def unflatten(x: torch.Tensor, shape: tuple) -> torch.Tensor:
 
 
 def flatten(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """(m * b, C, H, W) or (m * b, features) -> (m, b, N); no copy where a feature map is channels-last already."""
+    """(m * b, C, H, W) or (m * b, features) -> (m, b, N); no copy if a feature map is channels-last already."""
     if x.dim() == 4:
         x = x.permute(0, 2, 3, 1)
     return x.reshape(steps, -1, math.prod(x.shape[1:]))

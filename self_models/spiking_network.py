@@ -1,7 +1,7 @@
-"""What the spiking VGG and ResNet have in common: encoding, thresholds and leaks, the way through the layers, readout.
+"""What spiking networks share: encoding, thresholds and leaks; for VGG and ResNet also the way through the layers.
 
-The layers run one after the other, each over all time steps (see lif_layer.py); nothing is kept from one forward pass
-to the next.
+The layers of these run one after the other, each over all time steps (see lif_layer.py). A network has no state between
+forward passes.
 """
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from self_models.spike_train import DirectInput, SpikeCounts, SpikeTrain, at_lea
 from self_models.surrogate import FLAGS, SURROGATES, Surrogate
 
 GROUP_BYTES = {'cpu': 64 << 20, 'cuda': 4 << 30}  # of the gradients between two convolutions, in the backward pass
-# yields inputs and spikes of one LIF layer after another, returns the last spikes
+# yields inputs and spikes of each LIF layer in turn, returns the last spikes
 Layers = Generator[tuple[list[SynapticInput], SpikeTrain], None, SpikeTrain]
 
 
@@ -36,19 +36,14 @@ class LayerRecord:
 
     @property
     def window(self) -> tuple[int, int]:
-        """(first step, number of steps) of its input; spikes leave `parameters.delay` steps later."""
+        """(first step, number of steps) of its input; its spikes come `parameters.delay` steps later."""
         return window(self.inputs, self.parameters)
 
-    @property
-    def fault(self) -> torch.Tensor | float:
-        """NaN if a potential of this layer or of one before it left the finite range, else 0."""
-        return self.spikes.fault
-
     def potentials(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Yield (samples, input current, membrane potential), both (n, b, N), for some samples after others.
+        """Yield (samples, input current, membrane potential), both (n, b, N), for groups of samples.
 
-        The potential is the one after the input of each of the window's n steps, which the neuron fires on (p of
-        lif.py); N is stored as in SpikeTrain. They are computed anew.
+        The potential is the one after the input of each of the window's n steps, which decides about the spike (p in
+        lif.py); N is stored as in SpikeTrain. Both are computed again.
         """
         steps, ready = self.window[1], prepared(self.inputs)
         with torch.no_grad(), torch.autocast(self.inputs[0].train.tensors()[0].device.type, enabled=False):
@@ -87,8 +82,9 @@ def stages_of(modules: Iterable[nn.Module]) -> list[Stage]:
 
 class SpikingNetwork(nn.Module):
     """The hyper-parameters that all spiking networks share. A subclass has `thresholds` and `leaks`, 1-D tensors with a
-    value for each LIF layer in the order of `layer_names`, `threshold_update`, `leak_update` and `constrain`; forward,
-    `curve` and `record`; and `depth`, the LIF layers on the shortest way from input to output.
+    value for each LIF layer in the order of `layer_names`, `set_neurons` and `constrain`; forward, `curve` and
+    `record`; `balanced`, how many layers threshold balancing reaches; and `depth`, the LIF layers on the shortest way
+    from input to output.
 
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
     (rate coding), 'direct' (the image itself at each step) or another, see encoding.py. delay: 1, or 0 for neurons that
@@ -129,7 +125,7 @@ class SpikingNetwork(nn.Module):
 
     @property
     def leak(self) -> float | None:
-        """The leak of all layers; None where they differ."""
+        """The leak of all layers; None if they differ."""
         leaks = self.leaks.tolist()
         return leaks[0] if len(set(leaks)) == 1 else None
 
@@ -138,8 +134,34 @@ class SpikingNetwork(nn.Module):
         self.timesteps, self.initial_leak = check_timesteps(timesteps), check_leak(leak)
         self.leak_update([leak] * len(self.leaks))
 
+    @torch.no_grad()
+    def leak_update(self, leaks: Sequence[float]) -> None:
+        """Set the leaks of all LIF layers, each in (0, 1]. Raises ValueError for others or another number of them."""
+        leaks = [check_leak(float(leak)) for leak in leaks]
+        if len(leaks) != len(self.layer_names):
+            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.layer_names)} LIF layers')
+        self.set_neurons('leaks', leaks)
+
+    @torch.no_grad()
+    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
+        """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
+
+        If a layer-by-layer network carries its thresholds, the weights behind each layer change with its threshold.
+        Raises ValueError for another number of thresholds, or if one is not above 0. Without any, nothing happens.
+        """
+        count = len(self.layer_names)
+        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
+        if thresholds and len(thresholds) not in (self.balanced, count):
+            raise ValueError(f'{len(thresholds)} thresholds for a network of {count} LIF layers'
+                             + (f', {self.balanced} of them balanced' if self.balanced < count else ''))
+        self.set_neurons('thresholds', thresholds)
+
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        """Set the 'thresholds' or 'leaks' of the first layers to these values."""
+        raise NotImplementedError
+
     def checked_curve(self, at: Sequence[float]) -> list[int]:
-        """The time steps that curve() is to tell of, as a list. Raises ValueError for others than it can."""
+        """The time steps of curve() as a list. Raises ValueError unless they ascend and are from 1 to `timesteps`."""
         given, at = list(at), [int(steps) for steps in at]
         if not at or at != given or at != sorted(at) or not 1 <= at[0] <= at[-1] <= self.timesteps:
             raise ValueError(f'at must ascend from 1 or more to {self.timesteps} or less, one whole number at least, '
@@ -181,28 +203,11 @@ class LayerByLayer(SpikingNetwork):
         thresholds, else, as published, those before the residual blocks."""
         return len(self.layer_names) if self.carried else self.first
 
-    @torch.no_grad()
-    def leak_update(self, leaks: Sequence[float]) -> None:
-        """Set the leaks of all LIF layers, each in (0, 1]. Raises ValueError for others or another number of them."""
-        leaks = [check_leak(float(leak)) for leak in leaks]
-        if len(leaks) != len(self.leaks):
-            raise ValueError(f'{len(leaks)} leaks for a network of {len(self.leaks)} LIF layers')
-        self.leaks.copy_(torch.tensor(leaks, dtype=torch.float64))
-
-    @torch.no_grad()
-    def threshold_update(self, scaling_factor: float = 1.0, thresholds: Sequence[float] = ()) -> None:
-        """Set thresholds, each times scaling_factor: of all LIF layers, or of the balanced ones. Changes no argument.
-
-        If the network carries its thresholds, the weights behind each layer change with its threshold. Raises
-        ValueError for another number of them, or if one is not above 0. Without thresholds, nothing happens.
-        """
-        thresholds = [check_threshold(float(value) * scaling_factor) for value in thresholds]
-        if thresholds and len(thresholds) not in (self.balanced, len(self.thresholds)):
-            raise ValueError(f'{len(thresholds)} thresholds for a network of {len(self.thresholds)} LIF layers'
-                             + (f', {self.balanced} of them balanced' if self.balanced < len(self.thresholds) else ''))
-        self.thresholds[:len(thresholds)] = torch.tensor(thresholds, dtype=torch.float64).to(self.thresholds)
-        if self.carried:
-            self.carry(thresholds)
+    def set_neurons(self, what: str, values: list[float]) -> None:
+        own = getattr(self, what)
+        own[:len(values)] = torch.tensor(values, dtype=torch.float64).to(own)
+        if what == 'thresholds' and self.carried:
+            self.carry(values)
 
     @torch.no_grad()
     def carry(self, thresholds: Sequence[float]) -> None:
@@ -230,7 +235,7 @@ class LayerByLayer(SpikingNetwork):
         return LIFParameters(threshold, leak, self.surrogate, self.backend, self.delay, self.initial_potential)
 
     def _as_numbers(self, what, values):
-        """A fixed 1-D tensor as a list, read anew only once it changes, as a GPU's host waits for that."""
+        """A fixed 1-D tensor as a list, read again only when it changes: reading waits for a GPU."""
         version = None if values.is_inference() else values._version
         known, known_version, numbers = self._numbers.get(what, (None, None, None))
         if known is not values or version is None or version != known_version:
@@ -257,12 +262,12 @@ class LayerByLayer(SpikingNetwork):
         """(B, C, H, W) float images -> (B, labels): the output currents W s + b summed over all time steps.
 
         In the weights' type, or in float32 if that is narrower, as are spike counts and membrane potentials.
-        All NaN where a potential of any layer left the finite range: its neuron is silent, which would hide it.
+        All NaN if a potential of any layer left the finite range: a silent neuron would hide that.
         """
         if self.is_silent(x):
             return self.silent_output(x, self.timesteps)
         train = self.last_spikes(x)
-        # if the images' own spikes come too late, the train holds some after the last time step
+        # if the images' spikes come too late, some are after the last time step
         steps = min(train.steps, max(0, self.timesteps - train.start))
         if train.proxy is None:
             counts = train.total(slice(0, steps), self.classifier[-1].weight.dtype)
@@ -290,13 +295,13 @@ class LayerByLayer(SpikingNetwork):
         return torch.stack(outputs) + train.fault
 
     def is_silent(self, x: torch.Tensor) -> bool:
-        """Whether no spike can reach the output: of no images, or in so few steps, if no bias makes a neuron fire."""
-        synapses = [synapse for stage in self.stages() for _, synapse in stage.inputs]
-        biased = any(getattr(synapse, 'bias', None) is not None for synapse in synapses)
-        return not len(x) or self.timesteps <= self.latency and not biased
+        """Whether no spike can reach the output: without images, or with too few steps and no bias to cause one."""
+        if not len(x) or self.timesteps > self.latency:
+            return not len(x)
+        return all(getattr(synapse, 'bias', None) is None for stage in self.stages() for _, synapse in stage.inputs)
 
     def silent_output(self, x: torch.Tensor, steps: int) -> torch.Tensor:
-        """The output (B, labels) after so many steps, none of whose spikes has reached it, or of no images."""
+        """The output (B, labels) after so many steps if no spike has reached it, or without images."""
         weight = self.classifier[-1].weight
         counts = weight.new_zeros(len(x), weight.shape[1], dtype=at_least_float32(weight.dtype))
         return LayerByLayer.readout(self, counts, steps)
@@ -309,8 +314,8 @@ class LayerByLayer(SpikingNetwork):
         """The spikes that the output layer receives from images x (B, C, H, W)."""
         train, stages = self.input_train(x), self.stages()
         dense = next((i for i, stage in enumerate(stages) if isinstance(stage.inputs[0][1], nn.Linear)), len(stages))
-        # Samples go through the convolutions in groups, so that, when learning, gradients wait for one group only:
-        # autograd takes the last group back to the input before it begins with the one before.
+        # In training, samples go through the convolutions in groups, so that the gradients of one group only are in
+        # memory: autograd takes a group back to the input before it begins the next.
         size = len(x)
         if torch.is_grad_enabled():
             size = max(1, GROUP_BYTES[x.device.type]
@@ -326,8 +331,8 @@ class LayerByLayer(SpikingNetwork):
             yield LayerRecord(self.layer_names[index], self.lif_parameters(index), inputs, train)
 
     def input_train(self, x: torch.Tensor) -> SpikeTrain | DirectInput:
-        """What the first layer is given that can reach the output: of T steps the last `latency` cannot. It is one
-        step at least, for networks that only biases make fire."""
+        """The input of the first layer, without the last `latency` of the T steps, which cannot reach the output. At
+        least one step, for networks in which only biases make neurons fire."""
         return self.encode(x, max(1, self.timesteps - self.latency))
 
     def largest_convolution(self, shape: tuple) -> int:

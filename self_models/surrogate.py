@@ -1,4 +1,4 @@
-"""Surrogate gradients: a class for each, which holds all that the rest asks about it.
+"""Surrogate gradients: a class for each.
 
 A spike is [z > 0], z = u / theta - 1. In place of its gradient with respect to z stands the surrogate's height times a
 factor, a function of z or of the time since the neuron's last earlier spike. No torch is imported here, so that the
@@ -46,7 +46,7 @@ class Surrogate:
         cls.name = name or cls.__name__
         if unknown := cls.flags.keys() - FLAGS.keys():
             raise ValueError(f'{cls.__name__}: unknown flags {sorted(unknown)}: choose of {", ".join(FLAGS)}')
-        if SURROGATES.get(cls.name, cls).__module__ != cls.__module__:  # a notebook may define its class anew
+        if SURROGATES.get(cls.name, cls).__module__ != cls.__module__:  # a notebook may define its class again
             raise ValueError(f'{cls.__name__}: there is a surrogate {cls.name!r} already; give another name')
         SURROGATES[cls.name] = cls
 
@@ -170,11 +170,3 @@ def meaning(flag: str) -> str:
     for name in users(flag):
         found.setdefault(SURROGATES[name].flags[flag], []).append(name)
     return '; '.join(f'{what} of {", ".join(names)}' for what, names in found.items())
-
-
-def __getattr__(name):
-    """The published functions, which need torch, on their first use."""
-    if name not in ('STDB', 'LinearSpike'):
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from self_models import published
-    return getattr(published, name)

@@ -25,11 +25,11 @@ BINS = 2 ** 16  # of the histogram that a percentile is read from
 
 
 class DeadLayerError(ValueError):
-    """A layer whose input does not exceed 0, so that no threshold can be found for it."""
+    """A layer whose input is never above 0, so that it has no threshold."""
 
 
 class Pieces(NamedTuple):
-    """What the work on a layer is cut into: slices of samples, each run through in blocks of steps (first, stop)."""
+    """The pieces in which a layer is processed: slices of samples, and for each, blocks of steps (first, stop)."""
     groups: list[slice]
     blocks: list[tuple[int, int]]
 
@@ -86,7 +86,7 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     """Balance the thresholds of a spiking network, layer after layer; returns them, a list of floats.
 
     A layer's threshold is the maximum over images, units and steps of its input current W s + b, with the layers before
-    it spiking at the thresholds already found, at leak 1 and without dropout; or, less at the mercy of outliers, a
+    it spiking at the thresholds already found, at leak 1 and without dropout; or, to be less sensitive to outliers, a
     percentile of those currents (as Rueckauer et al. 2017 take one of activations). Of a ResNet only the pre-process
     layers are balanced. If the network carries its thresholds (copy_weights says when), all layers are, and a spike is
     worth its threshold: that goes into the weights behind it, so that currents and biases stay in the ANN's units.
@@ -94,12 +94,12 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     model: VGG_SNN_STDB, RESNET_SNN_STDB or what spiking() made of any network, whose LIFs are all balanced; it is left
     at the thresholds found, else as it was.
     images: (B, C, H, W), on any device. timesteps: T, 1 or more. progress: show a bar on a terminal.
-    percentile: in (0, 100], where 100 is the maximum; found to 1 / 32768 of that, and in twice its time.
+    percentile: in (0, 100]; 100 is the maximum. Another is found to 1 / 32768 of the maximum, in twice the time.
     Raises DeadLayerError, a ValueError, for a layer whose threshold would not exceed 0 or is not finite, and ValueError
     for timesteps < 1, a percentile out of range and images that are no floats of that shape.
 
     Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
-    spikes wait for the next layer as bits, in a temporary file where they are many (B T N / 8 bytes).
+    spikes wait for the next layer as bits, in a temporary file if there are many (B T N / 8 bytes).
     """
     plain = isinstance(model, PlainNetwork)
     if images.dim() != 4 and not plain or not len(images) or not images.is_floating_point():
@@ -124,15 +124,15 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
 
 
 class Source(NamedTuple):
-    """What a layer gets its spikes from: their store (None of direct input), a train that tells their shape, and what
-    a spike is worth in the weights behind, beside what they carry already."""
+    """Where a layer's spikes come from: their store (None for direct input), a train of their shape, and a factor for
+    the weights behind, besides the one that these carry already."""
     store: SpikeStore | None
     train: SpikeTrain | DirectInput
     worth: float = 1.0
 
 
 def _balance_all(model, images, timesteps, percentile, progress):
-    """The thresholds, one layer after another; find_thresholds without its care for the model."""
+    """The thresholds of a layer-by-layer network, one layer after another."""
     shape = tuple(images.shape[1:])
     groups = groups_of(images, model.largest_convolution(shape))
     size = groups[0].stop
@@ -185,23 +185,23 @@ def _balance_all(model, images, timesteps, percentile, progress):
 
 
 def groups_of(images: torch.Tensor, values: int) -> list[slice]:
-    """The images in groups, which are what runs again at the least (see balance); the steps make up the batch.
+    """The images in groups, the smallest part that is run again (see balance); the steps make up the batch.
 
-    values: that one image has at one step, at the most.
+    values: of one image at one step, at most.
     """
     size = max(1, min(16, len(images) // 8, BLOCK_BYTES // 2 // (values * images.itemsize)))
     return [slice(i, min(i + size, len(images))) for i in range(0, len(images), size)]
 
 
 def check_found(threshold: float, name: str, timesteps: int, percentile: float, silent: bool) -> None:
-    """Raise DeadLayerError for a threshold that is none. silent: whether the input has neither spikes nor a bias."""
+    """Raise DeadLayerError unless a threshold is above 0 and finite. silent: its input has no spikes and no bias."""
     if 0 < threshold < math.inf:
         return
     if silent:
         why = (f'never receives a spike within {timesteps} time steps: balance over more steps or images, or train the '
                'ANN further')
     elif percentile == 100 or threshold:
-        why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN anew'
+        why = f'has an input of {threshold} at most, so no threshold can be found: train the ANN again'
     else:
         why = (f'has an input whose {percentile}th percentile is not above 0, so no threshold can be found: take a '
                'higher percentile, or train the ANN further')
@@ -366,7 +366,7 @@ def write_block(step_currents: torch.Tensor, group: slice, first: int, neuron: L
 
 
 def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
-    """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 where it is not above 0."""
+    """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 if it is not above 0."""
     counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
     for group in pieces.groups:
         for block in pieces.blocks:
@@ -393,8 +393,8 @@ def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar
 def likely_threshold(current: Callable, pieces: Pieces, narrow: Callable | None = None, channels: int = 1) -> float:
     """A current of the layer that is likely its largest, 0 or more.
 
-    It is where the eighth of the channels that is the largest in the last few steps has its own largest current, which
-    costs little to find; without `narrow` the largest in those steps.
+    The eighth of the channels with the largest currents in the last few steps is searched over all steps, which takes
+    little time; without `narrow`, it is the largest in those steps.
     """
     groups, blocks = pieces
     steps = blocks[-1][1]

@@ -1,7 +1,7 @@
-"""Any network as a graph of calls (torch.fx): what may stand in it, and a QCFS of its own for every ReLU.
+"""Any network as a graph of calls (torch.fx): what it may contain, and a QCFS of its own for every ReLU.
 
-Between the activations stands what is linear in the activations at each time step, so that a spiking network can run it
-over T * B images as it is. A network with anything else is refused by name before anything runs.
+Between the activations, all is linear in the activations at each time step, so that a spiking network can run it over
+T * B images unchanged. A network with anything else is refused by name before anything runs.
 """
 import copy
 import inspect
@@ -40,7 +40,7 @@ PRODUCTS = {operator.mul, torch.mul, torch.multiply, 'mul', 'multiply', *QUOTIEN
 SUMS = {operator.add, operator.sub, operator.neg, torch.add, torch.sub, torch.subtract, torch.neg, 'add', 'sub', 'neg'}
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
             operator.itruediv: operator.truediv, operator.imatmul: operator.matmul}
-DIMENSIONS = {  # of a function or method: where its dimensions stand, their names, and what they are if not given
+DIMENSIONS = {  # of a function or method: the position of its dimensions, their names, and their default
     'flatten': (1, ('start_dim',), 0), 'unflatten': (1, ('dim',), None), 'cat': (1, ('dim',), 0),
     'concat': (1, ('dim',), 0), 'concatenate': (1, ('dim',), 0), 'mean': (1, ('dim',), None),
     'sum': (1, ('dim',), None), 'chunk': (2, ('dim',), 0), 'split': (2, ('dim',), 0), 'squeeze': (1, ('dim',), None),

@@ -19,7 +19,7 @@ class VGG(nn.Module):
                  batch_norm: bool = False, bounds: str = 'layer'):
         super().__init__()
         self.layout = dict(vgg_name=vgg_name, labels=labels, dataset=dataset, kernel_size=kernel_size, dropout=dropout,
-                           input_shape=input_shape)  # what the spiking network of the same layout is built of
+                           input_shape=input_shape)  # the spiking network of this layout has them, too
         self.features, self.classifier = vgg_layers(**self.layout, activation=activation, levels=levels,
                                                     batch_norm=batch_norm, bounds=bounds)
         initialize(self)
@@ -27,8 +27,8 @@ class VGG(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) images -> (B, labels) logits."""
         x = self.features(x)
-        # not where torch.fx traces the network, as converters of others do: x stands for a tensor there
+        # not while torch.fx traces the network, as other converters do: x is a proxy then
         if isinstance(x, torch.Tensor) and x.requires_grad and x.is_contiguous(memory_format=torch.channels_last):
-            # the last pool's gradient in the pool's own layout, without which a CPU takes some seven times as long
+            # the last pool's gradient in the pool's own layout: in another, a CPU takes some seven times as long
             x.register_hook(lambda grad: grad.contiguous(memory_format=torch.channels_last))
         return self.classifier(x.flatten(1))

@@ -583,7 +583,7 @@ def test_files_left_out_are_said_where_nothing_else_is_there(tmp_path):
 def test_links_that_are_refused(tmp_path):
     loop_folder(tmp_path)
     (tmp_path / 'train/fox').symlink_to('dog')
-    assert 'classes dog and fox are one and the same folder' in message('FOLDER', tmp_path)
+    assert 'classes dog and fox are the same folder' in message('FOLDER', tmp_path)
     (tmp_path / 'train/fox').unlink()
     (tmp_path / 'train/dog/notes').symlink_to('nowhere')  # no picture, so nothing is missed
     assert len(load('FOLDER', tmp_path).train) == 4
@@ -795,7 +795,7 @@ def square(row, column, size):
 
 def test_a_square_that_may_leave_nothing():
     assert load('DIGITS', '', cutout=7).train.transform.cutout == 7
-    with pytest.raises(UserError, match='--cutout 8: may leave nothing of images of 8x8 pixels'):
+    with pytest.raises(UserError, match='--cutout 8: may cover whole images of 8x8 pixels'):
         load('DIGITS', '', cutout=8)
 
 

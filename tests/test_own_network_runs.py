@@ -406,7 +406,7 @@ def test_flags_that_mean_nothing_for_it_say_so(anns, capsys):
 
 def test_its_own_quantized_activations_are_of_the_levels_that_the_flags_say(capsys):
     for flags in ([], ['--activation', 'QCFS']):
-        fails(ann, 'own code has QCFS of 4 levels: say so with --activation QCFS --levels 4',
+        fails(ann, 'its code has QCFS of 4 levels: say so with --activation QCFS --levels 4',
               *of('four_levels', *flags))
     run(ann, *of('four_levels', *QUANTIZED, '--epochs', 1))
     run(snn, *of('four_levels', '--pretrained_ann', 'trained_models/ann/ann_nets_four_levels_digits.pth', '--timesteps',
@@ -535,8 +535,9 @@ def test_a_file_that_a_checkpoint_names_is_not_run(anns, given):
 # -- what is wrong with it is one line --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name, words', [
-    ('nothing', 'nets.py has no function or class nothing'), ('number', 'nets.py has no function or class number'),
-    ('made', 'a network of that name: give a function that returns it'),
+    ('nothing', 'nets.py has no function or class nothing'),
+    ('number', 'number in nets.py is of type int: give a function or class'),
+    ('made', 'made in nets.py is a network: give a function or class that returns it'),
     ('no_module', 'no_module gives int, not an nn.Module'), ('no_weights', 'no_weights has no weights to train'),
     ('frozen', 'frozen has no weights to train'), ('wants_more', "TypeError: .*'width'"),
     ('stops', r"KeyError in line \d+: 'no\\nsuch key'"), ('quits', r'SystemExit in line \d+: 3'),

@@ -46,7 +46,7 @@ def test_predict_says_the_classes_of_pictures(trained, capsys, tmp_path):
     assert 'no spike reaches the output in fewer than 6' in capsys.readouterr().out
     state = load(path)
     torch.save({**state, 'args': {**state['args'], 'dataset': 'SVHN'}}, 'other.pth')
-    fails(snn, 'other.pth is of a data set SVHN', '--no-gpu', '--pretrained_snn', 'other.pth', '--predict', '0.png')
+    fails(snn, 'is of an unknown data set SVHN', '--no-gpu', '--pretrained_snn', 'other.pth', '--predict', '0.png')
     del state['classes']
     torch.save(state, 'old.pth')
     fails(snn, 'old.pth does not name its classes', '--no-gpu', '--pretrained_snn', 'old.pth', '--predict', '0.png')

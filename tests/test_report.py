@@ -418,9 +418,6 @@ def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding,
     # these do not depend on the surrogate, but for whether it is of spikes
     for figure in [surrogate, *(others if activation in ('STDB', 'Linear', 'ATan') else [])]:
         figure.savefig(io.BytesIO())
-    notes = numbers.notes_of(model)
-    assert ('direct' in notes) == (encoding == 'direct') != ('signed' in notes)
-    assert ('T - L' in notes['steps']) == (delay == 1)
 
 
 @pytest.mark.parametrize('architecture', ['VGG5', 'RESNET6'])
@@ -434,16 +431,8 @@ def test_bounds_of_channels_are_said_to_be_in_the_weights(architecture):
         for model in (convert(ann, 4), self_models.spiking(ann, 4)):
             layers, _ = counted(model, ternary((2, 1, 8, 8), 5).float())
             assert {layer.threshold for layer in layers[1:]} == {1.0 if bounds == 'channel' else 0.5}
-            assert ('bound for each channel' in numbers.notes_of(model).get('bounds', '')) == (bounds == 'channel')
-    assert 'bounds' not in numbers.notes_of(filled(architecture))  # untrained, of the default threshold
-
-
-def test_notes_say_only_what_holds():
-    notes = numbers.notes_of(spiking('VGG5', 9)[0])
-    assert 'biases' not in notes and 'factor' not in notes['identity'] and 'signed' in notes
-    notes = numbers.notes_of(low_latency('RESNET6', 1)[0])
-    assert 'once an image' in notes['direct'] and 'constant current' in notes['biases']
-    assert 'factor' in notes['identity']
+            assert numbers.in_units_of_bounds(model) == (bounds == 'channel')
+    assert not numbers.in_units_of_bounds(filled(architecture))  # untrained, of the default threshold
 
 
 # -- networks of one's own --------------------------------------------------------------------------------------------
@@ -485,7 +474,6 @@ def test_any_network_with_a_delay_is_counted_at_all_steps():
         steps = len(a.spikes)
         assert a.spikes.sum() > 0 and torch.equal(b.spikes[a.first_step:a.first_step + steps], a.spikes)
         assert (b.first_step, len(b.spikes)) == (0, 9) and steps < 9
-    assert 'all T steps' in numbers.notes_of(plain)['steps'] and 'too late' in numbers.notes_of(plain)['steps']
 
 
 class Own(nn.Module):
@@ -576,7 +564,6 @@ def net(labels):
     assert [layer['name'] for layer in got['layers']] == ['input', '2', '6'] and got['latency'] == 2
     assert [row['name'] for row in got['operations']['connections']] == ['0', '5', '7']
     assert (got['operations']['total']['macs'] > 0) == (encoding == 'direct')
-    assert 'max pool' in got['notes']['values'] and 'biases' in got['notes']
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -645,9 +632,9 @@ def test_the_figures_draw_the_numbers_of_the_json(in_an_empty_folder):
     run(snn, *FLAGS, '--test_only', '--activation', 'Linear', '--report', '.')
     got = read('.')
     assert got['training'] is None and 'training.png' not in got['figures']
-    for notes, said in (({}, False), ({'bounds': 'as of QCFS'}, True)):
-        label = plots.draw_activity({**got, 'notes': notes}).axes[2].get_xlabel()
-        assert ('bounds of channels' in label) == said
+    for of_channels in (False, True):
+        label = plots.draw_activity({**got, 'in_units_of_bounds': of_channels}).axes[2].get_xlabel()
+        assert ('bounds of channels' in label) == of_channels
     numbers = got['surrogate']
     assert sum(numbers['count']) + numbers['below'] + numbers['above'] == numbers['total']
     assert max(numbers['gradient_at_edges']) == 0.3
@@ -746,4 +733,3 @@ def test_direct_input_costs_macs_once_an_image_and_a_bias_an_addition(architectu
     energy, total = found['operations']['energy_uj'], found['operations']['total']
     assert energy['snn_exact'] == pytest.approx((first['macs'] * 4.6 + 0.9 * (
         total['synaptic_operations'] + total['bias_additions'])) / 1e6)
-    assert 'MACs' in numbers.notes_of(model)['direct'] and 'bias' in numbers.notes_of(model)['biases']

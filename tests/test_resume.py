@@ -146,7 +146,7 @@ def test_resuming_from_another_runs_file_leaves_that_run_alone(capsys):
 
 
 def test_another_runs_file_that_has_enough_epochs_already(begun):
-    fails(ann, '1 epochs are done already; a larger --epochs', *SMALL, '--epochs', 1, '--name', 'mine', '--resume',
+    fails(ann, '1 epochs are done already; for more, raise', *SMALL, '--epochs', 1, '--name', 'mine', '--resume',
           'trained_models/ann/n.last.pth')
     assert not list(Path('trained_models/ann').glob('mine*.pth'))
 

@@ -448,8 +448,8 @@ def test_a_task_is_one_run_and_its_status_the_runs_own(module, tmp_path, capsys)
     generate(module, '--slurm --seed 0 1 2 3')
     said = capsys.readouterr().out
     assert 'start it with: sbatch script.sh in the folder of snn.py' in said
-    assert 'sbatch --array=N script.sh; with --resume auto' in said
-    assert '\n# A task that failed starts again alone with: sbatch --array=N FILE' in (
+    assert 'sbatch --array=N script.sh; to have it resume' in said
+    assert '\n# To start a failed task again: sbatch --array=N FILE' in (
         tmp_path / 'script.sh').read_text()
     status, out, err = task(tmp_path, 3, STATUS='0,0,7,0')
     assert (status, events(tmp_path), err) == (7, ['start 2', 'end 2'], '')  # the third run, that of seed 2
@@ -468,7 +468,7 @@ def test_without_a_task_of_its_own_it_runs_nothing(module, tmp_path, number):
 
 def test_a_task_goes_on_where_the_flags_say_so(module, tmp_path, capsys):
     commands = generate(module, '--slurm --seed 0 1 --resume auto')
-    assert 'sbatch --array=N script.sh; it goes on from its last checkpoint' in capsys.readouterr().out
+    assert 'sbatch --array=N script.sh; it resumes from its last checkpoint' in capsys.readouterr().out
     assert [args.resume for args in parsed(commands)] == ['auto', 'auto']
 
 

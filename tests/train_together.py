@@ -6,6 +6,7 @@ A Poisson encoder passes ternary images on unchanged, so that no random draw mat
 metrics and a test's to FILE.
 """
 import sys
+from argparse import Namespace
 
 import torch
 
@@ -30,8 +31,8 @@ def main(path, batch_size):
     for epoch in (1, 2):
         loader = epoch_loader(dataset, batch_size, seed=epoch, shuffle=True, process=process)
         metrics.append(tuple(engine.train_epoch(learner, loader, optimizer, engine.cross_entropy, device)))
-    loader = epoch_loader(dataset, batch_size, process=process)
-    tested, curve = engine.evaluate(model, loader, engine.cross_entropy, device, at=[6, 12])
+    args = Namespace(seed=0, batch_size=batch_size, num_workers=0, amp=False)
+    tested, curve = engine.test_over_time(model, dataset, engine.cross_entropy, device, args, at=[6, 12])
     thresholds = distributed.from_main(lambda: [float(process.rank), 5.0])
     assert thresholds == [0.0, 5.0]
     torch.save({'state_dict': model.state_dict(), 'metrics': metrics, 'tested': tuple(tested), 'curve': curve},

@@ -1,4 +1,4 @@
-"""The connections of a spiking network, found by sending spikes along its graph in place of values."""
+"""The connections of a spiking network, found by a pass of spikes along its graph."""
 import dataclasses
 import math
 from collections import Counter
@@ -16,16 +16,16 @@ from self_models.layers import Scale
 from self_models.plain import HeldDropout
 from self_models.spiking_network import SpikingNetwork
 
-PASSED = (HeldDropout, Scale, NORMS)  # modules that change values, not how many spikes there are
+PASSED = (HeldDropout, Scale, NORMS)  # modules that change values, not the number of spikes
 CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
-ROWS = 64  # that a pool takes at once
+ROWS = 64  # of a pool's input that are processed at once
 
 
 @dataclasses.dataclass
 class Layer:
     """Sums over images of what a layer did. surrogate: counts of its arguments, see delta_t and z_counts in count.py.
 
-    spikes: (n,) at each of n steps; of direct input n NaNs, as there are none.
+    spikes: (n,) at each of n steps; NaN for direct input, which has none.
     """
     name: str
     neurons: int
@@ -42,8 +42,8 @@ class Connection:
 
     fan_out: (1, ...) connections of each input, after pools. macs: of an image at one step; additions: of a plain
     identity in the ANN. biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no
-    spikes. mac_steps: how many times an image its MACs are computed: 0 of spikes, 1 of direct input, at each step of
-    what a synapse gives. nonzero_operations: of each input that is not 0, however many spikes it is of.
+    spikes. mac_steps: at how many steps its MACs are computed: 0 for spikes, 1 for direct input, all for the output of
+    another synapse. nonzero_operations: of each input that is not 0, however many spikes are in it.
     """
     name: str
     kind: str
@@ -64,12 +64,12 @@ class Connection:
 
 
 class Flow(NamedTuple):
-    """What one call of the graph gives to the next.
+    """What one call of the graph passes to the next.
 
-    spikes: (rows, ...) how many spikes come there that no synapse has taken, steps outermost; or several of them.
-    sources: the layers that they are from, {name: (n,) their spikes at each step}. real: other values than spikes are
-    among it; constant: all of it is the same at each step. through: the connections that it came through last. biased:
-    whether something is added to it at each step.
+    spikes: (rows, ...) the number of spikes that no synapse has taken yet, steps outermost; or a tuple of such tensors.
+    sources: the layers that they come from, {name: (n,) their spikes at each step}. real: there are other values than
+    spikes; constant: all is the same at each step. through: the connections that it came through last. biased: whether
+    something is added to it at each step.
     """
     spikes: torch.Tensor | tuple
     sources: dict[str, torch.Tensor | None]
@@ -80,7 +80,7 @@ class Flow(NamedTuple):
 
 
 def joined(flows: list[Flow]) -> Flow:
-    """What a call of several is given; its spikes are those of the first."""
+    """The input of a call with several; its spikes are those of the first."""
     return Flow(
         flows[0].spikes, {name: spikes for each in flows for name, spikes in each.sources.items()},
         any(each.real for each in flows), all(each.constant for each in flows),
@@ -90,9 +90,9 @@ def joined(flows: list[Flow]) -> Flow:
 class Walk(Pass):
     """A Pass of spikes.
 
-    A subclass defines source(layer, value, node), the Flow of the spikes of the input or of an LIF layer, given what
-    the call of it gives, and meet(name, kind, flow, connect, padded_macs) for a Flow that comes to a connection.
-    connect: of what is given, its outputs at weights of 1.
+    A subclass defines source(layer, value, node), the Flow of the input or of an LIF layer whose call gives `value`,
+    and meet(name, kind, flow, connect, padded_macs) for a Flow that reaches a connection. connect: gives the
+    connection's output with weights of 1.
     """
 
     def __init__(self, network: SpikingNetwork):
@@ -120,7 +120,7 @@ class Walk(Pass):
         return self.passed(node, module, flow, value, before)
 
     def arrive(self, layer, flow):
-        """What comes to neurons, or to the output, without a synapse."""
+        """What reaches neurons, or the output, without a synapse."""
         if flow.sources:
             self.meet(f'{layer}.identity', 'identity', flow, lambda x: x)
 
@@ -129,7 +129,7 @@ class Walk(Pass):
         return getattr(self, node.op)(node.target, *fx.node.map_arg((node.args, node.kwargs), instead))
 
     def synapse(self, node, module, flow, value):
-        """The Flow behind a synapse, which takes all spikes and gives none."""
+        """The Flow behind a synapse, which has no spikes any more."""
         bias = traced.argument(node, 2, 'bias') if module is None else module.bias
         weight = module.weight if module is not None else next(
             self.env[each] for each in node.all_input_nodes if each not in self.found and each is not bias)
@@ -151,7 +151,7 @@ class Walk(Pass):
         return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
     def passed(self, node, module, flow, value, before):
-        """The Flow behind a call that takes no spikes."""
+        """The Flow behind a call that passes spikes on."""
         def call(x=None):
             def given(each):
                 if each not in self.found:
@@ -187,7 +187,7 @@ class Walk(Pass):
 
 
 class Outline(Walk, BlankPass):
-    """A Walk in which every neuron spikes once: it finds the layers and connections, of which nothing is counted yet.
+    """A Walk in which every neuron spikes once: it finds the layers and connections, without counts.
 
     layers, connections: {name: Layer}, {name: Connection}.
     """
@@ -217,7 +217,7 @@ class Outline(Walk, BlankPass):
 
     def arrive(self, layer, flow):
         super().arrive(layer, flow)
-        if flow.biased:  # two biases that meet at a neuron are added as one
+        if flow.biased:  # two biases that meet at a neuron count as one
             through = [self.connections[name] for name in flow.through or [f'{layer}.identity']]
             own = [each for each in through if each.constant == flow.constant]
             (own or through)[0].biases += flow.spikes[0].numel()
@@ -242,7 +242,7 @@ def ones_through(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def add_up(pool: Callable, x: torch.Tensor) -> torch.Tensor:
     """(n, C, ...) through a pool, or an interpolation, with 1 in place of each weight that is not 0.
 
-    Its dimensions are independent: along each, what a line of ones at one place comes to tells which are not 0.
+    Its dimensions are independent: for each, the outputs of a line of ones at each place tell which weights are not 0.
     """
     reached, size = [], x.shape[2:]
     for d, n in enumerate(size):

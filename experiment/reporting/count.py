@@ -1,6 +1,6 @@
 """Counting what a spiking network does on the test images: spikes, synaptic operations, the surrogate's arguments.
 
-`measure` counts in one pass over the test images, batch by batch and layer by layer; nothing but sums is kept.
+`measure` counts in one pass over the test images, batch by batch and layer by layer; only sums are kept.
 """
 import argparse
 import math
@@ -19,9 +19,9 @@ Z_EDGES = [i / 10 for i in range(-30, 31)]  # of the histogram of z
 
 
 def delta_t(spikes: torch.Tensor) -> torch.Tensor:
-    """(n,) how often each Δt was met over spikes (n, ...) bool; at 0: never fired before.
+    """(n,) how often each Δt occurred, for spikes (n, ...) bool; at 0: never fired before.
 
-    Δt is the number of steps since the neuron's last *earlier* spike, as for the gradient of STDB.
+    Δt is the number of steps since the neuron's last *earlier* spike, as in the gradient of STDB.
     """
     since = torch.zeros(spikes[0].numel(), dtype=torch.int64, device=spikes.device)
     counts = 0
@@ -35,8 +35,8 @@ def delta_t(spikes: torch.Tensor) -> torch.Tensor:
 def z_counts(u: torch.Tensor, threshold: float) -> torch.Tensor:
     """(len(Z_EDGES) + 1,) how often z = u / theta - 1 was below, between two, and above all of Z_EDGES.
 
-    u: the potentials that neurons fire on, which are overwritten. A bin holds its upper edge, so that a neuron at rest,
-    z = -1, is outside of Linear's triangle.
+    u: the potentials that decide about spikes; they are overwritten. A bin contains its upper edge, so that a neuron at
+    rest, z = -1, is outside of Linear's triangle.
     """
     # the number of Z_EDGES, which are tenths, below z
     below = u.div_(threshold).sub_(1).mul_(10).ceil_().sub_(10 * Z_EDGES[0]).clamp_(0, len(Z_EDGES))
@@ -46,7 +46,7 @@ def z_counts(u: torch.Tensor, threshold: float) -> torch.Tensor:
 @torch.no_grad()
 def measure(model: SpikingNetwork, data: Data, device: torch.device, args: argparse.Namespace,
             ) -> tuple[list[Layer], list[Connection]]:
-    """One pass over the test images, with the random draws of their evaluation.
+    """One pass over the test images, with the same random draws as their test.
 
     The layers are the input and every LIF layer; the connection to the output comes last.
     """
@@ -62,9 +62,9 @@ def measure(model: SpikingNetwork, data: Data, device: torch.device, args: argpa
 
 
 class PlainCount(Walk):
-    """A Walk of the spikes on a batch of images, which adds them to an Outline: of all steps of a PlainNetwork.
+    """A Walk of the spikes of a PlainNetwork on a batch of images, at all steps; it adds them to an Outline.
 
-    window: the first step and the number of steps that the next layer computes.
+    window: the first step and the number of steps of the next layer.
     """
 
     def __init__(self, network: SpikingNetwork, outline: Outline, images: torch.Tensor):
@@ -117,7 +117,7 @@ class PlainCount(Walk):
 
 
 class LayerCount(PlainCount):
-    """The same of a layer-by-layer network: of the steps that can reach the output."""
+    """The same for a layer-by-layer network, at the steps that can reach the output."""
 
     def run(self):
         self.records = self.network.record(self.images)

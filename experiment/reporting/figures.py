@@ -17,7 +17,7 @@ LINES = ('-', '--', ':', '-.')  # once the colors are used up
 
 
 def check(flag: str) -> None:
-    """Raise UserError, before any work, where a flag's figures cannot be drawn."""
+    """Raise UserError, before any work, if a flag's figures cannot be drawn."""
     with importing('matplotlib', flag):
         _figure_class()
 
@@ -28,18 +28,14 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 def _figure_class():
     """matplotlib's Figure, for files only: no pyplot, which keeps figures and looks for a screen."""
-    backend = os.environ.pop('MPLBACKEND', None)  # of a notebook, say; matplotlib does not load with one it lacks
-    try:
-        import matplotlib.backends.backend_agg  # noqa: F401  what a PNG takes
-        from matplotlib.figure import Figure
-    finally:
-        if backend is not None:
-            os.environ['MPLBACKEND'] = backend
+    os.environ['MPLBACKEND'] = 'agg'  # matplotlib does not load with a notebook's backend that is not installed
+    import matplotlib.backends.backend_agg  # noqa: F401  for PNG files
+    from matplotlib.figure import Figure
     return Figure
 
 
 def drawable(text: str) -> str:
-    """A text as matplotlib draws it: what is no Unicode, as in names of files, as a terminal shows it."""
+    """A text that matplotlib can draw: bytes in a file name that are no Unicode become escapes."""
     return text.encode('utf-8', 'backslashreplace').decode()
 
 
@@ -51,18 +47,17 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
 
 def over_seeds(row: list, field: str) -> tuple[list[float], list[float], list[float]]:
     """Of a field of summary.Runs, {place: fraction}: the places in order, means and sample deviations there, in %."""
-    found = {}
-    for run in row:
-        for place, accuracy in getattr(run, field).items():
-            found.setdefault(float(place), []).append(accuracy)
-    return (sorted(found), *zip(*(mean_and_spread(found[place]) for place in sorted(found)))) if found else ([], [], [])
+    at = sorted({place for run in row for place in getattr(run, field)})
+    spreads = [mean_and_spread(getattr(run, field)[place] for run in row if place in getattr(run, field))
+               for place in at]
+    return at, [mean for mean, _ in spreads], [spread for _, spread in spreads]
 
 
 def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':
     """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
 
-    Up to three axes: over epochs, over time steps and by scaling factor, the latter two of the converted network and
-    only where there are any. names: of the rows, for the legend.
+    Up to three axes: over epochs and, for converted networks, over time steps and by scaling factor. names: of the
+    rows, for the legend.
     """
     runs = [run for row in row_list for run in row]
     chosen_on = ' or '.join(sorted({run.chosen_on for run in runs}))

@@ -22,9 +22,9 @@ def write(path: Path, args: argparse.Namespace, history: list[dict], arguments: 
 
     history: dicts of numbers: epoch, learning_rate, train_loss, train_accuracy, test_loss, test_accuracy (with
     --validation_fraction validation_..., and test_... of the best epoch only), best_accuracy, seconds. Accuracies are
-    fractions. Epoch 0 is an SNN before fine-tuning; with it stand curve, {time steps: accuracy}, and of a converted
-    one ann_accuracy, ann_accuracy_on (test or validation), scaling_factor and, where that was chosen, scan,
-    {factor: accuracy}, and scanned_on (train or validation); with --output fitted output_scale, its factor.
+    fractions. Epoch 0 is an SNN before fine-tuning. It has also curve, {time steps: accuracy}, and, if converted,
+    ann_accuracy, ann_accuracy_on (test or validation) and scaling_factor; if that was chosen, scan, {factor: accuracy},
+    and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
     run = {'command': log.command(), 'args': arguments or log.arguments(args), 'commit': COMMIT,
            'torch': torch.__version__, 'machine': machine(args)}
@@ -42,9 +42,9 @@ def holds(path: Path, history: list[dict]) -> bool:
 
 
 def commit() -> str | None:
-    """The git commit of this code, '+' behind it where files differ from it; None outside a checkout of its own."""
+    """The git commit of this code, with a '+' if files differ from it; None outside a checkout of its own."""
     root = Path(__file__).resolve().parents[2]
-    # neither the repository that a variable names, as in a hook of git's, nor one that the project's folder lies in
+    # not the repository that a variable names, as in a git hook, nor one around the project's folder
     own = {name: value for name, value in os.environ.items() if not re.match('GIT_(?!CONFIG)', name)}
     try:
         done = subprocess.run(['git', 'describe', '--always', '--abbrev=12', '--dirty=+', '--exclude=*'], cwd=root,
@@ -54,14 +54,14 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-COMMIT = commit()  # of the code that runs, whatever becomes of the files meanwhile
+COMMIT = commit()  # read at the start, as files may change during the run
 
 
 def machine(args: argparse.Namespace) -> str:
     """What a run computes on, in words."""
     if torch.cuda.is_available() and args.gpu is not False:
         return torch.cuda.get_device_name()
-    # its instructions say more of its speed than its name
+    # a processor's instructions say more about its speed than its name does
     return f'{torch.get_num_threads()} threads of {_processor()}, {torch.backends.cpu.get_cpu_capability()}'
 
 
@@ -76,7 +76,7 @@ def _processor():
 def open_board(folder: Path, wanted: bool) -> Callable | None:
     """A function that gives the SummaryWriter in a folder, if --tensorboard is given, else None. Raises UserError.
 
-    It opens its file on the first call, as the folder may first have to be set aside with an earlier run's files.
+    It opens its file on the first call, since an earlier run's folder may have to be renamed first.
     """
     if not wanted or not distributed.is_main():
         return None

@@ -1,4 +1,4 @@
-"""What was counted of a spiking network as the numbers of its report, with notes on how each was counted."""
+"""What was counted of a spiking network as the numbers of its report; docs/report.md says how each was counted."""
 import json
 import math
 from collections.abc import Iterable
@@ -9,81 +9,21 @@ import torch.nn.functional as F
 
 from experiment.reporting.connections import Connection, Layer
 from experiment.reporting.count import Z_EDGES
-from self_models import NEVER, Scale
+from self_models import NEVER
 from self_models.conversion import has_biases
-from self_models.encoding import ENCODINGS
 from self_models.plain import PlainNetwork
 from self_models.spiking_network import SpikingNetwork
 
 # 45 nm CMOS, 32 bit floating point: M. Horowitz, "Computing's energy problem (and what we can do about it)", ISSCC 2014
 MAC_PJ, AC_PJ = 4.6, 0.9
 
-NOTES = {  # of every network; notes_of() adds what else holds for the one at hand
-    'exact': 'Synaptic operations: each spike counts as many ACs as its neuron has outgoing connections, image '
-             'borders and strides considered. They are counted from the spikes themselves.',
-    'estimate': 'rate x FLOPs: the spikes of a mean input neuron times the MACs of the layer, padding included.',
-    'pooled': 'An average pool is linear: each spike comes through it with a fixed part of the weight (of 2x2 pixels '
-              'W/4). So each spike before the pool is a binary event and counts its own ACs, as an AC costs what it '
-              'does only without a multiplication. Were spikes pooled first, fewer values would go out, but multiples '
-              'of 1/4: nonzero_inputs counts each of those that is not 0 once, as NeuroBench does. The estimate takes '
-              'a spike before a 2x2 pool for a quarter of an event.',
-    'identity': 'A 1x1 convolution in the identity of a residual block counts as any other; a plain identity counts '
-                'one AC a spike, in the ANN one addition (AC) a unit.',
-    'output': 'The output layer counts its ACs at every spike, also where this code multiplies once with the sum.',
-    'left_out': 'Not in the energy: memory, membrane potentials, spike generation, and the additions of pools in the '
-                'ANN. Dropout is off in evaluation.',
-    'ann': 'MACs of the same layers on real numbers, once an image; products with the padding are left out, so that '
-           'they compare with the exact count. macs_with_padding is what FLOPs counters say.',
-    'delta_t': f'Steps since the last earlier spike of the neuron, over all LIF neurons, steps and images; before its '
-               f'first spike a neuron counts as having fired at step -{NEVER} (never).',
-}
 
-
-def notes_of(model: SpikingNetwork) -> dict[str, str]:
-    """How the numbers of a network were counted: {what: text}."""
-    plain = isinstance(model, PlainNetwork)
-    if plain:
-        steps = ('Counted are all T steps of every layer' + (
-            ', also spikes that come too late to reach the output.' if model.delay else '.'))
-    elif model.delay:
-        steps = ('Counted are the steps whose spikes can reach the output. Each LIF layer delays by one step, so in a '
-                 'network of depth L the layers compute T - L steps, each from its first_step on; before that a layer '
-                 'is silent, and its last steps come too late.')
-        if has_biases(model) or model.initial_potential:
-            steps = steps.replace('compute T - L steps, each', 'compute to T - L steps after the delays before them, '
-                                  'and, as biases and initial potentials are there from the start, each')
-    else:
-        steps = 'Counted are all T steps of every layer: without delay a spike is at the output in its own step.'
-    notes = {'steps': f'{steps} All means are of one image.', **NOTES}
-    constant = ENCODINGS[model.encoding].constant
-    if constant:
-        notes['direct'] = ('The first layer is given the image itself, not spikes: it costs MACs (every pixel counts, '
-                           'whatever its value). Its input is the same at all steps, so its current is computed once '
-                           'an image, which is what macs and the energy count; macs_every_step and '
-                           'snn_exact_every_step are what it would cost to compute it anew at each step. That the '
-                           'current is added to the membrane potential at each step is left out as the rest of the '
-                           'neuron is. The input has no firing rate.')
-    else:
-        notes['signed'] = 'A spike of the input is +1 or -1; both cost one AC for each connection.'
-    if has_biases(model):
-        notes['biases'] = ('A bias costs one addition (AC) for each neuron and step that is counted'
-                           + (', in the first layer one an image, as part of its constant current'
-                              if constant else '')
-                           + '; of the output layer at all T steps. Two biases that meet at a neuron of a residual '
-                             'block are one, counted with the residual. In the ANN: one addition a unit.')
-    if any(isinstance(module, Scale) for module in model.modules()):
-        notes['identity'] += " The identity's factor is taken for part of its synaptic weight and costs nothing."
-    if any(lif.bounds is not None for lif in model.lifs) if plain else (
-            (model.thresholds == 1).all() and (has_biases(model) or model.initial_potential)):
-        notes['bounds'] = ('A threshold of 1 in every layer, unless --default_threshold set it, is that of a QCFS ANN '
-                           'with a bound for each channel: potentials are in units of the bounds, which are in the '
-                           'weights on both sides of a layer, or in the LIF modules of a network of one\'s own.')
-    if plain:
-        notes['values'] = ('A synapse right behind another, with no neurons between the two, is given real values: it '
-                           'costs its MACs at each step, once an image if no spike has come to it yet. Batch norm is '
-                           'taken for part of the synapse beside it: its shift is a bias. Of a max pool, each output '
-                           'that is not 0 is a spike.')
-    return notes
+def in_units_of_bounds(model: SpikingNetwork) -> bool:
+    """Whether potentials are in units of the bounds of a QCFS ANN's channels, which makes every threshold 1."""
+    if isinstance(model, PlainNetwork):
+        return any(lif.bounds is not None for lif in model.lifs)
+    # a threshold of 1 that nothing else explains: these are in the weights on both sides of a layer
+    return bool((model.thresholds == 1).all() and (has_biases(model) or model.initial_potential))
 
 
 def summary(model: SpikingNetwork, layers: list[Layer], connections: list[Connection], images: int) -> dict:
@@ -166,8 +106,8 @@ def training_rows(checkpoint: Path | str | None, history: list | None, later: li
                   ) -> tuple[list[dict] | None, str]:
     """(what was noted of each epoch of a network's training, as JSON knows it, or None; a line to say).
 
-    checkpoint: the file that the network is from, or None. history: what that says of its epochs. later: what another
-    file does, which is taken if it goes on from there.
+    checkpoint: the file that the network is from, or None. history: its epochs, as the file says. later: the epochs of
+    another file, which are taken if they begin with `history`.
     """
     if checkpoint is None:
         return None, 'training curves: none, as this network was not trained here'

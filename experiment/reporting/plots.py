@@ -52,7 +52,7 @@ def draw_activity(report: dict) -> 'Figure':
     count_axes.set(xlabel=f'spikes per neuron and image\n{steps} steps of T = {report["timesteps"]}',
                    title='Spikes')
     threshold_axes.barh(places, [layer['threshold'] or math.nan for layer in layers], color=SNN_LIGHT)
-    of_channels = '\n(in units of the bounds of channels)' if 'bounds' in report.get('notes', ()) else ''
+    of_channels = '\n(in units of the bounds of channels)' if report.get('in_units_of_bounds') else ''
     threshold_axes.set(xlabel=f'membrane potential θ{of_channels}', title='Threshold')
     for axes in (count_axes, threshold_axes):
         axes.grid(axis='x', alpha=0.3)
@@ -103,8 +103,7 @@ def draw_operations(report: dict) -> 'Figure':
     rows, energy = numbers['connections'], numbers['energy_uj']
     figure = figures.new_figure(11, 2.5 + 0.45 * len(rows))
     axes, energy_axes = figure.subplots(1, 2, width_ratios=[2.2, 1])
-    direct, biased = numbers['total']['macs'] > 0, numbers['total']['bias_additions'] > 0
-    what = 'SNN: ACs and MACs' if direct else 'SNN: ACs'
+    what = 'SNN: ACs and MACs' if numbers['total']['macs'] > 0 else 'SNN: ACs'
 
     def snn(*keys):
         return [sum(row[key] for key in (*keys, 'bias_additions')) for row in rows]
@@ -132,16 +131,9 @@ def draw_operations(report: dict) -> 'Figure':
     for each, direction in ((axes, 'x'), (energy_axes, 'y')):
         each.grid(axis=direction, alpha=0.3)
         each.set_axisbelow(True)
-    of_input = ('the first layer, given the image itself, MACs, once an image' if rows[0]['macs']
-                else 'a negative input spike as a positive one')
-    behind = any(row['macs'] > row['ann_macs'] for row in rows)
     figure.supxlabel(
-        'Exact: each spike counts as many ACs as its neuron has outgoing connections, borders and strides considered; '
-        'a spike before an average pool counts\n'
-        f'its own ACs (the estimate: a quarter), {of_input}, a plain identity one AC a spike'
-        + (', a synapse behind another MACs at each step' if behind else '')
-        + (', a bias one AC a neuron and step' if biased else '')
-        + '. Synapses only: neither memory nor neurons.\n'
+        'Exact: each spike counts as many ACs as its neuron has connections; rate × FLOPs takes a spike before a 2×2 '
+        'pool for a quarter of one.\nSynapses only, without memory and neurons. '
         f'Energy: {numbers["energy_source"]}.', fontsize='x-small', x=0.01, ha='left')
     return figure
 

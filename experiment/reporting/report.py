@@ -1,7 +1,7 @@
 """What a spiking network did on the test images, as figures and as one JSON with every number in them.
 
-connections.py finds what is connected to what, count.py counts what goes through; numbers.py makes the JSON of it, and
-plots.py draws the figures from that JSON alone.
+connections.py finds which layers are connected, count.py counts spikes and operations, numbers.py makes the JSON, and
+plots.py draws the figures from the JSON alone.
 """
 import json
 from functools import partial
@@ -19,7 +19,7 @@ class Known(NamedTuple):
     """What is known of a network already.
 
     at, accuracy: time steps and the test accuracies (fractions) after them. ann_accuracy: the ANN's, or None.
-    conversion: what the conversion measured, {} where nothing was converted. checkpoint: the file that the network is
+    conversion: what the conversion measured, {} if there was none. checkpoint: the file that the network is
     from, or None for one that was just converted or not trained. history, later: as of numbers.training_rows().
     """
     at: list[int]
@@ -32,7 +32,7 @@ class Known(NamedTuple):
 
 
 def check(folder: str, model: SpikingNetwork) -> None:
-    """Raise UserError, before the evaluation, where no report can come of it."""
+    """Raise UserError, before the evaluation, if the report could not be written."""
     figures.check('--report')
     if silent := setup.too_few_steps(model):
         raise UserError(f'--report: {silent}')
@@ -56,7 +56,7 @@ def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
         'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
         **numbers.summary(model, layers, connections, len(data.test)), 'training': training,
-        'notes': numbers.notes_of(model)}
+        'in_units_of_bounds': numbers.in_units_of_bounds(model)}
     drawn = {'accuracy': plots.draw_accuracy(report), 'activity': plots.draw_activity(report),
              'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report),
              **({'training': plots.draw_training(training)} if training else {})}

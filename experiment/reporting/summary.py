@@ -4,7 +4,6 @@ It needs no torch.
 """
 import contextlib
 import json
-import math
 import os
 import re
 import statistics
@@ -19,19 +18,19 @@ from experiment.options import FORMER, FORMER_ANN, without_effect
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
-# Runs that differ in these alone are one experiment: its repetition, and where and how it ran and what it said.
+# Runs that differ only in these are repetitions of one experiment.
 NOT_SETTINGS = {'seed', 'name', 'resume', 'gpu', 'devices', 'num_workers', 'backend', 'log', 'tensorboard', 'report',
                 'split_seed', 'predict', 'export_nir', 'test_acc_every_batch', 'train_acc_batches'}
 
-ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table shows though all of its rows have them in common
-# Settings that the converted network does not depend on.
+ALWAYS = ('data', 'architecture', 'timesteps')  # settings that a table always shows
+# settings that do not change the converted network
 TRAINING = {'epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'weight_decay',
             'momentum', 'amsgrad', 'dropout', 'label_smoothing', 'activation', *FLAGS, 'output',
             'learn_threshold', 'learn_leak', 'keep_batch_norm'}
 
 
 class Run(NamedTuple):
-    """What a metrics file says. Accuracies are fractions; None where it says nothing of them."""
+    """What a metrics file says. Accuracies are fractions, or None if the file has none."""
     path: str
     settings: dict
     seed: int
@@ -40,14 +39,14 @@ class Run(NamedTuple):
     ann: float | None  # accuracy on those, as the next
     converted: float | None
     epochs: dict[int, float]  # {epoch: accuracy}, 0: an SNN's before training
-    curve: dict[str, float]  # {time steps: accuracy} of epoch 0
+    curve: dict[float, float]  # {time steps: accuracy} of epoch 0
     accuracy: float | None  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
     seconds: list[float]  # of each epoch
     machine: str
     factor: float | None  # the scaling factor that --scaling_factor auto chose, and
-    scan: dict[str, float]  # {factor: accuracy} of those that it tried, on
+    scan: dict[float, float]  # {factor: accuracy} of those that it tried, on
     scanned_on: str | None  # train or validation images
 
 
@@ -78,38 +77,32 @@ def read_all(paths: list[str]) -> list[Run]:
     return [read(path) for path in [path for path in paths if not is_set_aside(path)] or paths]
 
 
-def _finite(value):
-    """A number as a float. Raises ValueError, TypeError or OverflowError for what is none, or is not finite."""
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f'{value} is not finite')
-    return number
-
-
 def _numbers(values):
-    """{text of a number: number} as read from JSON, each checked; the texts stay."""
-    return {key: _finite(value) for key, value in values.items() if math.isfinite(_finite(key))}
+    """{number: number} of a JSON object, whose keys are texts."""
+    return {float(key): float(value) for key, value in values.items()}
 
 
 def _settings(args, seed):
     """(a run's arguments that make it the experiment that it is, the folder of its pictures or None)."""
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
-    # where a set lies says which it is only if it is a folder of pictures
+    # only pictures in folders are told apart by their place
     data, folder = settings.pop('dataset', None), os.path.expanduser(settings.pop('data_dir', ''))
     with contextlib.suppress(ValueError):  # a name that no file here can have
         folder = os.path.realpath(folder)
     folder = folder if data in ('FOLDER', 'IMAGENET') else None
     settings['data'] = data if folder is None else f'{data} {Path(folder).name}'
-    # of files from before there were others
+    # what files of former versions leave out
     former = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0,
               **(FORMER if 'timesteps' in settings else FORMER_ANN),
               **({'threshold_percentile': 100.0} if 'scaling_factor' in settings else {})}
     settings = {**settings, **{key: value for key, value in former.items() if key not in settings}}
-    unknown = {'keep_batch_norm': False, 'balance_blocks': False, 'bounds': 'layer'}  # to files of former versions
+    # settings that files of former versions lack: left out if they are at their defaults
+    unknown = {'keep_batch_norm': False, 'balance_blocks': False, 'bounds': 'layer'}
     if 'width' in without_effect(settings):
         unknown['width'] = settings['width']
     settings = {key: value for key, value in settings.items() if key not in unknown or value != unknown[key]}
-    if 'lr_reduce' in settings:  # 10 where it was not given, in files of before
-        settings['lr_reduce'] = _finite(settings['lr_reduce'])
+    if 'lr_reduce' in settings:  # an int in files of former versions
+        settings['lr_reduce'] = float(settings['lr_reduce'])
     for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
         if settings.get(key):
             settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
@@ -124,26 +117,24 @@ def _run(path, args, machine, epochs):
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
     accuracy = None
     if epochs:
-        accuracy = _finite(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
+        accuracy = float(epochs[-1].get('best_accuracy', epochs[-1][chosen]))  # epoch 0 is as yet its own best
         if chosen_on == 'validation':  # only at the end is the best epoch tested
-            accuracy = next((_finite(epoch['test_accuracy']) for epoch in epochs
+            accuracy = next((float(epoch['test_accuracy']) for epoch in epochs
                              if epoch.get(chosen) == accuracy and 'test_accuracy' in epoch), None)
-    if 'scan' in start and (start['scanned_on'] not in ('train', 'validation') or 'scaling_factor' not in settings):
-        raise ValueError(f'factors scanned on {start["scanned_on"]}')
     return Run(
         path, settings, seed, chosen_on, folder,
-        ann=_finite(start['ann_accuracy']) if start else None, converted=_finite(start[chosen]) if start else None,
-        epochs={int(epoch['epoch']): _finite(epoch[chosen]) for epoch in epochs},
+        ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
+        epochs={int(epoch['epoch']): float(epoch[chosen]) for epoch in epochs},
         curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
         accuracy=accuracy,
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
-        seconds=[_finite(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
-        factor=_finite(start['scaling_factor']) if 'scan' in start else None,
+        seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
+        factor=float(start['scaling_factor']) if 'scan' in start else None,
         scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'))
 
 
 def rows(runs: Iterable[Run]) -> list[list[Run]]:
-    """Lists of runs that have all settings, and what their best epoch was chosen on, in common. Raises UserError."""
+    """Lists of runs with the same settings, whose best epoch was chosen on the same set. Raises UserError."""
     found = {}
     for run in runs:
         row = found.setdefault((run.chosen_on, run.folder, json.dumps(run.settings, sort_keys=True)), [])
@@ -156,9 +147,9 @@ def rows(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def mean_and_spread(values: list[float | None]) -> str:
-    """[0.9, 0.92] -> '91.00 ± 1.41', in percent: the sample standard deviation (n - 1), none of a single value.
+    """[0.9, 0.92] -> '91.00 ± 1.41', in percent: the sample standard deviation (n - 1), none for a single value.
 
-    Of values that are partly None, those that are there, and how many they are.
+    If some values are None, the others, and how many they are.
     """
     there = [value for value in values if value is not None]
     if not there:
@@ -168,15 +159,14 @@ def mean_and_spread(values: list[float | None]) -> str:
 
 
 def epochs_done(row: list[Run]) -> str:
-    """'20', or of unfinished runs '7-20 of 20 *'."""
-    least, most, asked = min(run.done for run in row), max(run.done for run in row), row[0].asked
-    if least >= asked:
-        return str(least) if least == most else f'{least}-{most}'
-    return f'{least} of {asked} *' if least == most else f'{least}-{most} of {asked} *'
+    """'20', or for unfinished runs '7-20 of 20 *'."""
+    done = sorted({run.done for run in row})
+    text = '-'.join(map(str, dict.fromkeys([done[0], done[-1]])))
+    return text if done[0] >= row[0].asked else f'{text} of {row[0].asked} *'
 
 
 def settings_of(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
-    """The settings of each row as texts: those that tell rows apart, and those of ALWAYS; or every one."""
+    """The settings of each row as texts: those that differ between rows, and ALWAYS; or every one."""
     found = [dict(row[0].settings) for row in row_list]
     factors = [sorted({run.factor for run in row if run.factor is not None}) for row in row_list]
     for settings, chosen in zip(found, factors):
@@ -192,7 +182,7 @@ def settings_of(row_list: list[list[Run]], every: bool = False) -> list[dict[str
 
 
 def names(row_list: list[list[Run]]) -> list[str]:
-    """What tells each row from the others, for a legend; of a single one, what it is of."""
+    """For a legend: the settings in which rows differ; of a single row, all that the table shows."""
     found = settings_of(row_list)
     telling = [key for key in found[0] if len({settings[key] for settings in found}) > 1] or found[0]
     return [', '.join(settings[key] if key in ('data', 'architecture') else f'{key} {Path(settings[key]).name}'
@@ -202,7 +192,7 @@ def names(row_list: list[list[Run]]) -> list[str]:
 def results(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
     """The table of accuracies: a line {heading: text} for each row. every: as of settings_of()."""
     chosen_on = row_list[0][0].chosen_on
-    # All of these are of the images that epochs were compared on, as a run tests nothing else before its end.
+    # ann, converted and epochs: accuracies on the images that the best epoch is chosen on
     on = '' if chosen_on == 'test' else ', on validation images'
     with_ann = any(run.ann is not None for row in row_list for run in row)
     table = []
@@ -224,12 +214,12 @@ def results(row_list: list[list[Run]], every: bool = False) -> list[dict[str, st
 
 def scans(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
     """The table of what --scaling_factor auto found, a column for each factor. every: as of settings_of()."""
-    factors = sorted({factor for row in row_list for run in row for factor in run.scan}, key=float)
+    factors = sorted({factor for row in row_list for run in row for factor in run.scan})
     table = []
     for settings, row in zip(settings_of(row_list, every), row_list):
         line = {key: text for key, text in settings.items() if key not in TRAINING}
         line |= {'images': ', '.join(sorted({run.scanned_on for run in row if run.scan})), 'seeds': str(len(row)),
-                 **{factor: mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors}}
+                 **{str(factor): mean_and_spread([run.scan.get(factor) for run in row]) for factor in factors}}
         if line not in table:  # runs that differ in training alone start from the same scan
             table.append(line)
     return table
@@ -254,18 +244,18 @@ def _number(text):
         return 0, 0, text
 
 
-def narrow_table(paths: list[str], chosen: list[str], as_markdown: bool = False) -> str:
-    """The text that --summarize --columns prints: one table of some columns, in the order of its settings.
+def narrow_table(runs: list[Run], chosen: list[str], as_markdown: bool = False) -> str:
+    """The text that --summarize --columns prints: one table of some columns, sorted by its settings.
 
-    It is of scans() if factors are among them, else of results(). A column is called by its heading, or by that up to a
-    comma. Raises UserError for a column that is not there, and for rows that would then read the same.
+    The columns are of scans() if there are factors among them, else of results(). The name of a column is its heading,
+    or the part before a comma. Raises UserError for an unknown column, and for rows whose settings would look the same.
     """
-    row_list, scanned = rows(read_all(paths)), any(_number(name)[0] for name in chosen)
+    row_list, scanned = rows(runs), any(_number(name)[0] for name in chosen)
     if scanned:
         row_list = [row for row in row_list if any(run.scan for run in row)]
     elif len({row[0].chosen_on for row in row_list}) > 1:
         raise UserError('--columns: some of these runs chose their best epoch on test images, others on validation '
-                        'images; take them one after the other')
+                        'images; summarize the two separately')
     table = (scans if scanned else results)(row_list, every=True) if row_list else []
     heading, keys = list(table[0]) if table else [], []
     for name in chosen:
@@ -277,27 +267,21 @@ def narrow_table(paths: list[str], chosen: list[str], as_markdown: bool = False)
     settings = [key for key in heading[:heading.index('seeds')] if key != 'images']
     telling, seen, shown = [key for key in keys if key in settings], {}, []
     for line in table:
-        # of a checkpoint its name is enough
         shown.append({key: Path(line[key]).stem if key.startswith('pretrained') else line[key] for key in keys})
         other = seen.setdefault(tuple(shown[-1][key] for key in telling), line)
         if differ := [key for key in settings if line[key] != other[key]]:
-            raise UserError(f'--columns: rows would read the same that differ in {", ".join(differ)}; add that')
+            raise UserError(f'--columns: some rows differ only in {", ".join(differ)}; add these columns')
     shown.sort(key=lambda line: [_number(line[key]) for key in telling])
     return text_of(shown, as_markdown)
 
 
-def summarize(paths: list[str], as_markdown: bool = False) -> str:
-    """The text that --summarize prints: a table of the runs whose best epoch was chosen on test images, one of others.
+def tables(runs: list[Run], as_markdown: bool = False) -> str:
+    """The text that --summarize prints: a table of runs whose best epoch was chosen on test images, one of the others.
 
-    A row is of runs that differ in NOT_SETTINGS alone, a column of a setting that differs between rows or is one of
-    ALWAYS. Runs that chose their scaling factor make a further table, of the accuracies that each factor gave. Raises
-    UserError for a file that is no metrics file, and for two of the same settings and seed.
+    The runs of a row differ only in NOT_SETTINGS. The columns have settings that differ between rows, and ALWAYS. A
+    further table has the accuracy at each scaling factor that runs tried. Raises UserError for two runs of the same
+    settings and seed.
     """
-    return tables(read_all(paths), as_markdown)
-
-
-def tables(runs: list[Run], as_markdown: bool) -> str:
-    """The text of summarize(), of Runs."""
     parts = ['Accuracies in %: mean ± sample standard deviation over seeds.']
     for chosen_on in ('test', 'validation'):
         if row_list := rows(run for run in runs if run.chosen_on == chosen_on):
@@ -309,12 +293,11 @@ def tables(runs: list[Run], as_markdown: bool) -> str:
     return '\n\n'.join(parts)
 
 
-def draw(paths: list[str], path: Path) -> None:
-    """Write figures.draw_runs of metrics files to `path`, a PNG whose description is the table of summarize().
+def draw(runs: list[Run], path: Path) -> None:
+    """Write figures.draw_runs to `path`, a PNG whose description is the text of tables().
 
-    Raises UserError as summarize() does, and where there is nothing to draw or no writing there.
+    Raises UserError as tables() does, and if there is nothing to draw or the file cannot be written.
     """
-    runs = read_all(paths)
     row_list = rows(runs)
     if not any(run.epochs for run in runs):
         raise UserError('--figure: there is no epoch of these runs to draw yet')
@@ -322,11 +305,11 @@ def draw(paths: list[str], path: Path) -> None:
 
 
 def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, dict[int, list[Run]]]]:
-    """Rows as figures.draw_over_time_steps wants them: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
+    """Rows for figures.draw_over_time_steps: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
 
     A spiking network is called published (Poisson input, a step of delay a layer), low latency (direct input, none), or
-    what else its input and delay are; with its data and architecture where there are several. Raises UserError for
-    two of one kind and T.
+    what else its input and delay are, with its data and architecture if there are several. Raises UserError for two
+    rows of one kind and T.
     """
     called = {('poisson', 1): 'published', ('direct', 0): 'low latency'}
     several = [key for key in ('data', 'architecture') if len({row[0].settings.get(key) for row in row_list}) > 1]
@@ -343,13 +326,13 @@ def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, di
                             + (f', T = {timesteps}' if timesteps else '') + '); leave one out')
         known[place] = row
     if not spiking:
-        raise UserError('--over_timesteps: none of these files is of a run of snn.py')
+        raise UserError('--over_timesteps: none of these files is of snn.py; add some of logs/snn/')
     return anns, spiking
 
 
-def draw_over_time_steps(paths: list[str], path: Path) -> None:
-    """Write figures.draw_over_time_steps of metrics files to `path`, a PNG as of draw(). Raises UserError."""
-    runs = [run for run in read_all(paths) if run.accuracy is not None]
+def draw_over_time_steps(runs: list[Run], path: Path) -> None:
+    """Write figures.draw_over_time_steps to `path`, a PNG as of draw(). Raises UserError."""
+    runs = [run for run in runs if run.accuracy is not None]
     _write(figures.draw_over_time_steps(*kinds(rows(runs))), runs, path)
 
 

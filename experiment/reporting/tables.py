@@ -1,4 +1,4 @@
-"""Write the tables of read-mes anew, each from the metrics files that the comment above it names.
+"""Update the tables of pages, each from the metrics files that the comment above it names.
 
     python -m experiment.reporting.tables README.md results/README.md docs/findings.md
 
@@ -6,7 +6,7 @@ A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` pri
 
     <!-- table: results/snn/fashion_14/*.jsonl --columns leak ANN converted 'last epoch' -->
 
-with files as seen from the project's folder. It ends at the next empty line. Likewise the figure below
+with paths relative to the project's folder. A table ends at the next empty line. The figure below
 
     <!-- over_timesteps: results/ann/a.jsonl results/snn/b/*.jsonl -->
 
@@ -35,16 +35,16 @@ def files(words: str) -> list[str]:
     for pattern in shlex.split(words):
         there = sorted(ROOT.glob(pattern))
         if not there:
-            raise UserError(f'{pattern}: there is no such file; mend the comment above the table')
+            raise UserError(f'{pattern}: there is no such file; correct the comment above the table')
         found += map(str, there)
     return found
 
 
 def rewritten(text: str) -> str:
-    """A read-me's text with each of its tables as its metrics files have it. Raises UserError."""
+    """The text of a page with its tables updated. Raises UserError."""
     def table(match):
-        end = match['end'] or '\n'
-        lines = summary.narrow_table(files(match['files']), shlex.split(match['columns']), as_markdown=True)
+        end, runs = match['end'] or '\n', summary.read_all(files(match['files']))
+        lines = summary.narrow_table(runs, shlex.split(match['columns']), as_markdown=True)
         return match[1] + end + lines.replace('\n', end) + end
 
     return TABLE.sub(table, text)
@@ -55,7 +55,7 @@ def main(paths: list[str | Path]) -> None:
         text = rewritten(path.read_bytes().decode())
         write_atomically(path, lambda file, text=text: file.write(text.encode()))
         for figure in FIGURE.finditer(text):
-            summary.draw_over_time_steps(files(figure['files']), path.parent / figure['path'])
+            summary.draw_over_time_steps(summary.read_all(files(figure['files'])), path.parent / figure['path'])
 
 
 if __name__ == '__main__':

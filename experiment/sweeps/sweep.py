@@ -1,7 +1,7 @@
 """Write script.sh: a run of ann.py or snn.py for every combination of the values given for its flags.
 
-With --slurm the script is an array of Slurm jobs. ann_script.py and snn_script.py call main(). The flags are read off
-the target's own parser, and each command is parsed with it before anything is written.
+With --slurm the script is an array of Slurm jobs. ann_script.py and snn_script.py call main(). The flags come from the
+target's own parser, which also parses each command before anything is written.
 """
 import argparse
 import itertools
@@ -18,8 +18,8 @@ from experiment import UserError, options
 from experiment.files import identifier, paths, write_atomically
 from experiment.reporting import figures, summary
 
-SBATCH = ('gpus', 'time', 'partition')  # flags that are sbatch's
-Pair = tuple[str, str | None]  # an option and its value, None for a flag without one
+SBATCH = ('gpus', 'time', 'partition')  # flags for sbatch
+Pair = tuple[str, str | None]  # an option and its value, or None
 
 
 class Values(argparse.Action):
@@ -29,28 +29,28 @@ class Values(argparse.Action):
         if not option.startswith('--'):
             option = next(s for s in self.option_strings if s.startswith('--'))
         pairs = [(option, text) for text in texts or [None]]
-        # A new dict, as the first one is the parser's. A flag given twice is swept over the values of both.
+        # a new dict, as the first one is the parser's; a flag given twice is swept over all its values
         args.flags = {**args.flags, self.dest: args.flags.get(self.dest, []) + pairs}
 
 
 def script_path(text: str) -> str:
     if not text.endswith('.sh'):
-        raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; what is there would be replaced')
+        raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; name a script')
     path = Path(text)
     if path.is_file() and '\n# Runs of ' not in path.read_text(errors='replace')[:200]:
-        raise argparse.ArgumentTypeError(f'{text!r} is no script that this command wrote; choose another name')
+        raise argparse.ArgumentTypeError(f'{text!r} was not written by this command; choose another name')
     return text
 
 
 def figure_path(text: str) -> str:
     if not text.endswith('.png'):
-        raise argparse.ArgumentTypeError(f'{text!r} does not end in .png')
+        raise argparse.ArgumentTypeError(f'{text!r} does not end in .png; name a PNG')
     return text
 
 
 def slurm_value(text: str) -> str:
     if text[:1] in ('', '-') or ' ' in text or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is no value for an #SBATCH line: no spaces, no '-' in front")
+        raise argparse.ArgumentTypeError(f"{text!r} is no value for sbatch: leave out spaces and a '-' in front")
     return text
 
 
@@ -70,20 +70,20 @@ def get_args_parser(kind: str, target: argparse.ArgumentParser) -> argparse.Argu
     parser.add_argument('--script', type=script_path, default='script.sh', metavar='FILE',
                         help='the script to write; default %(default)s')
     add = parser.add_argument_group('Slurm').add_argument
-    add('--slurm', action='store_true', help='write an array of jobs for sbatch, one task a run')
-    add('--gpus', type=slurm_value, metavar='N', help='GPUs of a task; as of sbatch')
-    add('--time', type=slurm_value, metavar='TIME', help='the limit of a task; as of sbatch')
-    add('--partition', type=slurm_value, metavar='NAME', help='where the tasks run; as of sbatch')
+    add('--slurm', action='store_true', help='write an array of jobs for sbatch, a task for each run')
+    add('--gpus', type=slurm_value, metavar='N', help='GPUs of a task; see sbatch')
+    add('--time', type=slurm_value, metavar='TIME', help='time limit of a task; see sbatch')
+    add('--partition', type=slurm_value, metavar='NAME', help='where the tasks run; see sbatch')
     add = parser.add_argument_group('results').add_argument
-    add('--summarize', type=options.not_empty, nargs='+', metavar='FILE', help='write no script but a table of these '
-        f'metrics files (logs/{kind}/*.jsonl), with mean and spread over seeds')
-    add('--markdown', action='store_true', help='the table for a README')
-    add('--columns', nargs='+', metavar='NAME', help='these columns only: settings, seeds, ANN, converted, last epoch, '
+    add('--summarize', type=options.not_empty, nargs='+', metavar='FILE', help='instead of a script, print a table of '
+        f'these metrics files (logs/{kind}/*.jsonl), with mean and spread over seeds')
+    add('--markdown', action='store_true', help='the table in Markdown')
+    add('--columns', nargs='+', metavar='NAME', help='only these columns: settings, seeds, ANN, converted, last epoch, '
         'test accuracy, epochs done, s/epoch, machine; or scaling factors that were tried')
     add('--figure', type=figure_path, metavar='FILE.png',
-        help='draw them too: accuracy over epochs, over time steps and by scaling factor')
+        help='also draw accuracy over epochs, over time steps and by scaling factor')
     add('--over_timesteps', type=figure_path, metavar='FILE.png',
-        help="draw the best epochs' accuracy over T: ANNs, published and low latency networks")
+        help="also draw the best epochs' accuracy over T: ANNs, published and low latency networks")
     parser.set_defaults(flags={})
     own = {'flags', *(action.dest for action in parser._actions)}
     add = parser.add_argument_group(f'flags of {kind}.py').add_argument
@@ -100,7 +100,7 @@ def get_args_parser(kind: str, target: argparse.ArgumentParser) -> argparse.Argu
 
 def words(pairs: Iterable[Pair]) -> list[str]:
     """[('--seed', '0'), ('--gpu', None)] -> ['--seed', '0', '--gpu']"""
-    # A value that begins with '-' would be taken for a flag; '=' ties it to its own.
+    # '=', as a value that begins with '-' would be taken for a flag
     return [word for option, text in pairs for word in (
         [option] if text is None else [f'{option}={text}'] if text.startswith('-') else [option, text])]
 
@@ -111,7 +111,7 @@ def distinct(texts: list[str]) -> bool:
 
 
 def plain(text: str) -> str:
-    """The text with a dash for whatever might mean something in the name of a file."""
+    """The text with a dash in place of characters that are special in a file name."""
     return re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text)
 
 
@@ -123,7 +123,7 @@ def labels(texts: list[str]) -> list[str]:
 
 
 def checkpoints_of(kind: str, flags: dict[str, list[Pair]]) -> list[str]:
-    """Of a sweep's flags those that name a checkpoint which says what the flags do not: network, data, time steps."""
+    """The flags of a sweep that name a checkpoint which sets the network, data or time steps, since no flag does."""
     named = ['pretrained_snn', 'resume'] if kind == 'snn' else []
     if not {'architecture', 'dataset'} <= flags.keys():
         named += ['pretrained_ann', 'resume']
@@ -131,9 +131,9 @@ def checkpoints_of(kind: str, flags: dict[str, list[Pair]]) -> list[str]:
 
 
 def seen_from(root: str, word: str) -> str:
-    """A network of one's own, FILE.py:NAME, as a script that runs in `root` finds it; any other word as it is.
+    """FILE.py:NAME with the path as seen from the folder `root`, where the script runs; any other word as it is.
 
-    A FILE that is not here is taken to be seen from there already, as paths of other flags are.
+    A FILE that is not here is already relative to `root`, as paths of other flags are.
     """
     path, _, name = word.rpartition(':')
     here = options.is_own_network(word) and os.path.isfile(path) and not os.path.isabs(path)
@@ -157,8 +157,8 @@ def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pai
         return [words(runs[0].values())]
     for dest in ('report', 'export_nir'):
         if len(flags.get(dest, runs)) < len(runs):
-            target.error(f'argument --{dest}: the runs would write one over another; leave it out, and ask for it run '
-                         'by run, with snn.py --test_only --pretrained_snn FILE')
+            target.error(f'argument --{dest}: the runs would overwrite each other; leave it out, and give it for each '
+                         'run, with snn.py --test_only --pretrained_snn FILE')
 
     checkpoints = checkpoints_of(kind, flags) if 'name' not in flags else []
     named = {*checkpoints, 'architecture', 'dataset', 'timesteps'} if checkpoints else ()
@@ -173,7 +173,7 @@ def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pai
         texts = [str(value) if text is None else text for value, (_, text) in zip(values, pairs)]
         for i, (option, _) in enumerate(pairs):
             if (first := values.index(values[i])) < i:
-                target.error(f'argument {option}: {texts[first]!r} and {texts[i]!r} are the same value; leave out one')
+                target.error(f'argument {option}: {texts[first]!r} and {texts[i]!r} are the same value; leave one out')
         if dest in named or not distinct(list(map(own, parsed))):
             parts[dest] = {pair: dest + ('' if label[:1].isdigit() else '-') + label
                            for pair, label in zip(pairs, labels(texts))}
@@ -183,24 +183,24 @@ def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pai
         run['name'] = ('--name', name.removesuffix('.last'))
     names = [identifier(kind, parse(run)) for run in runs]
     if not distinct([str(path) for name in names for path in paths(kind, name)]):
-        target.error(f'two runs would share a checkpoint, among: {" ".join(sorted(names))}')
+        target.error(f'two runs would share a checkpoint, among: {" ".join(sorted(names))}; add --name')
     return [words(run.values()) for run in runs]
 
 
 def way_home(path: str, root: str) -> str:
-    """Where `root` lies as seen from the script at `path`, for bash; '' if it lies outside of root.
+    """The folder `root` as seen from the script at `path`, for bash; '' if the script is outside of root.
 
-    The script finds it also when it is called through a link. A link that stands at `path` is replaced.
+    It also works if the script is called through a link. A link at `path` is replaced.
     """
     up = os.path.relpath(os.path.realpath(root), os.path.realpath(os.path.dirname(path)))
     if not set(up.split(os.sep)) <= {'.', '..'}:
-        return ''  # the way would go through folders of this machine
+        return ''  # the path would name folders of this machine
     here = '$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")'  # an old macOS has no -f
     return here + ('' if up == '.' else f'/{up}')
 
 
 def fill(template: str, **values) -> str:
-    """The text of a file beside this one, with a value for each @name@ in it."""
+    """The text of a file in this folder, with a value for each @name@."""
     text = Path(__file__).with_name(template).read_text()
     return re.sub('@([a-z_]+)@', lambda found: str(values[found[1]]), text)
 
@@ -234,9 +234,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for needed, flags in (('slurm', SBATCH), ('summarize', ('markdown', 'columns', 'figure', 'over_timesteps'))):
         for flag in flags:
             if getattr(args, flag) and not getattr(args, needed):
-                parser.error(f'argument --{flag}: goes with --{needed}')
+                parser.error(f'argument --{flag}: needs --{needed}')
     if args.summarize and (args.flags or args.slurm):
-        parser.error('argument --summarize: writes no script, so the flags of one do not go with it')
+        parser.error('argument --summarize: writes no script; leave out the flags of one')
 
 
 def summarize(args: argparse.Namespace, prog: str) -> None:
@@ -246,17 +246,18 @@ def summarize(args: argparse.Namespace, prog: str) -> None:
             figures.check(f'--{flag}')
     aside = list(filter(summary.is_set_aside, args.summarize))
     if 0 < len(aside) < len(args.summarize):
-        print(f'{prog}: left out, as later runs of these names took their place: {", ".join(aside)}; give '
-              'them alone to see them', file=sys.stderr)
+        print(f'{prog}: left out, as later runs have replaced them: {", ".join(aside)}; to see them, give '
+              'only these', file=sys.stderr)
+    runs = summary.read_all(args.summarize)
     try:
-        print(summary.narrow_table(args.summarize, args.columns, args.markdown) if args.columns else
-              summary.summarize(args.summarize, args.markdown), flush=True)
-    except BrokenPipeError:  # the figure is drawn all the same
+        print(summary.narrow_table(runs, args.columns, args.markdown) if args.columns else
+              summary.tables(runs, args.markdown), flush=True)
+    except BrokenPipeError:  # the figure is still drawn
         options.output_fails()
     if args.figure:
-        summary.draw(args.summarize, Path(args.figure))
+        summary.draw(runs, Path(args.figure))
     if args.over_timesteps:
-        summary.draw_over_time_steps(args.summarize, Path(args.over_timesteps))
+        summary.draw_over_time_steps(runs, Path(args.over_timesteps))
 
 
 def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
@@ -264,25 +265,25 @@ def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Na
     kind, root, flags = module.__name__, os.path.dirname(module.__file__), args.flags
     total = math.prod(map(len, flags.values()))
     limit = total if args.parallel else min(args.jobs or 1, total)
-    add_log = limit > 1 and 'log' not in flags and not args.slurm  # a task of Slurm has a file of its own
+    add_log = limit > 1 and 'log' not in flags and not args.slurm  # a Slurm task has its own file
     if add_log:
         flags = {**flags, 'log': [('--log', None)]}
     commands = [[seen_from(root, word) for word in command] for command in expand(kind, target, flags)]
-    home = '' if args.slurm else way_home(args.script, root)  # Slurm runs a copy that lies elsewhere
+    home = '' if args.slurm else way_home(args.script, root)  # Slurm runs a copy of the script in another folder
     text = fill(  # scripts for every bash since 3.2, which is macOS's
         'slurm.sh.in' if args.slurm else 'script.sh.in', kind=kind, total=total, limit=limit,
         made_by=' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines()),
         runs='\n'.join(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
-        go_home=f'CDPATH= cd -- "{home}" || exit 1' if home else f'# To be started in the folder of {kind}.py.',
+        go_home=f'CDPATH= cd -- "{home}" || exit 1' if home else f'# Start it in the folder of {kind}.py.',
         job_name=plain(Path(args.script).stem), at_once=f'%{args.jobs}' if args.jobs else '',
         sbatch=''.join(f'#SBATCH --{flag}={getattr(args, flag)}\n' for flag in SBATCH if getattr(args, flag)))
     try:
-        # Atomically, so that a bash that is just reading the script goes on with the one it started.
+        # atomically, as a bash that runs the script reads it bit by bit
         write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
     except UserError as reason:
         raise UserError(f'{reason}; --script names another place') from reason
     mode = os.stat(args.script).st_mode
-    os.chmod(args.script, mode | (mode & 0o444) >> 2)  # who may read it may run it
+    os.chmod(args.script, mode | (mode & 0o444) >> 2)  # executable for whom it is readable
 
     pace = (f'at most {args.jobs} at a time' if args.jobs else 'as Slurm has room') if args.slurm else (
         'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time')
@@ -293,8 +294,8 @@ def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Na
           + ('' if home else f' in the folder of {kind}.py'))
     if args.slurm:
         resumes = ('--resume', 'auto') in flags.get('resume', [])
-        print(f'a task that failed starts again alone with: sbatch --array=N {path}; ' + (
-            'it goes on from its last checkpoint' if resumes else
-            'with --resume auto among the flags it would go on from its last checkpoint'))
+        print(f'to start a failed task again: sbatch --array=N {path}; ' + (
+            'it resumes from its last checkpoint' if resumes else
+            'to have it resume from its last checkpoint, add --resume auto to the flags'))
     if add_log:
-        print('--log is added to each, as the output of runs side by side would mix; see logs/')
+        print('--log is added to each run, as their outputs would mix; see logs/')
