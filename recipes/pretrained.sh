@@ -28,12 +28,12 @@ network() {
     python ann.py "${network[@]}" "${common[@]}" --activation QCFS --levels 4 --learning_rate 2e-3 --epochs 8 \
                   --batch_size 128 --name network_qcfs
     python snn.py "${network[@]}" "${common[@]}" --pretrained_ann trained_models/ann/network_qcfs.pth --timesteps 4 \
-                  --activation Linear --learning_rate 1e-4 --epochs 1 --train_samples 12800 --name network_4
+                  --activation Linear --learning_rate 1e-4 --epochs 1 --train_samples 6400 --name network_4
     # T = 1: that ANN trained further with one level
-    python ann.py "${network[@]}" "${common[@]}" --activation QCFS --levels 1 --learning_rate 1e-3 --epochs 2 \
+    python ann.py "${network[@]}" "${common[@]}" --activation QCFS --levels 1 --learning_rate 1e-3 --epochs 1 \
                   --batch_size 128 --pretrained_ann trained_models/ann/network_qcfs.pth --name network_one_level
     python snn.py "${network[@]}" "${common[@]}" --pretrained_ann trained_models/ann/network_one_level.pth \
-                  --timesteps 1 --activation Linear --learning_rate 1e-4 --epochs 1 --train_samples 12800 \
+                  --timesteps 1 --activation Linear --learning_rate 1e-4 --epochs 1 --train_samples 6400 \
                   --name network_1
     for steps in 4 1; do
         python recipes/slim.py trained_models/snn/network_$steps.pth "$folder/network_cifar10_$steps.pth"
