@@ -148,21 +148,17 @@ def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
     """write_atomically(), with a block that runs when the new file is whole and has not taken its place yet."""
     try:
         file, temporary = _open_temporary(path)
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            yield
-            if not fcntl:  # Windows moves no open file
-                file.close()
-            os.replace(temporary, path)
-        except BaseException:
-            if not fcntl:
-                file.close()
-            temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            file.close()  # and with it the lock
+        with file:  # which keeps its lock until the new file has its place
+            try:
+                with contextlib.nullcontext() if fcntl else file:  # Windows neither moves nor deletes an open file
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    yield
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except (OSError, RuntimeError) as error:
         cause = error
         while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk

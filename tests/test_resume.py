@@ -753,11 +753,17 @@ def test_without_locks_two_processes_that_write_one_file_share_no_temporary_name
     seen = []
 
     def write(file):
-        seen.append(file.name)
+        seen.append(file)
         file.write(b'first')
         if not seen[1:]:
             files.write_atomically(tmp_path / 'x', write)
             assert (tmp_path / 'x').read_bytes() == b'first'
 
+    def replace(source, target):  # as on Windows, which moves no open file
+        assert all(file.closed for file in seen if file.name == source)
+        move(source, target)
+
+    move = os.replace
+    monkeypatch.setattr(files.os, 'replace', replace)
     files.write_atomically(tmp_path / 'x', write)
-    assert len({str(name) for name in seen}) == 2 and os.listdir(tmp_path) == ['x']
+    assert len({str(file.name) for file in seen}) == 2 and os.listdir(tmp_path) == ['x']
