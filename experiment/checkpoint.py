@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiment import UserError, unpickling
+from experiment import UserError, former, unpickling
 from experiment.files import Paths, replacing, set_aside, write_atomically
-from experiment.options import FORMER, is_own_network
+from experiment.options import is_own_network
 from self_models import VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
@@ -47,29 +47,7 @@ def load(path: Path | str, kind: str) -> dict:
         other = 'snn' if is_snn else 'ann'
         raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
                         f'give it to snn.py with --pretrained_{other}')
-    return upgrade(state)
-
-
-PRETRAINED = ('pretrained_ann', 'pretrained_snn')
-
-
-def upgrade(state: dict) -> dict:
-    """What a file of a former version or of the published code holds, in today's form; the one place that knows them.
-
-    args is a dict, {} where the file has none, and without the flags that it does not know.
-    """
-    args = dict(state['args']) if isinstance(state.get('args'), dict) else {}
-    if 'trained_on' not in state:  # runs that were resumed forgot what they had begun with
-        args = {flag: value for flag, value in args.items() if flag not in PRETRAINED or value}
-    if 'scaling_factor' in args:
-        args.setdefault('threshold_percentile', 100.0)
-    state = {**state, 'args': args}
-    if 'timesteps' in state:
-        state['args'] = {**FORMER, 'output': 'mean', **args}  # only a conversion fits the output
-        state.setdefault('leak', state.get('leak_mem'))
-        if state.get('activation') in ('STDPSpike', 'LinearSpike'):  # classes that published files name
-            state['activation'] = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}[state['activation']]
-    return state
+    return former.checkpoint(state)
 
 
 def load_training(path: Path | str, kind: str) -> dict:
@@ -266,12 +244,16 @@ def snn_settings(state: dict, path: Path | str) -> dict:
                     'activation': state.get('activation', 'STDB')}
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
-                 and all(0 < value <= 1 for value in settings['leaks']) and settings['activation'] in SURROGATES)
+                 and all(0 < value <= 1 for value in settings['leaks']) and isinstance(settings['activation'], str))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
         raise UserError(f'{path}: is not a whole SNN checkpoint; it needs thresholds above 0, timesteps of 1 or more, '
-                        f'a leak in (0, 1], and {" or ".join(map(repr, SURROGATES))} where it names an activation')
+                        'and a leak in (0, 1]; its activation, if it has one, is the name of a surrogate')
+    if settings['activation'] not in SURROGATES:
+        raise UserError(f'{path}: its surrogate {settings["activation"]} is none of {", ".join(SURROGATES)}; from '
+                        'Python, import the file that defines it first; for the scripts, put its class into '
+                        'self_models/surrogate.py')
     return settings
 
 

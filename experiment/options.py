@@ -237,10 +237,6 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
         help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
 
 
-# what flags that files of former versions do not know were then
-FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
-          'keep_batch_norm': False}
-FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 # of a conversion, which a network that is trained from scratch or already converted does not go through
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, trained_on
+from experiment import UserError, checkpoint, distributed, engine, files, former, options, own, setup, trained_on
 from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
@@ -290,7 +290,7 @@ def keep(args: Namespace, state: dict, path: Path | str, flags: list[str]) -> No
     """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
     saved = state['args']
     for flag in flags:
-        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in checkpoint.PRETRAINED
+        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in former.PRETRAINED
         if pretrained and flag not in saved:
             continue  # the file does not know
         if not (isinstance(value, str) if pretrained or value == 'auto' else type(value) in (int, float)):

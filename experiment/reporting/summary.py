@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment import UserError
+from experiment import UserError, former
 from experiment.files import write_atomically
-from experiment.options import FORMER, FORMER_ANN, without_effect
+from experiment.options import without_effect
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
@@ -99,11 +99,7 @@ def _settings(args, seed):
         folder = os.path.realpath(folder)
     folder = folder if data in ('FOLDER', 'IMAGENET') else None
     settings['data'] = data if folder is None else f'{data} {Path(folder).name}'
-    # of files from before there were others
-    former = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0,
-              **(FORMER if 'timesteps' in settings else FORMER_ANN),
-              **({'threshold_percentile': 100.0} if 'scaling_factor' in settings else {})}
-    settings = {**settings, **{key: value for key, value in former.items() if key not in settings}}
+    settings = former.arguments(settings, spiking='timesteps' in settings)
     unknown = {'keep_batch_norm': False, 'balance_blocks': False, 'bounds': 'layer'}  # to files of former versions
     if 'width' in without_effect(settings):
         unknown['width'] = settings['width']
