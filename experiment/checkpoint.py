@@ -1,4 +1,5 @@
 """Checkpoints: loaded as tensors only, weights matched name by name; the cache of thresholds."""
+import contextlib
 import hashlib
 import json
 import math
@@ -7,14 +8,13 @@ import pickle
 import shutil
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from experiment import UserError, former, unpickling
-from experiment.files import Paths, replacing, set_aside, write_atomically
+from experiment.files import Paths, set_aside, write_atomically
 from experiment.options import is_own_network
 from self_models import VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
@@ -69,15 +69,13 @@ def bring_in_line(paths: Paths, kind: str) -> list[str]:
     An epoch is written to paths.last first, so a kill between the two leaves the other one behind. To be called by the
     process that holds the lock. Raises UserError.
     """
-    last, said = load_training(paths.last, kind), []
-    try:
+    last, best, said = load_training(paths.last, kind), {}, []
+    with contextlib.suppress(UserError):  # then it is as good as missing
         best = load_training(paths.best, kind)
-    except UserError:
-        best = {'history': [], 'accuracy': None, 'epoch': None}  # as good as missing
-    if best['history'] and best['history'][:-1] == last['history']:  # former versions wrote the best epoch's first
+        if [best['accuracy'], best['epoch']] == last['best']:
+            return said
+    if best.get('history') and best['history'][:-1] == last['history']:  # former versions wrote the best epoch's first
         copy(paths.best, paths.last)
-    elif [best['accuracy'], best['epoch']] == last['best']:
-        pass
     elif last['best'][1] == last['epoch']:
         copy(paths.last, paths.best)
     else:
@@ -85,8 +83,8 @@ def bring_in_line(paths: Paths, kind: str) -> list[str]:
                     f'anew from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
-        with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
-            set_aside([paths.best], said.append)
+        set_aside([paths.best], said.append)
+        copy(paths.last, paths.best)
     return said
 
 
