@@ -59,7 +59,8 @@ def _is_whole(entry):
 def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resumed: bool = False) -> None:
     """Set args.split_seed, the seed that orders the training set.
 
-    It is --seed; if a run is resumed, what it was; if images are held out, that of a training of `state` on this set.
+    It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
+    of `state` on this set, as later trainings that held out images took it over.
     """
     args.split_seed = args.seed
     if resumed:
@@ -67,17 +68,7 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resum
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
         here = [entry for entry in trainings(state) if entry and _set(entry) == _set(vars(args))]
-        args.split_seed = _least_seen(here, args.validation_fraction) if here else args.seed
-
-
-def _least_seen(here, validation_fraction):
-    """The seed, of the trainings `here` on one set, that holds out the fewest images which they saw; the last such."""
-    last = here[-1]
-    if last['images'] is None:
-        return last['seed']
-    count, seen = held_out_of(last['images'], validation_fraction), _seen(here, last['images'])
-    overlaps = {entry['seed']: len(_held_out(last['images'], entry['seed'], count) & seen) for entry in reversed(here)}
-    return min(overlaps, key=overlaps.get)
+        args.split_seed = here[0]['seed'] if here else args.seed
 
 
 def _held_out(whole, seed, count):
