@@ -283,17 +283,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-# of thresholds that were cached before there were others
-FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
-
-
 def cached_thresholds(path: Path | str, key: dict, count: int) -> tuple[list[float] | None, str]:
     """(`count` thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        known = {**FORMER_KEY, **entry['key']}
-        differing = [name for name in key if known.get(name) != key[name]]
+        differing = [name for name in key if entry['key'].get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
             raise ValueError
