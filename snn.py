@@ -89,9 +89,6 @@ def main(args):
     if args.export_nir:
         nir_export.check(args.export_nir)
     start = find_snn(args, device)  # the run's name is taken for as long as this is held
-    balances = from_ann.balances(args, start)
-    if balances:
-        from_ann.check_temporary_folder()
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -109,7 +106,7 @@ def main(args):
     # the output adds up over T steps; docs/findings.md says why its mean is what trains
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
-    progress, found = start.progress(), {}
+    progress, balances, found = start.progress(), from_ann.balances(args, start), {}
 
     if start.kind == 'ann':
         found = convert(model, start.state, balances, data, run)
