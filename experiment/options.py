@@ -264,7 +264,7 @@ def without_effect(settings: dict) -> dict[str, str]:
         ('the published networks', not own, ['dropout', 'batch_norm']),
         ('conversions of ResNets', from_ann and not (own or vgg), ['balance_blocks']),
         # a conversion balances all thresholds of a VGG or of the user's own network
-        ('ResNets, and of networks from scratch', not ((vgg or own) and (predict or from_ann)), ['default_threshold']),
+        ('ResNets and networks from scratch', not ((vgg or own) and (predict or from_ann)), ['default_threshold']),
         ('a conversion or a balancing, which --default_threshold replaces', balances, CONVERSION),
         ('--encoding poisson', not (predict and get('encoding') == 'direct'), ['seed']),
         ('training', not get('test_only'), TRAINING),

@@ -463,7 +463,7 @@ def test_the_ann_that_a_run_began_with_holds_for_good(trained):
 def test_a_flag_that_means_nothing_is_said_and_not_recorded(module, given, key, value, of, capsys):
     flags = [*(SMALL if module is ann else SPIKING), *given, '--name', 'i']
     run(module, *flags, '--epochs', 1)
-    assert re.search(rf'^--{key} has no effect here: it is of .*{of}', capsys.readouterr().out, re.M)
+    assert re.search(rf'^--{key} has no effect here: it belongs to .*{of}', capsys.readouterr().out, re.M)
     run(module, *flags, '--epochs', 2, '--resume')  # the same command line goes on
     kind = module.__name__
     for args in (metrics_of(f'logs/{kind}/i.jsonl')[0]['args'], load(f'trained_models/{kind}/i.pth')['args']):
@@ -490,7 +490,7 @@ def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch,
     flags = [*vgg, *CALIBRATION, '--timesteps', 8, '--default_threshold', 0.2, '--pretrained_ann',
              'trained_models/ann/v.pth', '--epochs']
     run(snn, *flags, 1)
-    assert '--default_threshold has no effect here: it is of ResNets' in capsys.readouterr().out
+    assert '--default_threshold has no effect here: it belongs to ResNets' in capsys.readouterr().out
     run(snn, *flags, 2, '--resume')  # the same command line goes on
     assert load('trained_models/snn/v.last.pth')['args']['default_threshold'] == 1.0
 
@@ -499,7 +499,7 @@ def test_a_test_says_that_it_heeds_no_flag_of_training(trained, capsys):
     flags = ['--epochs', 3, '-lr', 0.1, '--label_smoothing', 0.1]
     for module, more in ((ann, []), (snn, [*FEW_STEPS, *CALIBRATION])):
         run(module, *SMALL, *more, '--pretrained_ann', trained, '--test_only', *flags)
-        said = re.findall(r'^--(\w+) has no effect here: it is of training$', capsys.readouterr().out, re.M)
+        said = re.findall(r'^--(\w+) has no effect here: it belongs to training$', capsys.readouterr().out, re.M)
         assert said == ['epochs', 'label_smoothing', 'learning_rate']
 
 
