@@ -19,7 +19,7 @@ def arguments(args: dict, spiking: bool) -> dict:
 def checkpoint(state: dict) -> dict:
     """What a checkpoint holds. Its args is a dict; an ANN's may be {}, as the names of the weights say its layers."""
     args = dict(state['args']) if isinstance(state.get('args'), dict) else {}
-    if 'trained_on' not in state:  # runs that were resumed forgot what they had begun with
+    if 'trained_on' not in state:  # resumed runs did not keep what they had begun with
         args = {flag: value for flag, value in args.items() if flag not in PRETRAINED or value}
     if 'timesteps' not in state:
         return {**state, 'args': args}
