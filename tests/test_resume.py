@@ -631,7 +631,7 @@ def test_a_fraction_that_holds_out_no_image(fraction):
 def test_a_network_of_other_classes_is_said_to_be_and_does_not_go_on(trained, capsys):
     state = load(trained)
     torch.save({**state, 'classes': ['oh', *state['classes'][1:]]}, 'other.pth')
-    line = 'other.pth: its output 0 is of the class oh, which is 0 here; what it has learned is of other classes'
+    line = 'other.pth: its output 0 is the class oh, which is 0 here; it was trained on other classes'
     images = [*SMALL, '--validation_fraction', 0.1]
     for module, flags in ((ann, ['--test_only']), (ann, ['--epochs', 1]),
                           (snn, [*FEW_STEPS, *CALIBRATION, '--test_only'])):
@@ -641,10 +641,10 @@ def test_a_network_of_other_classes_is_said_to_be_and_does_not_go_on(trained, ca
             assert capsys.readouterr().out.splitlines().count(line) == times
     last = str(trained).replace('.pth', '.last.pth')
     torch.save({**load(last), 'classes': ['oh', *state['classes'][1:]]}, 'other.last.pth')
-    fails(ann, 'other.last.pth: its output 0 is of the class oh, which is 0 here; go on with the same images', *images,
+    fails(ann, 'other.last.pth: its output 0 is the class oh, which is 0 here; resume with the same', *images,
           '--optimizer', 'Adam', '--epochs', 5, '--name', 'r', '--resume', 'other.last.pth')
     torch.save({**load(last), 'trained_on': [{**state['trained_on'][0], 'images': 1436}]}, 'other.last.pth')
-    fails(ann, 'was trained on a set of 1436 images, and here are 1437; go on with the same', *images,
+    fails(ann, 'was trained on a set of 1436 images, and here are 1437; resume with the same', *images,
           '--optimizer', 'Adam', '--epochs', 5, '--name', 'r', '--resume', 'other.last.pth')
     assert not list(Path().rglob('r*.pth')) and not Path('logs/ann/r.jsonl').exists()
 
