@@ -288,7 +288,8 @@ def cached_thresholds(path: Path | str, key: dict, count: int) -> tuple[list[flo
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        differing = [name for name in key if entry['key'].get(name) != key[name]]
+        known = {**former.CACHE_KEY, **entry['key']}
+        differing = [name for name in key if known.get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
             raise ValueError

@@ -6,7 +6,9 @@ _ALL = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0}
 _ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 _SNN = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
         'keep_batch_norm': False}
-_CLASSES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # that published files name
+# settings that a cache of thresholds does not name
+CACHE_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
+_CLASSES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # surrogates, as published files name them
 
 
 def arguments(args: dict, spiking: bool) -> dict:
