@@ -89,6 +89,9 @@ def main(args):
     if args.export_nir:
         nir_export.check(args.export_nir)
     start = find_snn(args, device)  # locks the run's name as long as it lives
+    balances = from_ann.balances(args, start)
+    if balances:
+        from_ann.check_temporary_folder()
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -106,7 +109,7 @@ def main(args):
     # the output adds up over T steps; docs/findings.md says why training uses the mean
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
-    progress, balances, found = start.progress(), from_ann.balances(args, start), {}
+    progress, found = start.progress(), {}
 
     if start.kind == 'ann':
         found = convert(model, start.state, balances, data, run)

@@ -54,13 +54,18 @@ def is_own(source: Path | str | None, files: Paths) -> bool:
     return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
+def probe(folder: Path | str) -> None:
+    """Raise OSError where no file can be written in a folder, as a full disk refuses its first byte."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b' ')
+
+
 def check_writable(*folders: Path) -> None:
     """Make folders. Raises UserError, before hours of work, if files cannot be written there."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b' ')  # a full disk refuses its first byte
+            probe(folder)
         except OSError as error:
             raise UserError(f'{folder}: cannot write there ({error.strerror}); '
                             'make the folder writable or name another') from error

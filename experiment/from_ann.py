@@ -1,5 +1,6 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
 import math
+import os
 import tempfile
 from argparse import Namespace
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from experiment import UserError, checkpoint, distributed, engine, setup
+from experiment import UserError, checkpoint, distributed, engine, files, setup
 from experiment.data import Data, epoch_loader
 from experiment.run import Run
 from experiment.start import Start
@@ -22,6 +23,17 @@ def balances(args: Namespace, start: Start) -> bool:
     if start.kind == 'ann':
         return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
     return start.kind == 'scratch' and 'default_threshold' not in args.given
+
+
+def check_temporary_folder() -> None:
+    """Raise UserError, before any work, where spikes would go to another temporary folder than the environment says."""
+    name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
+    if name:
+        try:
+            files.probe(os.environ[name])
+        except OSError as error:
+            raise UserError(f'{name}={os.environ[name]}: spikes cannot be kept there ({error.strerror}); name a folder '
+                            'that can be written, or unset it') from error
 
 
 def balanced_thresholds(model: SpikingNetwork, data: Data, run: Run) -> list[float]:

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 
 import ann
 import snn
-from conftest import CALIBRATION, FEW_STEPS, SPIKING, fails, load, metrics_of, run
-from experiment import data, engine, files, from_ann, start
+from conftest import CALIBRATION, FEW_STEPS, SMALL, SPIKING, fails, load, metrics_of, run
+from experiment import data, engine, files, from_ann, setup, start
 from self_models import VGG
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
@@ -298,3 +299,31 @@ def test_an_ann_at_chance_is_said_to_be_before_it_is_converted(rate, capsys):
     assert len(said) == (rate == 1e-9)
     # right after its accuracy, before the balancing
     assert all(lines[number - 1].startswith('ANN ') and 'no thresholds' in lines[number + 1] for number in said)
+
+
+@pytest.mark.parametrize('place', [{'TMPDIR': 'none'}, {'TMPDIR': 'file'}, {'TMPDIR': '/proc'}, {'TMPDIR': 'full'},
+                                   {'TEMP': 'none'}, {'TMPDIR': '', 'TMP': 'none'}], ids=str)
+def test_a_temporary_folder_that_cannot_be_written_is_said_before_anything_is_computed(place, trained, monkeypatch):
+    Path('file').touch()
+    Path('full').mkdir()
+    temporary = tempfile.TemporaryFile
+
+    def full(*args, dir=None, **options):
+        return open('/dev/full', 'wb') if dir == 'full' else temporary(*args, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', full)
+    for name in ('TMPDIR', 'TEMP', 'TMP'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, 'load_data', lambda _: pytest.fail('came to the data'))
+        for flags in (['--pretrained_ann', trained], []):  # balanced on the ANN, or on the untrained network
+            fails(snn, f'^{name}={value}: spikes cannot be kept there ', *SMALL, *flags, '--timesteps', 8)
+    run(snn, *SPIKING, '--epochs', 1)  # needs none, as a flag sets all thresholds
+
+
+def test_an_ann_of_qcfs_needs_no_temporary_folder(monkeypatch):
+    run(ann, *SMALL, '--activation', 'QCFS', '--epochs', 1, '--name', 'q')
+    monkeypatch.setenv('TMPDIR', 'none')
+    run(snn, *SMALL, '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 8, '--test_only')
