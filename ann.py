@@ -13,25 +13,25 @@ def get_args_parser() -> options.Parser:
     options.common_options(parser, learning_rate=1e-2, optimizer='SGD', momentum=0.9, dropout=0.2)
     add = parser.add_argument_group('activations').add_argument
     add('--activation', default='ReLU', choices=['ReLU', 'QCFS'],
-        help="QCFS: quantized as a spiking neuron's rate is, for conversion to few time steps; default %(default)s")
+        help="QCFS: quantized like a spiking neuron's rate, for conversion to few time steps; default %(default)s")
     add('--levels', type=options.positive_int, default=8, metavar='L', help='of QCFS; default %(default)s')
     add('--bounds', default='layer', choices=['layer', 'channel'],
         help='of QCFS: one bound a layer, or one a channel; default %(default)s')
-    add('--batch_norm', action=options.Switch, help='behind every layer but the last; conversion folds it')
+    add('--batch_norm', action=options.Switch, help='after every layer but the last; conversion folds it')
     parser.add_argument('--pretrained_ann', type=options.not_empty, metavar='FILE',
-                        help='start from the weights of this checkpoint, which says network and data set if no flag '
-                             'does')
+                        help='start from the weights of this checkpoint, which also gives network and data set if no '
+                             'flag does')
     return parser
 
 
 def main(args):
-    # not above: --help and the sweeps need not wait for torch
+    # imported here, so that --help and the sweeps do not wait for torch
     from experiment import checkpoint, engine, setup
     from experiment.run import open_run
     from experiment.start import find_ann
 
     device = setup.set_up_device(args)
-    start = find_ann(args)  # the run's name is taken for as long as this is held
+    start = find_ann(args)  # locks the run's name as long as it lives
 
     data = setup.load_data(args)
     engine.seed_all(args.seed)
@@ -45,7 +45,7 @@ def main(args):
     elif start.state:
         new = checkpoint.load_weights(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
         start.said.append(f'weights from {start.path}' + (
-            f'; its {" and ".join(new)} is for other classes, so that one starts anew' if new else ''))
+            f'; its {" and ".join(new)} is for other classes and starts from new weights' if new else ''))
     run = open_run('ann', args, start, data, model, device, engine.cross_entropy)
 
     if args.test_only:

@@ -18,9 +18,9 @@ def get_args_parser() -> options.Parser:
     options.common_options(parser, learning_rate=1e-4, optimizer='Adam', momentum=0.95, dropout=0.3)
     add = parser.add_argument_group('start').add_mutually_exclusive_group().add_argument
     add('--pretrained_ann', type=options.not_empty, metavar='FILE',
-        help='convert the ANN of this checkpoint, which says network and data set if no flag does')
+        help='convert the ANN of this checkpoint, which also gives network and data set if no flag does')
     add('--pretrained_snn', type=options.not_empty, metavar='FILE',
-        help='go on from, or evaluate, the SNN of this checkpoint')
+        help='start from the SNN of this checkpoint, or evaluate it')
     add = parser.add_argument_group('spiking').add_argument
     add('--timesteps', type=options.positive_int, default=100, metavar='T', help='default %(default)s')
     add('--leak', type=options.fraction, default=1.0, metavar='L', help='in (0, 1]; 1 is IF; default %(default)s')
@@ -29,38 +29,38 @@ def get_args_parser() -> options.Parser:
     add('--activation', default='STDB', choices=list(surrogate.SURROGATES),
         help='surrogate gradient; default %(default)s')
     add('--encoding', default='poisson', choices=list(encoding.ENCODINGS),
-        help='what the first layer is given: Poisson spikes, or the image itself at every step; default %(default)s, '
-             'of an ANN of QCFS direct')
+        help='input of the first layer: Poisson spikes, or the image itself at every step; default %(default)s, '
+             'for a QCFS ANN direct')
     add('--delay', type=int, default=1, choices=[1, 0],
-        help='steps from the input of a neuron to its spike; default %(default)s, of an ANN of QCFS 0')
+        help='steps from the input of a neuron to its spike; default %(default)s, for a QCFS ANN 0')
     add('--initial_potential', type=options.below_one, default=0.0, metavar='F',
-        help='of every neuron, in thresholds, in [0, 1); default %(default)s, of an ANN of QCFS 0.5')
+        help='of every neuron, in thresholds, in [0, 1); default %(default)s, for a QCFS ANN 0.5')
     add('--learn_threshold', action=options.Switch, help='learn a threshold for each layer, with the weights')
     add('--learn_leak', action=options.Switch, help='learn a leak for each layer, with the weights')
     for flag, default in surrogate.FLAGS.items():
         add(f'--{flag}', type=options.positive if flag == 'width' else options.non_negative, default=default,
             metavar='X', help=f'{surrogate.meaning(flag)}; default %(default)s')
     add('--output', default='fitted', choices=['fitted', 'mean', 'sum'],
-        help="what the loss sees of the output over time: its mean in the units of the ANN's logits, by a factor that "
-             'conversion puts into the last weights; the plain mean; or, as published, the sum; default %(default)s')
+        help='how the loss reads the output over time: fitted: its mean, which the conversion scales to the units of '
+             "the ANN's logits; mean: the plain mean; sum: the sum, as published; default %(default)s")
     add('--backend', choices=['torch', 'triton'],
         help='what runs the neurons: plain torch or fused CUDA kernels; default triton on CUDA, else torch')
     add = parser.add_argument_group('conversion').add_argument
     add('--keep_batch_norm', action=options.Switch,
         help='fine-tune with batch norm in place; the best network is folded when training ends, into NAME.folded.pth')
     add('--scaling_factor', type=options.factor, default=0.7, metavar='X|auto',
-        help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes, of those that do about as '
-             'well as the best, the one nearest to 0.7; default %(default)s')
+        help='balanced thresholds are multiplied by it; auto: tries 0.3 to 1.2 and takes the one nearest to 0.7 that '
+             'does about as well as the best; default %(default)s')
     add('--balance_blocks', action=options.Switch,
-        help='of a ResNet without batch norm: balance the thresholds of its blocks, too, which as published stay at '
+        help='of a ResNet without batch norm: balance the thresholds of its blocks, too; as published they stay at '
              '--default_threshold')
     add('--threshold_percentile', type=options.percentile, default=100.0, metavar='P',
         help="a layer's threshold is this percentile of its input; default 100: the largest")
     add('--calibration_samples', type=options.positive_int, default=512, metavar='N',
-        help='training images that thresholds are balanced on, and images that auto looks at and the output is fitted '
-             'on; default %(default)s')
+        help='number of images on which thresholds are balanced, auto chooses and the output is fitted; default '
+             '%(default)s')
     add('--calibration_timesteps', type=options.positive_int, default=1000, metavar='T',
-        help='time steps that thresholds are balanced over; default %(default)s')
+        help='time steps over which thresholds are balanced; default %(default)s')
     add = parser.add_argument_group('messages').add_argument
     add('--test_acc_every_batch', action=options.Switch, help='say the accuracy after every test batch')
     add('--train_acc_batches', type=options.positive_int, default=200, metavar='N',
@@ -69,14 +69,14 @@ def get_args_parser() -> options.Parser:
     add('--report', type=options.not_empty, metavar='DIR',
         help='write figures and report.json of the network tested, or of the best epoch, into this folder')
     add('--predict', type=options.not_empty, nargs='+', metavar='IMAGE',
-        help='say what the network of --pretrained_snn takes these pictures for, and do nothing else')
+        help='classify these pictures with the network of --pretrained_snn, and do nothing else')
     add('--export_nir', type=options.not_empty, metavar='FILE',
         help='write the network tested, or of the best epoch, for neuromorphic tools (needs the package nir)')
     return parser
 
 
 def main(args):
-    # not above: --help and the sweeps need not wait for torch
+    # imported here, so that --help and the sweeps do not wait for torch
     from experiment import checkpoint, distributed, engine, from_ann, nir_export, predict, setup, table
     from experiment.reporting import report
     from experiment.run import open_run
@@ -88,7 +88,7 @@ def main(args):
         return
     if args.export_nir:
         nir_export.check(args.export_nir)
-    start = find_snn(args, device)  # the run's name is taken for as long as this is held
+    start = find_snn(args, device)  # locks the run's name as long as it lives
     balances = from_ann.balances(args, start)
     if balances:
         from_ann.check_temporary_folder()
@@ -105,8 +105,8 @@ def main(args):
     if args.report:
         report.check(args.report, model)
     if args.export_nir:
-        nir_export.to_graph(model, data.input_shape)  # a network of one's own may have what NIR does not know
-    # the output adds up over T steps; docs/findings.md says why its mean is what trains
+        nir_export.to_graph(model, data.input_shape)  # the user's own network may have what NIR does not know
+    # the output adds up over T steps; docs/findings.md says why training uses the mean
     loss_function = partial(engine.cross_entropy, scale=1 if args.output == 'sum' else args.timesteps)
     run = open_run('snn', args, start, data, model, device, loss_function)
     progress, found = start.progress(), {}

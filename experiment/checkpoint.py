@@ -1,4 +1,5 @@
 """Checkpoints: loaded as tensors only, weights matched name by name; the cache of thresholds."""
+import contextlib
 import hashlib
 import json
 import math
@@ -13,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiment import UserError, unpickling
+from experiment import UserError, former, unpickling
 from experiment.files import Paths, replacing, set_aside, write_atomically
-from experiment.options import FORMER, is_own_network
+from experiment.options import is_own_network
 from self_models import VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
@@ -41,39 +42,17 @@ def load(path: Path | str, kind: str) -> dict:
                             'a file that snn.py wrote, or weights of an ANN with --pretrained_ann')
         state = {'state_dict': state}
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
-        raise UserError(f"{path}: is not a checkpoint of {kind}.py: there is no 'state_dict' in it; give another file")
+        raise UserError(f"{path}: is not a checkpoint of {kind}.py, as it has no 'state_dict'; give another file")
     is_snn = 'timesteps' in state
     if is_snn != (kind == 'snn'):
         other = 'snn' if is_snn else 'ann'
         raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
                         f'give it to snn.py with --pretrained_{other}')
-    return upgrade(state)
-
-
-PRETRAINED = ('pretrained_ann', 'pretrained_snn')
-
-
-def upgrade(state: dict) -> dict:
-    """What a file of a former version or of the published code holds, in today's form; the one place that knows them.
-
-    args is a dict, {} where the file has none, and without the flags that it does not know.
-    """
-    args = dict(state['args']) if isinstance(state.get('args'), dict) else {}
-    if 'trained_on' not in state:  # runs that were resumed forgot what they had begun with
-        args = {flag: value for flag, value in args.items() if flag not in PRETRAINED or value}
-    if 'scaling_factor' in args:
-        args.setdefault('threshold_percentile', 100.0)
-    state = {**state, 'args': args}
-    if 'timesteps' in state:
-        state['args'] = {**FORMER, 'output': 'mean', **args}  # only a conversion fits the output
-        state.setdefault('leak', state.get('leak_mem'))
-        if state.get('activation') in ('STDPSpike', 'LinearSpike'):  # classes that published files name
-            state['activation'] = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}[state['activation']]
-    return state
+    return former.checkpoint(state)
 
 
 def load_training(path: Path | str, kind: str) -> dict:
-    """load() of a checkpoint that training can go on from. Raises UserError."""
+    """load() of a checkpoint from which training can be resumed. Raises UserError."""
     state = load(path, kind)
     best = state.get('best')
     if not (type(state.get('epoch')) is int and state['epoch'] >= 0 and 'epochs' in state['args']
@@ -86,25 +65,22 @@ def load_training(path: Path | str, kind: str) -> dict:
 
 
 def bring_in_line(paths: Paths, kind: str) -> list[str]:
-    """Before a run goes on: have paths.best hold the best epoch of paths.last; returns a list of lines to say.
+    """Before a run is resumed: write the best epoch of paths.last to paths.best if a kill has prevented that.
 
-    An epoch is written to paths.last first, so a kill between the two leaves the other one behind. To be called by the
-    process that holds the lock. Raises UserError.
+    An epoch is written to paths.last first. The caller holds the lock. Returns lines to say. Raises UserError.
     """
-    last, said = load_training(paths.last, kind), []
-    try:
+    last, best, said = load_training(paths.last, kind), {}, []
+    with contextlib.suppress(UserError):  # a damaged file counts as missing
         best = load_training(paths.best, kind)
-    except UserError:
-        best = {'history': [], 'accuracy': None, 'epoch': None}  # as good as missing
-    if best['history'] and best['history'][:-1] == last['history']:  # former versions wrote the best epoch's first
+        if [best['accuracy'], best['epoch']] == last['best']:
+            return said
+    if best.get('history') and best['history'][:-1] == last['history']:  # former versions wrote paths.best first
         copy(paths.best, paths.last)
-    elif [best['accuracy'], best['epoch']] == last['best']:
-        pass
     elif last['best'][1] == last['epoch']:
         copy(paths.last, paths.best)
     else:
-        said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is looked for '
-                    f'anew from epoch {last["epoch"]} on')
+        said.append(f'{paths.best} does not hold epoch {last["best"][1]}, the best so far; the best is now '
+                    f'looked for from epoch {last["epoch"]} on')
         last['best'] = [last['accuracy'], last['epoch']]
         save(last, paths.last)
         with open(paths.last, 'rb') as whole, replacing(paths.best, partial(shutil.copyfileobj, whole)):
@@ -113,7 +89,7 @@ def bring_in_line(paths: Paths, kind: str) -> list[str]:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Write a checkpoint file once more, as quick as the disk is; serialising it anew takes longer."""
+    """Copy a checkpoint file atomically, which takes less time than to serialise it again."""
     with open(source, 'rb') as whole:
         write_atomically(target, lambda file: shutil.copyfileobj(whole, file))
 
@@ -122,11 +98,11 @@ def read(path: Path | str) -> object:
     """What torch.save wrote to `path`, on the CPU, tensors only. Raises UserError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's advice on other kinds of files comes to nothing here
+            warnings.simplefilter('ignore')  # torch's advice on other kinds of files does not apply
             return unpickling.load(path)
     except (pickle.UnpicklingError, TypeError) as error:
         raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
-                        'code; save its state_dict and numbers with torch.save anew') from error
+                        'code; save its state_dict and numbers alone with torch.save') from error
     except MemoryError:
         raise
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
@@ -135,7 +111,7 @@ def read(path: Path | str) -> object:
 
 
 def load_weights(model: nn.Module, state: dict, path: Path | str, may_differ: Sequence[str] = ()) -> list[str]:
-    """Copy a checkpoint's weights into a model, name by name, as fitting() finds them; returns those that differ."""
+    """Copy a checkpoint's weights into a model, name by name; returns the names that fitting() leaves out."""
     weights, kept = fitting(model, state, path, may_differ)
     model.load_state_dict({**model.state_dict(), **weights})
     return kept
@@ -153,10 +129,10 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen
     weight raises a UserError that lists them.
     """
-    names = {plain_name(key): key for key in model.state_dict()}  # a network of one's own may have a child 'module'
+    names = {plain_name(key): key for key in model.state_dict()}  # the user's own network may have a child 'module'
     weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
-    neurons = neuron_keys(model)  # which stand elsewhere in its file, learned or not
+    neurons = neuron_keys(model)  # thresholds and leaks are elsewhere in the file, whether learned or not
     wanted = {key: value for key, value in model.state_dict().items() if key not in neurons}
     weights = {key: value for key, value in weights.items() if key not in neurons}
     problems += [f'no {key}' for key in wanted if key not in weights]
@@ -165,7 +141,7 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     for key in wanted.keys() & weights.keys():
         if not is_dense(weights[key], wanted[key].is_floating_point()):
             kind = 'floats' if wanted[key].is_floating_point() else 'integers'
-            problems.append(f'{key} is no dense tensor of {kind}')
+            problems.append(f'{key} is not a dense tensor of {kind}')
         elif weights[key].shape != wanted[key].shape:
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
@@ -186,7 +162,7 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
 
 
 def last_layer(model: nn.Module) -> list[str]:
-    """The names of the weights that give a network's output: of its last layer, or layers, and what follows them."""
+    """The names of the weights of a network's last layer, or layers, and of what follows."""
     tree, graph = trace(model)
     modules, names = dict(tree.named_modules()), []
     nodes = [node for node in graph.nodes if node.op == 'output']
@@ -208,7 +184,7 @@ def is_dense(value: object, floats: bool = True) -> bool:
 
 
 def neuron_keys(model: nn.Module) -> set[str]:
-    """The names of a spiking network's thresholds and leaks in its state_dict; of an ANN's none."""
+    """The names of a spiking network's thresholds and leaks in its state_dict; an ANN has none."""
     if isinstance(model, LayerByLayer):
         return {'thresholds', 'leaks'}
     layers = model.layer_names if isinstance(model, SpikingNetwork) else []
@@ -216,20 +192,20 @@ def neuron_keys(model: nn.Module) -> set[str]:
 
 
 def snn_state(model: SpikingNetwork) -> dict:
-    """What an SNN's checkpoint holds beside the weights; thresholds are as used, that is scaled."""
+    """What an SNN's checkpoint holds beside the weights. The thresholds are scaled."""
     return {'thresholds': model.thresholds.tolist(), 'timesteps': model.timesteps, 'activation': model.activation,
             'leak': model.initial_leak, 'leaks': model.leaks.tolist()}
 
 
 def ann_layers(state: dict | None) -> dict:
-    """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint; of an SNN's but the last.
+    """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint, or of the ANN of an SNN's.
 
-    The names of its weights say the first two, its args how many levels QCFS has; None if they do not. state: None of a
-    network from scratch, which has ReLU.
+    The names of the weights tell all but the levels of QCFS, which are in args; None if not. state: None for a network
+    from scratch, which has ReLU.
     """
     weights, saved = (state['state_dict'], state.get('args', {})) if state else ({}, {})
     names = {str(key): value for key, value in weights.items()}
-    # an SNN's neurons have bounds, of channels, beside their threshold; other weights may be called so in any network
+    # an SNN's neurons have the bounds of channels beside their threshold; other weights may have this name, too
     bounds = [value for key, value in names.items() if key.endswith('.bounds') and f'{key[:-7]}.threshold' in names]
     if not state or 'timesteps' not in state:
         bounds += [value for key, value in names.items() if key.rsplit('.', 1)[-1] == 'bound']
@@ -243,20 +219,20 @@ def ann_layers(state: dict | None) -> dict:
 
 
 def has_biases(state: dict) -> bool:
-    """Whether the network in a checkpoint has biases, or batch norm to be folded into them."""
+    """Whether the network in a checkpoint has biases, or batch norm that is folded into biases."""
     return any(str(key).endswith(('.bias', '.running_var')) for key in state['state_dict'])
 
 
 def has_scales(state: dict) -> bool | str:
-    """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS; 'channel' for channels."""
+    """Whether a ResNet's plain identities have a factor, or need one for the bounds of QCFS; 'channel': one each."""
     found = [value for key, value in state['state_dict'].items() if str(key).endswith(('.factor', '.bound'))]
     return 'channel' if any(getattr(value, 'ndim', 0) for value in found) else bool(found)
 
 
 def snn_settings(state: dict, path: Path | str) -> dict:
-    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint, thresholds as used, that is scaled.
+    """{thresholds, timesteps, leak, leaks, activation} of an SNN checkpoint; the thresholds are scaled.
 
-    leaks: of each layer, or [] if the file does not say. Raises UserError for values that make no network.
+    leaks: of each layer, or [] if the file does not say. Raises UserError for missing or impossible values.
     """
     try:
         scale = float(state.get('scaling_threshold', 1.0))
@@ -266,12 +242,16 @@ def snn_settings(state: dict, path: Path | str) -> dict:
                     'activation': state.get('activation', 'STDB')}
         whole = (settings['timesteps'] == state['timesteps'] >= 1 and 0 < settings['leak'] <= 1
                  and settings['thresholds'] and all(0 < value < math.inf for value in settings['thresholds'])
-                 and all(0 < value <= 1 for value in settings['leaks']) and settings['activation'] in SURROGATES)
+                 and all(0 < value <= 1 for value in settings['leaks']) and isinstance(settings['activation'], str))
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
-        raise UserError(f'{path}: is not a whole SNN checkpoint; it needs thresholds above 0, timesteps of 1 or more, '
-                        f'a leak in (0, 1], and {" or ".join(map(repr, SURROGATES))} where it names an activation')
+        raise UserError(f'{path}: is not a whole SNN checkpoint, which has thresholds above 0, timesteps of 1 or more '
+                        'and a leak in (0, 1]; give another file')
+    if settings['activation'] not in SURROGATES:
+        raise UserError(f'{path}: its surrogate {settings["activation"]} is none of {", ".join(SURROGATES)}; from '
+                        'Python, import the file that defines it first; for the scripts, put its class into '
+                        'self_models/surrogate.py')
     return settings
 
 
@@ -295,7 +275,7 @@ def thresholds_key(model: nn.Module, settings: dict) -> dict:
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """A hash of a dict of tensors, their names, kinds and shapes."""
+    """A hash of a dict of tensors, with their names, dtypes and shapes."""
     found = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         found.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
@@ -303,16 +283,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
-# of thresholds that were cached before there were others
-FORMER_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
-
-
 def cached_thresholds(path: Path | str, key: dict, count: int) -> tuple[list[float] | None, str]:
     """(`count` thresholds or None, a line to say) from the cache beside the ANN checkpoint `path`."""
     cache = Path(f'{path}.thresholds.json')
     try:
         entry = json.loads(cache.read_text())
-        known = {**FORMER_KEY, **entry['key']}
+        known = {**former.CACHE_KEY, **entry['key']}
         differing = [name for name in key if known.get(name) != key[name]]
         thresholds = [float(value) for value in entry['thresholds']]
         if len(thresholds) != count or not all(0 < value < math.inf for value in thresholds):
@@ -320,13 +296,13 @@ def cached_thresholds(path: Path | str, key: dict, count: int) -> tuple[list[flo
     except FileNotFoundError:
         return None, f'no thresholds of this ANN are cached yet; {cache} will hold them'
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, f'{cache} cannot be read; thresholds are balanced anew'
+        return None, f'{cache} cannot be read; thresholds are balanced again'
     if differing:
-        return None, f'{cache} is for other {", ".join(differing)}; thresholds are balanced anew'
+        return None, f'{cache} is for other {", ".join(differing)}; thresholds are balanced again'
     return thresholds, f'thresholds taken from {cache}'
 
 
 def cache_thresholds(path: Path | str, key: dict, thresholds: list[float]) -> None:
-    """Keep thresholds beside the ANN checkpoint `path`. Raises UserError where that cannot be written."""
+    """Keep thresholds beside the ANN checkpoint `path`. Raises UserError if the file cannot be written."""
     text = json.dumps({'key': key, 'thresholds': thresholds}, indent=1)
     write_atomically(Path(f'{path}.thresholds.json'), lambda file: file.write(text.encode()))

@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and writing them so that a fault costs nothing. It needs no torch."""
+"""The files of a run, and how to write them so that a fault loses nothing. It needs no torch."""
 import contextlib
 import os
 import secrets
@@ -32,14 +32,14 @@ def identifier(kind: str, args: Namespace) -> str:
 
 
 class Paths(NamedTuple):
-    """Where a run keeps the checkpoint of its best epoch, the one to resume from, and a line of numbers an epoch."""
+    """A run's checkpoint of the best epoch, its last checkpoint, to resume from, and its metrics, a line an epoch."""
     best: Path
     last: Path
     metrics: Path
 
     @property
     def events(self) -> Path:
-        """The folder of what --tensorboard writes."""
+        """The folder that --tensorboard writes."""
         return self.metrics.with_suffix('')
 
 
@@ -50,7 +50,7 @@ def paths(kind: str, name: str) -> Paths:
 
 
 def is_own(source: Path | str | None, files: Paths) -> bool:
-    """Whether the checkpoint `source` that a run resumes from is that run's own last one."""
+    """Whether the checkpoint `source` is the run's own last checkpoint."""
     return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
 
 
@@ -61,7 +61,7 @@ def probe(folder: Path | str) -> None:
 
 
 def check_writable(*folders: Path) -> None:
-    """Make folders and raise UserError, before hours of work, where files cannot be written there."""
+    """Make folders. Raises UserError, before hours of work, if files cannot be written there."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,22 +72,20 @@ def check_writable(*folders: Path) -> None:
 
 
 def lock(files: Paths) -> IO | None:
-    """Take the run's name for as long as the returned file is open; UserError where another process has it.
+    """Lock the run's name as long as the returned file is open. Raises UserError if another process has the lock.
 
-    Also deletes what a killed run of this name had half written.
-
-    A lock of the operating system, which goes with the process however that ends: nothing stale is left. The file
-    itself stays, as deleting it would let two runs lock two files of one name. Where there are no such locks, as on
-    Windows or some network file systems, nothing is locked and None returned.
+    Also deletes what a killed run of this name had half written. The operating system removes the lock with the
+    process. The file stays: deleting it would let two runs lock two files of one name. Without such locks, as on
+    Windows or some network file systems, nothing is locked and None is returned.
     """
     file = open(files.best.with_name(f'.{files.best.stem}.lock'), 'a+')  # not 'w': it may be another run's
     try:
         locked = _lock(file, wait=False)
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
-        holder = file.read().strip() or 'which has only just started'
+        holder = file.read().strip() or 'just started'
         file.close()
-        raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this one '
+        raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this run '
                         'another name with --name') from error
     if not locked:
         file.close()
@@ -101,23 +99,22 @@ def lock(files: Paths) -> IO | None:
 
 
 def _lock(file, wait):
-    """Lock an open file; whether there are locks here. Raises OSError where another process has it, without `wait`."""
+    """Lock an open file; returns whether there are locks here. Without `wait`: OSError if another process has it."""
     try:
         # lockf, not flock: it works across NFS, and a worker process that outlives its run does not inherit it
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return True
     except (BlockingIOError, PermissionError):
         raise
-    except (AttributeError, OSError):  # there is no fcntl, or it has none for this folder
+    except (AttributeError, OSError):  # no fcntl, or no locks in this folder
         return False
 
 
 def set_aside(files: Iterable[Path], say: Callable[[str], object]) -> None:
-    """Keep the files that an earlier run of the same name left, as previous.N.<name>.
+    """Rename the files of an earlier run of the same name to previous.N.<name>.
 
-    A run that is killed in between has the next one go on: what is still there gets the same number. The checkpoint to
-    resume from goes first, as without it that next run starts anew. Where one cannot be renamed (an OSError), all keep
-    their names.
+    The checkpoint to resume from is the first. After a kill the next run then starts from the beginning, and renames
+    the rest with the same number. If one cannot be renamed (an OSError), all keep their names.
     """
     def kept(path):
         return path.with_name(f'previous.{number}.{path.name}')
@@ -138,37 +135,33 @@ def set_aside(files: Iterable[Path], say: Callable[[str], object]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO], object]) -> None:
-    """Call write(file) on a new file that takes the place of `path` only when it is whole. Raises UserError."""
+    """Call write(file) on a new file, which replaces `path` once it is whole. Raises UserError."""
     with replacing(path, write):
         pass
 
 
 @contextlib.contextmanager
 def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
-    """write_atomically(), with a block that runs when the new file is whole and has not taken its place yet."""
+    """write_atomically(), with a block that runs when the new file is whole, before it replaces `path`."""
     try:
         file, temporary = _open_temporary(path)
-        try:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            yield
-            if not fcntl:  # Windows moves no open file
-                file.close()
-            os.replace(temporary, path)
-        except BaseException:
-            if not fcntl:
-                file.close()
-            temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            file.close()  # and with it the lock
+        with file:  # it keeps its lock until it has replaced `path`
+            try:
+                with contextlib.nullcontext() if fcntl else file:  # Windows neither moves nor deletes an open file
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    yield
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
     except (OSError, RuntimeError) as error:
         cause = error
         while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             cause = cause.__context__
         reason = getattr(cause, 'strerror', None) or str(error).splitlines()[0]
-        raise UserError(f'{path}: cannot be written ({reason}); what stood there before is untouched') from error
+        raise UserError(f'{path}: cannot be written ({reason}); the file that was there is untouched') from error
 
 
 def _temporary(path):
@@ -178,12 +171,12 @@ def _temporary(path):
 def _open_temporary(path):
     """(an empty file beside `path`, its name) that no other process writes.
 
-    The name is the same each time: what a killed process left there is written over, and a process that is at it is
-    waited for. Where there are no locks, the name is nobody else's.
+    The name is always the same: what a killed process left is overwritten, and a process that writes the file is waited
+    for. Without locks, the name is unique.
     """
     name = _temporary(path)
     while fcntl:
-        # as it is: another process may be at it
+        # not truncated, as another process may be writing it
         file = open(name, 'wb', opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC, 0o666))
         if not _lock(file, wait=True):
             file.close()
@@ -192,6 +185,6 @@ def _open_temporary(path):
             if os.path.samestat(os.fstat(file.fileno()), name.stat()):
                 file.truncate(0)
                 return file, name
-        file.close()  # the other process has put it into its place
+        file.close()  # it was another process's, which has replaced `path` with it
     name = path.with_name(f'{path.name}.{secrets.token_hex(8)}.tmp')
     return open(name, 'xb'), name

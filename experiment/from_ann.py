@@ -19,7 +19,7 @@ FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_f
 
 
 def balances(args: Namespace, start: Start) -> bool:
-    """Whether a run balances thresholds: neither such as an ANN of QCFS brings nor such as --default_threshold sets."""
+    """Whether a run balances thresholds: not if a QCFS ANN brings them or --default_threshold sets them."""
     if start.kind == 'ann':
         return checkpoint.ann_layers(start.state)['activation'] != 'QCFS'
     return start.kind == 'scratch' and 'default_threshold' not in args.given
@@ -39,8 +39,8 @@ def check_temporary_folder() -> None:
 def balanced_thresholds(model: SpikingNetwork, data: Data, run: Run) -> list[float]:
     """Thresholds of a network, before scaling: from the cache beside the ANN, or balanced now, by the main process.
 
-    Of a network from scratch, its untrained self's, which no file holds: at the default threshold hardly a spike passes
-    its layers, and then there is no gradient.
+    A network from scratch is balanced untrained, without a cache. At the default threshold hardly any spike would pass
+    its layers, and there would be no gradient.
     """
     return distributed.from_main(lambda: _balanced_thresholds(model, data, run.args, run.say))
 
@@ -48,7 +48,7 @@ def balanced_thresholds(model: SpikingNetwork, data: Data, run: Run) -> list[flo
 def _balanced_thresholds(model, data, args, say):
     images, _ = next(iter(epoch_loader(data.train, args.calibration_samples, seed=engine.seed_for(args.seed, 0),
                                        shuffle=True)))
-    # the pictures themselves, as a folder's may change and a folder may move; the seed draws their spikes, too
+    # a hash of the images, as a folder may change or move; the seed also draws their spikes
     key = checkpoint.thresholds_key(model, {
         'architecture': args.architecture, 'dataset': args.dataset, 'images': checkpoint.digest({'images': images}),
         'timesteps': args.calibration_timesteps, 'percentile': args.threshold_percentile, 'seed': args.seed,
@@ -78,10 +78,10 @@ def _balanced_thresholds(model, data, args, say):
 
 
 def chosen_factor(scan: dict[float, float], count: int) -> float:
-    """Of the scaling factors that do as well as the best one, that nearest to the usual 0.7, then the lower one.
+    """Of the scaling factors that do as well as the best one, the nearest to the usual 0.7, or the lower of two.
 
-    scan: {factor: accuracy} on `count` images, over which accuracy p has a standard error of sqrt(p (1 - p) / count).
-    As well as the best: within one of those (the one-standard-error rule, Breiman et al. 1984).
+    scan: {factor: accuracy} on `count` images. Accuracy p has a standard error of sqrt(p (1 - p) / count). As well as
+    the best: within one standard error (the one-standard-error rule, Breiman et al. 1984).
     """
     best = max(scan.values())
     least = best - math.sqrt(best * (1 - best) / count)
@@ -92,11 +92,11 @@ def chosen_factor(scan: dict[float, float], count: int) -> float:
 @torch.no_grad()
 def fitting_scale(model: SpikingNetwork, ann: nn.Module, images: Dataset, device: torch.device,
                   args: Namespace) -> float:
-    """What the mean output of a converted network is to be multiplied by to be the ANN's logits, by least squares.
+    """The factor that brings the mean output of a converted network to the ANN's logits, by least squares.
 
-    Logits (B, labels) are taken less their mean over the labels, which the softmax does not see:
+    The mean of the logits (B, labels) over the labels, which the softmax ignores, is subtracted:
         scale = sum <z_ANN, z_SNN> / sum <z_SNN, z_SNN>
-    over the images of a data set. 1 where that is not above 0, as the output then says nothing.
+    over the images of a data set. 1 if that is not above 0, as the output then has no information.
     """
     model.eval()
     ann.eval()
@@ -145,10 +145,10 @@ def fold_batch_norm(model: SpikingNetwork, data: Data, run: Run) -> SpikingNetwo
 
 
 def at_chance(accuracy: float, labels: torch.Tensor, classes: int) -> float | None:
-    """What naming the commonest class always would give where an accuracy is not clearly above that, else None.
+    """The share of the commonest class if an accuracy is not clearly above it, else None.
 
-    Clearly: by two standard errors over so many images, and at many classes by what train() asks of a training. Too few
-    images to tell give None, too.
+    Clearly: by two standard errors over these images and, if there are many classes, above engine.least_progress. None,
+    too, for too few images to tell.
     """
     chance = labels.bincount().max().item() / len(labels)
     least = max(chance + 2 * math.sqrt(chance * (1 - chance) / len(labels)), engine.least_progress(classes))
@@ -165,37 +165,37 @@ def copy_ann(model: SpikingNetwork, state: dict, data: Data, run: Run) -> nn.Mod
     try:
         copy_weights(ann, model)
     except ValueError as error:
-        raise UserError(f'{path}: {error}; train the ANN anew') from error
+        raise UserError(f'{path}: {error}; train a new ANN') from error
     return ann
 
 
 def measure_ann(ann: nn.Module, state: dict, data: Data, run: Run) -> dict:
-    """{ann_accuracy, ann_accuracy_on}: on the set that the run's accuracies are of. Says it, and if it is of chance.
+    """{ann_accuracy, ann_accuracy_on}: on the set on which the run measures accuracy. Says it, and if it is chance.
 
-    {} for an ANN of QCFS of which the checkpoint's `state` does not say how many levels it has.
+    {} for a QCFS ANN if the checkpoint's `state` does not say how many levels it has.
     """
     if is_quantized(ann) and not checkpoint.ann_layers(state)['levels']:
         run.say(f'{run.args.pretrained_ann} does not say how many levels its QCFS has: its own accuracy is not '
-                'measured (ann.py --test_only --levels L does it); what is converted from it does not depend on them')
+                'measured (ann.py --test_only --levels L does it); the conversion does not depend on them')
         return {}
     chosen_on = 'test' if run.args.test_only else data.selection
     images = getattr(data, chosen_on)
     accuracy = engine.test(ann, images, engine.cross_entropy, run.device, run.args).accuracy
     run.say(f'ANN {run.args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
     if chance := at_chance(accuracy, images.labels, len(data.classes)):
-        run.say(f'this ANN is hardly better than chance ({chance:.2%} for the commonest class), and what is converted '
-                'from it will not be either: stop here and train it further, or with another --learning_rate')
+        run.say(f'this ANN is hardly better than chance ({chance:.2%} for the commonest class), nor will the converted '
+                'network be: stop here and train it further, or with another --learning_rate')
     return {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on}
 
 
 def looked_at(data: Data, args: Namespace) -> tuple[str, Dataset]:
-    """(name of the set, images) that a conversion chooses by: the test set has no part in it."""
+    """(name of the set, images) on which a conversion chooses; never the test set."""
     name = 'train' if data.validation is None else 'validation'
     return name, getattr(data, name).sample(args.calibration_samples, args.seed, like=data.test)
 
 
 def scale_thresholds(model: SpikingNetwork, thresholds: list[float], data: Data, run: Run) -> dict:
-    """Set the balanced thresholds times --scaling_factor, which `auto` chooses; returns what was measured."""
+    """Set the balanced thresholds times --scaling_factor, which 'auto' chooses; returns what was measured."""
     args, found, scan = run.args, {'scaling_factor': run.args.scaling_factor}, {}
     if args.scaling_factor == 'auto':
         found['scanned_on'], images = looked_at(data, args)
@@ -228,5 +228,5 @@ def fit_output(model: SpikingNetwork, ann: nn.Module, data: Data, run: Run) -> d
         for parameter in model.classifier[-1].parameters():
             parameter *= scale
     run.say(f"the output layer's weights are multiplied by {scale:.4g}, which fits its mean to the ANN's logits"
-            if scale != 1 else "the output has nothing of the ANN's logits, so it is not fitted to them")
+            if scale != 1 else "the output has no information on the ANN's logits, so it is not fitted to them")
     return {'output_scale': scale}

@@ -18,7 +18,7 @@ COLUMNS = {  # of an epoch's entry in the metrics: heading, width, how the value
 
 
 def open_log(kind: str, identifier: str, to_file: bool) -> Callable[[str], None]:
-    """A function say(text) that prints a line, to the end of the log file where `to_file`. Raises OSError.
+    """A function say(text) that prints a line or, with `to_file`, appends it to the log file. Raises OSError.
 
     Of several processes the main one prints.
     """
@@ -28,7 +28,7 @@ def open_log(kind: str, identifier: str, to_file: bool) -> Callable[[str], None]
         return lambda text: print(text, flush=True)
     path = Path('logs', kind, f'{identifier}.log')
     path.parent.mkdir(parents=True, exist_ok=True)
-    # after what is there; line by line, for `tail -f`; file names that are no text as the terminal shows them
+    # line by line, for `tail -f`; file names that are not valid text are escaped as in the terminal
     file = open(path, 'a', encoding='utf-8', errors='backslashreplace', buffering=1)
     print(f'this run writes to {path}', flush=True)
     return lambda text: print(text, file=file)
@@ -46,17 +46,17 @@ def header(args: Namespace, model: torch.nn.Module, device: torch.device) -> str
 
 
 def command() -> str:
-    """The command of this run, quoted so that a shell takes it as it was."""
+    """The command of this run, quoted for a shell."""
     return shlex.join(['python', *sys.argv])
 
 
 def arguments(args: Namespace) -> dict:
-    """Every argument of a run, as numbers and texts."""
+    """The arguments of a run, {flag: value}."""
     return {key: value for key, value in vars(args).items() if key not in ('given', 'defaults')}
 
 
 def heading(selection: str) -> str:
-    """The heading of the lines of epoch_line(). selection: 'test' or 'validation', the set that epochs run on."""
+    """The heading of the lines of epoch_line(). selection: 'test' or 'validation', on which epochs are compared."""
     other = 'test' if selection == 'validation' else 'validation'
     return ''.join(f'{name:>{width}}' for key, (name, width, _) in COLUMNS.items() if not key.startswith(other))
 

@@ -14,22 +14,25 @@ from experiment import UserError
 from self_models import surrogate
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 
-FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its least number above 0, but for denormal ones, and its largest
+FLOAT32 = 2.0 ** -126, (2 - 2.0 ** -23) * 2.0 ** 127  # its smallest normal number and its largest
 
 
-def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, float32: bool = True) -> Callable:
-    """An argparse type: a `kind` (int or float) in [low, high], or (low, high] with open_low.
+def number(kind: type, low: float, high: float = math.inf, open_low: bool = False, open_high: bool = False,
+           float32: bool = True) -> Callable:
+    """An argparse type: a `kind` (int or float) in [low, high]; open_low, open_high: without that bound.
 
-    float32: whether a float has to be one there, where networks compute, that is neither 0 nor infinite.
+    float32: whether a float other than 0 must be finite and not 0 in float32, in which networks compute.
     """
-    bounds = f'{"above" if open_low else "at least"} {low}' + (f' and at most {high}' if high < math.inf else '')
+    bounds = f'{"above" if open_low else "at least"} {low}'
+    if high < math.inf:
+        bounds += f' and {"below" if open_high else "at most"} {high}'
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or value == math.inf or (open_low and value == low):
+        if not low <= value <= high or value == math.inf or open_low and value == low or open_high and value == high:
             noun = 'a whole number' if kind is int else 'a number'
             raise argparse.ArgumentTypeError(f'{text!r} is not {noun} {bounds}')
         if kind is float and float32 and value and not FLOAT32[0] <= abs(value) <= FLOAT32[1]:
@@ -44,20 +47,13 @@ positive_int, natural_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 
 image_size = number(int, 1, 4096)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 fraction, percentile = number(float, 0, 1, open_low=True), number(float, 0, 100, open_low=True)
-
-
-def below_one(text: str) -> float:
-    """A number in [0, 1)."""
-    value = number(float, 0)(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number at least 0 and below 1')
-    return value
+below_one = number(float, 0, 1, open_high=True)
 
 
 def factor(text: str) -> float | str:
     """'auto' or a number above 0."""
     try:
-        # what counts is the threshold that it makes, which is checked
+        # the threshold that it gives is checked for float32, not the factor
         return text if text == 'auto' else number(float, 0, open_low=True, float32=False)(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}, nor 'auto'") from error
@@ -85,7 +81,7 @@ def devices(text: str) -> str:
 
 
 def name(text: str) -> str:
-    """A part of file names that no other run's files can be mistaken for."""
+    """A part of file names; no other run's files can have the same names."""
     taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded'))
     if not text.isprintable() or '/' in text or taken or not 0 < len(text.encode()) <= 200:
         raise argparse.ArgumentTypeError(f"{text!r} does not serve as a file name: 1 to 200 bytes, no '/', not "
@@ -100,7 +96,7 @@ def not_empty(text: str) -> str:
 
 
 def is_own_network(architecture: str) -> bool:
-    """Whether an architecture is a network of one's own, FILE.py:NAME."""
+    """Whether an architecture is the user's own network, FILE.py:NAME."""
     return architecture.rpartition(':')[0].endswith('.py')
 
 
@@ -151,7 +147,7 @@ class OneLineParser(argparse.ArgumentParser):
     def print_help(self, file=None):
         try:
             super().print_help(file)
-        except OSError:  # a full output: exit() sees to it, as in Pythons whose argparse passes over it by itself
+        except OSError:  # the output is full; exit() handles it, as some versions of argparse ignore the error
             pass
 
     def exit(self, status=0, message=None):
@@ -160,15 +156,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class Parser(OneLineParser):
-    """One whose result also holds `given`, the names of the arguments that stood on the command line, and `defaults`,
-    the values of those that do not."""
+    """A OneLineParser whose result also holds `given`, the names of the arguments on the command line, and `defaults`,
+    the default of each argument."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         if message.startswith('unrecognized arguments: ') and not message.split(': ')[1].startswith('-'):
-            message += '; a value with spaces wants quotes'
+            message += '; put a value with spaces in quotes'
         super().error(message)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -183,29 +179,29 @@ class Parser(OneLineParser):
 
 def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimizer: str, momentum: float,
                    dropout: float) -> None:
-    """Add the flags of both scripts; the arguments are the defaults in which the two differ."""
+    """Add the flags of both scripts. The arguments are the defaults that differ between them."""
     add = parser.add_argument_group('network').add_argument
     add('-a', '--architecture', type=architecture, default='VGG16', metavar='NAME|FILE.py:NAME',
         help=f'{", ".join(ARCHITECTURES)}; or a function or class of your own that returns a network; default '
              '%(default)s')
     add('--dropout', type=below_one, default=dropout, metavar='P',
-        help='dropout after convolutions, but for those before a pool (0.5 in the classifier); '
-             'default %(default)s')
+        help='dropout after convolutions that no pool follows (in the classifier 0.5); default %(default)s')
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
     add('--dataset', type=str.upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
-    add('--data_dir', default='~/Datasets', metavar='DIR', help='where data sets lie; default %(default)s')
+    add('--data_dir', default='~/Datasets', metavar='DIR', help='folder of the data sets; default %(default)s')
     add('--image_size', type=image_size, default=32, metavar='PIXELS',
-        help='height and width that FOLDER pictures are brought to; default %(default)s')
+        help='height and width to which FOLDER pictures are resized; default %(default)s')
     add('--num_workers', type=natural_int, default=2, metavar='N',
         help='processes that load data, 0 for none; default %(default)s')
     add('--train_samples', type=positive_int, metavar='N', help='train on a seeded subset of N images')
     add('--test_samples', type=positive_int, metavar='N', help='test on a seeded subset of N images')
     add('--validation_fraction', type=below_one, default=0.0, metavar='F',
-        help='hold out this part of the training set and choose the best epoch on it; default 0: on the test set')
+        help='hold out this part of the training set and choose the best epoch on it; default 0: choose on the test '
+             'set')
     add('--cutout', type=natural_int, default=0, metavar='PIXELS',
-        help='blot out a square of so many pixels in each training image, at a random place; default 0: none')
+        help='blot out a square of this size in each training image, at a random place; default 0: none')
 
     add = parser.add_argument_group('training').add_argument
     add('--epochs', type=positive_int, default=300, metavar='N', help='default %(default)s')
@@ -213,20 +209,19 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add('-lr', '--learning_rate', type=positive, default=learning_rate, metavar='LR', help='default %(default)s')
     add('--lr_interval', type=intervals, default='0.60 0.80 0.90', metavar='"F F F"',
         help='fractions of the epochs at which the learning rate is divided; default "%(default)s"')
-    add('--lr_reduce', type=positive, default=10.0, metavar='X', help='what it is divided by; default %(default)s')
+    add('--lr_reduce', type=positive, default=10.0, metavar='X', help='it is divided by this; default %(default)s')
     add('--lr_schedule', default='step', choices=['step', 'cosine'],
-        help='step: as --lr_interval says; cosine: down to 0 over the epochs, after a short warm-up, which short runs '
-             'need; default %(default)s')
+        help='step: see --lr_interval; cosine: down to 0 over the epochs, after a short warm-up; default %(default)s')
     add('--optimizer', default=optimizer, choices=['SGD', 'Adam'], help='default %(default)s')
     add('--label_smoothing', type=below_one, default=0.0, metavar='X',
-        help='in training: so much of each label is spread evenly over all labels; default %(default)s')
+        help='spread this part of each training label evenly over all labels; default %(default)s')
     add('--weight_decay', type=non_negative, default=5e-4, metavar='X', help='default %(default)s')
     add('--momentum', type=number(float, 0, 1), default=momentum, metavar='X', help='of SGD; default %(default)s')
     add('--amsgrad', action=Switch, default=True, help='of Adam; default %(default)s')
 
     add = parser.add_argument_group('run').add_argument
     add('-s', '--seed', type=natural_int, default=0, metavar='N', help='default %(default)s')
-    add('--gpu', action=Switch, default=None, help='use CUDA; without it, CUDA is used where it is present')
+    add('--gpu', action=Switch, default=None, help='use CUDA; default: if torch finds it')
     add('--amp', action=Switch, help='convolutions and matrix products in bfloat16 (autocast)')
     add('--devices', type=devices, default='0', metavar='N', help='number of the CUDA device; default %(default)s')
     add('--log', action=Switch, help='write logs/... instead of printing to the terminal')
@@ -234,33 +229,29 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add('--name', type=name, help='name of the log and the checkpoints, in place of one made of the settings')
     add('--test_only', action=Switch, help='evaluate once; write no checkpoint')
     add('--resume', type=not_empty, nargs='?', const='last', metavar='FILE|auto',
-        help="go on from this run's last checkpoint, or from FILE; 'auto': where there is one, else start anew")
+        help="resume from this run's last checkpoint or from FILE; 'auto': from the last checkpoint if there is one")
 
 
-# what flags that files of former versions do not know were then
-FORMER = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
-          'keep_batch_norm': False}
-FORMER_ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
-# of a conversion, which a network that is trained from scratch or already converted does not go through
+# flags of a conversion; they do not apply to a network from scratch or one that is converted already
 CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', 'calibration_timesteps')
 
-# what a test does not heed
+# flags without effect in a test
 TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
             'weight_decay', 'momentum', 'amsgrad', 'cutout', 'train_acc_batches')
-# what --predict heeds: the network, what runs it, and the draws of its input
+# flags that --predict uses: the network, its device, and the random draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
               'backend'}
 
 
 def without_effect(settings: dict) -> dict[str, str]:
-    """{name: what it is of} of those of a run's arguments, a dict by name, that mean nothing beside the others."""
+    """{flag: what it belongs to} of the flags without effect among a run's arguments, {name: value}."""
     get = settings.get
     own = is_own_network(str(get('architecture')))
     vgg = not own and str(get('architecture')).startswith('VGG')
     predict, from_ann = get('predict'), bool(get('pretrained_ann'))
     balances = from_ann or bool(get('pretrained_snn')) or 'default_threshold' not in get('given', ())
-    rules = [  # what flags are of, whether the run is of that, the flags
+    rules = [  # (what the flags belong to, whether the run has that, the flags)
         ('--lr_schedule step', get('lr_schedule', 'step') == 'step', ['lr_interval', 'lr_reduce']),
         ('--optimizer SGD', get('optimizer') == 'SGD', ['momentum']),
         ('--optimizer Adam', get('optimizer') == 'Adam', ['amsgrad']),
@@ -269,12 +260,12 @@ def without_effect(settings: dict) -> dict[str, str]:
         ('--activation QCFS', get('activation') == 'QCFS', ['levels', 'bounds']),
         ('--dataset FOLDER', get('dataset') == 'FOLDER', ['image_size']),
         ('VGGs', vgg, ['kernel_size']),
-        ('the published networks, as one of your own keeps it', not own, ['keep_batch_norm']),
+        ('the published networks; your own network keeps it always', not own, ['keep_batch_norm']),
         ('the published networks', not own, ['dropout', 'batch_norm']),
         ('conversions of ResNets', from_ann and not (own or vgg), ['balance_blocks']),
-        # a conversion balances all thresholds of a VGG or a network of one's own
-        ('ResNets, and of networks from scratch', not ((vgg or own) and (predict or from_ann)), ['default_threshold']),
-        ('a conversion or a balancing, which --default_threshold takes the place of', balances, CONVERSION),
+        # a conversion balances all thresholds of a VGG or of the user's own network
+        ('ResNets and networks from scratch', not ((vgg or own) and (predict or from_ann)), ['default_threshold']),
+        ('a conversion or a balancing, which --default_threshold replaces', balances, CONVERSION),
         ('--encoding poisson', not (predict and get('encoding') == 'direct'), ['seed']),
         ('training', not get('test_only'), TRAINING),
         ('runs that train or test', not predict, settings.keys() - PREDICTING)]
@@ -282,17 +273,17 @@ def without_effect(settings: dict) -> dict[str, str]:
 
 
 def prepare_streams() -> None:
-    """Make print() work whatever a terminal can show, and where the standard output or error is closed."""
+    """Make print() work on any terminal, and if the standard output or error is closed."""
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, 'w'))
         elif hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # a letter that it cannot show is no reason to stop
+            stream.reconfigure(errors='backslashreplace')  # for characters that the terminal cannot show
 
 
 def output_fails() -> bool:
-    """Whether what was printed cannot be written; Python's flush at exit then does not fail once more."""
+    """Whether the output cannot be written. If so, Python's flush at exit does not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -302,9 +293,9 @@ def output_fails() -> bool:
 
 
 def said(error: OSError) -> str:
-    """What an OSError says, in a line."""
+    """An OSError in one line."""
     if error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EDQUOT):
-        return f'what it prints or logs cannot be written ({error.strerror}); make room, or print elsewhere'
+        return f'the output or log cannot be written ({error.strerror}); make room, or write elsewhere'
     where = f'{error.filename}: ' if error.filename else ''
     return f'{where}{error.strerror or error}'
 
@@ -312,7 +303,7 @@ def said(error: OSError) -> str:
 def several_processes() -> bool:
     """Whether torchrun started this process beside others.
 
-    It says where they meet. A WORLD_SIZE without that, which many a shell or container keeps, is of no run.
+    A WORLD_SIZE without torchrun's address, left over in a shell or container, does not count.
     """
     try:
         rank, size, *_ = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
@@ -325,8 +316,8 @@ def several_processes() -> bool:
 def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -> NoReturn:
     """End a script with one line on stderr and a status that is not 0.
 
-    Several processes mostly fail for one reason, and torchrun ends the others as soon as one has. So all but the main
-    one wait for that, and speak only if this one goes on. main_waits: whether the main one does so, too.
+    Several processes usually fail for the same reason, and torchrun ends the others once one has ended. So all
+    processes but the main one wait before they print. main_waits: the main process waits, too.
     """
     line = f'{script}: error: {" ".join(message.split())}'
     output_fails()
@@ -343,7 +334,7 @@ def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -
 
 
 def _end_on_signals():
-    """From now on torchrun's signal and Ctrl-C end this process at once, in silence."""
+    """From now on torchrun's signal and Ctrl-C end this process at once, without a message."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -351,12 +342,12 @@ def _end_on_signals():
 def _stop(process, *_):
     """The handler of Ctrl-C and of SIGTERM, which a batch scheduler sends, often to all processes of a run.
 
-    process: the number of the one that it was set in, which those that load data have it from until torch sets theirs.
+    process: the number of the process that set it. Processes that load data inherit it until torch sets their own.
     """
     if os.getpid() != process:
         os._exit(0)
-    sys.unraisablehook = _nothing  # a loader that was about to start has nothing to say
-    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler raises an error as processes that load data end
+    sys.unraisablehook = _nothing  # no message from a loader that was about to start
+    if hasattr(signal, 'SIGCHLD'):  # not on Windows; torch's handler raises an error when processes that load data end
         signal.signal(signal.SIGCHLD, _nothing)
     raise KeyboardInterrupt
 
@@ -366,25 +357,25 @@ def _nothing(*_):
 
 
 def dead_worker(error: Exception) -> UserError | None:
-    """The UserError for an error that says that a process that loads data died, else None.
+    """The UserError for an error that means that a process that loads data died, else None.
 
-    error: a RuntimeError, which torch raises wherever this process is, or an OSError or EOFError of a loader.
+    error: torch's RuntimeError, which may come at any line, or a loader's OSError or EOFError.
     """
-    lost = isinstance(error, OSError | EOFError) and not str(error).startswith('Caught ')  # in it, torch's words
+    lost = isinstance(error, OSError | EOFError) and not str(error).startswith('Caught ')  # torch's prefix
     if not lost and not str(error).startswith('DataLoader worker'):
         return None
-    if sys.unraisablehook == _nothing:  # a KeyboardInterrupt was lost, as happens while processes start
+    if sys.unraisablehook == _nothing:  # a KeyboardInterrupt was lost while processes started
         raise KeyboardInterrupt
-    time.sleep(2)  # what stops all processes may have come to that one first, and stops this one now
-    return UserError('a process that loads data died, as happens where memory or shared memory runs out; '
+    time.sleep(2)  # a signal to all processes may have reached the loader first
+    return UserError('a process that loads data died, probably as memory or shared memory ran out; '
                      'lower --num_workers or --batch_size')
 
 
 def run(main: Callable, args: argparse.Namespace, script: str) -> None:
-    """main(args) as a command: what a user can put right ends in one line on stderr and status 1."""
+    """Run main(args) as a command. An error that the user can put right ends in one line on stderr and status 1."""
     prepare_streams()
     if several_processes() and os.environ.get('RANK') != '0':
-        _end_on_signals()  # it writes no files, and a KeyboardInterrupt is lost in code that catches everything
+        _end_on_signals()  # it writes no files, and some code swallows a KeyboardInterrupt
     else:
         signal.signal(signal.SIGTERM, partial(_stop, os.getpid()))
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores it
@@ -392,7 +383,7 @@ def run(main: Callable, args: argparse.Namespace, script: str) -> None:
     try:
         _report_errors(main, args, script)
     except KeyboardInterrupt:
-        print(f'\n{script}: stopped; the last checkpoint is whole, --resume goes on where there is one',
+        print(f'\n{script}: stopped; the last checkpoint is whole; --resume resumes from it, if there is one',
               file=sys.stderr, flush=True)
         if several_processes():
             os._exit(130)
@@ -417,7 +408,7 @@ def _report_errors(main, args, script):
         if several_processes():
             from experiment import distributed
             if distributed.is_of_an_ended_process(error):
-                fail(script, 'another process of this run has ended, and so this one does', main_waits=True)
+                fail(script, 'another process of this run has ended, so this one ends, too', main_waits=True)
         raise
     except OSError as error:
         fail(script, said(error))

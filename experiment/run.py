@@ -1,4 +1,4 @@
-"""What a run is given: its arguments, device and files, and where it says what it does."""
+"""What a run is given: its arguments, device, files and log."""
 from argparse import Namespace
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     @property
     def test_say(self) -> Callable | None:
-        """What says the accuracy after every test batch, where that is wanted."""
+        """The function that says the accuracy after every test batch, or None without --test_acc_every_batch."""
         return self.say if getattr(self.args, 'test_acc_every_batch', False) else None
 
     def test(self, model: torch.nn.Module, dataset: Dataset) -> engine.Metrics:
@@ -37,9 +37,9 @@ class Run(NamedTuple):
 
 def open_run(kind: str, args: Namespace, start: Start, data: Data, model: torch.nn.Module,
              device: torch.device, loss_function: Callable) -> Run:
-    """Open the log, and TensorBoard where that is wanted; say what run this is. kind: 'ann' or 'snn'.
+    """Open the log and, with --tensorboard, TensorBoard; say what run this is. kind: 'ann' or 'snn'.
 
-    Raises UserError where a run would go on with other images.
+    Raises UserError if a run would be resumed with other images.
     """
     # before a log is touched
     others = trained_on.check_classes(

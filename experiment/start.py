@@ -1,6 +1,6 @@
-"""Where a run starts: the one place that finds it out, takes the run's name and settles the arguments.
+"""How a run starts: the one place that decides it, locks the run's name and settles the arguments.
 
-From here on arguments are only read.
+After that, arguments are only read.
 """
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 
 import torch
 
-from experiment import UserError, checkpoint, distributed, engine, files, options, own, setup, trained_on
+from experiment import UserError, checkpoint, distributed, engine, files, former, options, own, setup, trained_on
 from experiment.data import CLASS_COUNTS, Data
 from self_models.architectures import ARCHITECTURES, INPUT_SHAPES
 from self_models.conversion import QUANTIZED
@@ -22,8 +22,8 @@ from self_models.surrogate import FLAGS
 class Start(NamedTuple):
     """How a run starts.
 
-    kind: 'scratch', 'ann' or 'snn' (from a pretrained network), or 'resume'. path, state: of the checkpoint, and what
-    it holds; None from scratch. name, paths: of the run. lock: held for as long as this is kept. said: lines.
+    kind: 'scratch', 'ann' or 'snn' (from a pretrained network), or 'resume'. path, state: the checkpoint's path and
+    content; None from scratch. name, paths: of the run. lock: held as long as this object lives. said: lines to say.
     """
     kind: str
     path: Path | str | None
@@ -38,7 +38,7 @@ class Start(NamedTuple):
         return self.kind == 'resume'
 
     def progress(self) -> 'Progress':
-        """What is done when the run begins. Only of its own last checkpoint is the best epoch its own."""
+        """What is done when the run begins. The best epoch counts only in the run's own last checkpoint."""
         if not self.resumed:
             return Progress([])
         own = files.is_own(self.path, self.paths)
@@ -51,8 +51,8 @@ class Progress:
     """How far a run's training is.
 
     history: the metrics of the epochs so far. done: the last epoch. best: (accuracy, epoch) so far, or None. fresh:
-    whether files of this name are an earlier run's, to be set aside before the first is written. trained_as: the
-    arguments of the epochs so far, which are the run's where none is left to train; or None.
+    whether files of this name are an earlier run's and must be set aside before the first is written. trained_as: the
+    arguments of the epochs so far, or None; they are the run's if no epoch is left to train.
     """
     history: list[dict]
     done: int = 0
@@ -66,16 +66,16 @@ def find_ann(args: Namespace) -> Start:
     start = _open('ann', args)
     if start.kind == 'scratch' and args.test_only:
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
-    if start.state:  # what its layers are stands in their names
+    if start.state:  # the names of its weights say what the layers are
         layers = checkpoint.ann_layers(start.state)
         if options.is_own_network(args.architecture):
-            del layers['batch_norm']  # its own code's
+            del layers['batch_norm']  # its own code decides
         for flag in layers.keys() - {'levels'}:
             if flag in args.given and getattr(args, flag) != layers[flag]:
                 raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
-                                f'{layers[flag]}; leave the flag out, or train anew')
+                                f'{layers[flag]}; leave the flag out, or train a new one')
         if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
-            raise UserError(f'{start.path}: does not say how many levels its QCFS has; give them with --levels')
+            raise UserError(f'{start.path}: does not say how many levels its QCFS has; give the number with --levels')
         _settle(args, {key: value for key, value in layers.items() if value is not None})
     said = drop_idle(args, start) + start.said
     flags = ('activation', 'levels', 'bounds', 'batch_norm')
@@ -107,14 +107,14 @@ def _checked(start, args, said, layers):
 
 
 def check_network(args: Namespace, start: Start, layers: dict) -> None:
-    """Raise UserError for a network of one's own that cannot be taken, and for an ANN's weights that do not fit.
+    """Raise UserError if the user's own network cannot be converted, or if an ANN's weights do not fit.
 
-    Before data are read, or downloaded. Of a published network the number of classes, and with it the last layer, is
-    left open; where only the data say it of a network of one's own, its file is run and no more.
+    Called before data are read or downloaded. The last layer of a published network, which depends on the number of
+    classes, is not checked. Nor is the user's own network if only the data tell that number; its file is run.
     """
     classes, device = 1 if start.kind == 'ann' else None, 'meta'  # shapes without values
     if own_code := options.is_own_network(args.architecture):
-        engine.seed_all(args.seed)  # of what its file draws, which runs now
+        engine.seed_all(args.seed)  # its file runs now and may draw random numbers
         own.find(args.architecture)
         classes, device = CLASS_COUNTS.get(args.dataset), 'cpu'
     if not classes:
@@ -132,11 +132,11 @@ def check_network(args: Namespace, start: Start, layers: dict) -> None:
 
 
 def take_defaults(args: Namespace, state: dict | None) -> list[str]:
-    """Settle what the flags of a conversion mean for the ANN of a checkpoint's `state`, or without one (None).
+    """Settle the flags of a conversion for the ANN in a checkpoint's `state`, or from scratch (None); returns lines.
 
-    An ANN of QCFS brings its thresholds: it is converted to direct input, neurons without delay and half a threshold to
-    begin with, unless flags say otherwise; nothing is balanced, scaled or fitted. Returns lines to say. Raises
-    UserError for flags that mean nothing then.
+    A QCFS ANN brings its thresholds. Unless flags say otherwise, it is converted to direct input and neurons without
+    delay that begin at half a threshold. Nothing is balanced, scaled or fitted. Raises UserError for flags without
+    effect.
     """
     layers = checkpoint.ann_layers(state)
     quantized = layers['activation'] == 'QCFS'
@@ -144,17 +144,16 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
         raise UserError('--keep_batch_norm: ' + (f'the ANN in {args.pretrained_ann} has no batch norm' if state else
                         'a network from scratch has no batch norm') + '; leave the flag out')
     if args.scaling_factor == 'auto' and not state:
-        raise UserError('--scaling_factor auto: chooses by what a trained ANN gives; name one with --pretrained_ann, '
-                        'or give a number')
+        raise UserError('--scaling_factor auto: needs a trained ANN; name one with --pretrained_ann, or give a number')
     for flag in (*options.CONVERSION, 'default_threshold') if quantized else ():
         if flag in args.given:
-            raise UserError(f'--{flag}: has no effect on an ANN of QCFS, whose bounds are the thresholds; leave it out')
+            raise UserError(f'--{flag}: has no effect on a QCFS ANN, whose bounds are the thresholds; leave it out')
         setattr(args, flag, None)
     unfitted = {
-        "fits the output to an ANN's; name one with --pretrained_ann": not state,
-        "the mean output of this network is in its logits' units as it is; leave the flag out":
+        "needs a trained ANN; name one with --pretrained_ann": not state,
+        "the mean output of this network is already in the units of its logits; leave the flag out":
             options.is_own_network(args.architecture) or args.keep_batch_norm,
-        "the mean output of an ANN of QCFS is in its logits' units already; leave the flag out": quantized}
+        "the mean output of a QCFS ANN is already in the units of its logits; leave the flag out": quantized}
     for why in [why for why, holds in unfitted.items() if holds and args.output == 'fitted']:
         if 'output' in args.given:
             raise UserError(f'--output fitted: {why}')
@@ -162,47 +161,45 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
     if not quantized:
         return []
     _settle(args, QUANTIZED)
-    said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; otherwise the network does worse '
-            'than its ANN until it is fine-tuned' for key, value in QUANTIZED.items() if getattr(args, key) != value]
+    said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
+            'less accurate than its ANN until it is fine-tuned'
+            for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
     if levels and steps < levels:
         said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; with {steps + 1} rates for its '
-                    f'{levels + 1} values the network loses accuracy, most of which fine-tuning wins back')
+                    f'{levels + 1} values the network loses accuracy; fine-tuning recovers most of it')
     if levels and steps > levels:
-        said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; more steps cost more and bring '
-                    'the network nearer to what the ANN would give without levels')
+        said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; more steps take more time and '
+                    'bring the network nearer to the ANN without levels')
     return said
 
 
 def choose_backend(args: Namespace, device: torch.device) -> None:
-    """What runs the neurons: --backend or, without it, Triton's kernels on CUDA. Raises UserError.
-
-    Goes into the arguments, which the log shows.
-    """
+    """Set args.backend, which runs the neurons: without the flag, Triton's kernels on CUDA. Raises UserError."""
     there = device.type == 'cuda' and importlib.util.find_spec('triton') is not None
     if args.backend == 'triton' and not there:
         raise UserError('--backend triton: needs a CUDA device and the package triton; leave the flag out')
     args.backend = args.backend or ('triton' if there else 'torch')
 
 
-# what the optimizer's state is, and what the best accuracy so far is of: images and time
+# flags that the optimizer's state or the best accuracy so far depends on
 LASTING = ('optimizer', 'amsgrad', 'dataset', 'image_size', 'seed', 'validation_fraction', 'test_samples', 'levels',
            'timesteps', 'leak', 'encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak')
 
 
 def check_lasting(args: Namespace, state: dict, path: Path | str) -> None:
-    """Raise UserError where a training would go on with other flags than it can."""
+    """Raise UserError if a resumed training has other flags than it can continue with."""
     idle = options.without_effect(vars(args))
     for flag in LASTING:
         before = state['args'].get(flag)
         if flag not in idle and before != getattr(args, flag, None):
-            raise UserError(f'{path}: was trained ' + (f'without --{flag}' if before is None else
-                                                       f'with --{flag} {before}')
-                            + '; go on so, or start anew from its weights with --pretrained_ann or --pretrained_snn')
+            trained = f'without --{flag}' if before is None else f'with --{flag} {before}'
+            raise UserError(f'{path}: was trained {trained}; keep to that, or start a new run from its weights with '
+                            '--pretrained_ann or --pretrained_snn')
 
 
 def drop_idle(args: Namespace, start: Start | None = None) -> list[str]:
-    """Put the flags that mean nothing here back to their defaults, of a run that is resumed to what they were.
+    """Reset the flags without effect to their defaults or, in a resumed run, to their values before.
 
     Returns a line to say for each that was given.
     """
@@ -210,16 +207,16 @@ def drop_idle(args: Namespace, start: Start | None = None) -> list[str]:
     before = start.state['args'] if start and start.resumed else {}
     for flag, of in sorted(idle.items()):
         if flag in args.given:
-            said.append(f'--{flag} has no effect here: it is of {of}')
+            said.append(f'--{flag} has no effect here: it belongs to {of}')
         if flag in args.given or flag in before:
             setattr(args, flag, before.get(flag, args.defaults[flag]))
     return said
 
 
 def _open(kind, args):
-    """The Start of a run, of which the arguments are settled by the checkpoint that it begins with. Raises UserError.
+    """The Start of a run, with the arguments settled by the checkpoint that it begins with. Raises UserError.
 
-    First the name, then its lock, then the checkpoint: until the name is locked, another run of it may go on.
+    The name comes first, then its lock, then the checkpoint, which another run of the name may write until then.
     """
     name = _name(kind, args)
     paths = files.paths(kind, name)
@@ -245,9 +242,9 @@ def _open(kind, args):
 
 
 def _name(kind, args):
-    """The name of a run; if flags leave it open, the file that it is to begin with says it. Raises UserError.
+    """The name of a run, by its flags or the checkpoint that it begins with. Raises UserError.
 
-    No file is read without need: what a run that is resumed had begun with may be gone by now.
+    The file is read only if needed: the one that a resumed run began with may be gone.
     """
     path, of = getattr(args, 'pretrained_snn', None), kind
     if args.resume not in (None, 'auto', 'last'):
@@ -266,8 +263,8 @@ def _name(kind, args):
 def _take(kind, args, paths):
     """([the lock of a run's name], the checkpoint that --resume asks for or None, lines to say). Raises UserError.
 
-    The lock is held for as long as the list is kept; a test, which writes nothing, takes none. Of several processes the
-    main one takes it, and all get the checkpoint that it finds.
+    The lock is held as long as the list lives. A test writes nothing and takes none. Of several processes the main one
+    takes the lock, and all get the checkpoint that it finds.
     """
     held = []
 
@@ -279,7 +276,7 @@ def _take(kind, args, paths):
             return None, []
         source = paths.last if args.resume in ('auto', 'last') else args.resume
         if args.resume == 'last' and not source.exists():
-            raise UserError(f'--resume: there is no {source}; say --resume FILE, or leave it out to start anew')
+            raise UserError(f'--resume: there is no {source}; give --resume FILE, or leave the flag out')
         goes_on = files.is_own(source, paths) and not args.test_only and os.path.isfile(source)
         return source, checkpoint.bring_in_line(paths, kind) if goes_on else []
 
@@ -287,32 +284,32 @@ def _take(kind, args, paths):
 
 
 def keep(args: Namespace, state: dict, path: Path | str, flags: list[str]) -> None:
-    """Take over what a checkpoint says of flags that nothing can change any more. Raises UserError for other values."""
+    """Take from a checkpoint the flags that can no longer change. Raises UserError if other values were given."""
     saved = state['args']
     for flag in flags:
-        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in checkpoint.PRETRAINED
+        value, wanted, pretrained = saved.get(flag), getattr(args, flag), flag in former.PRETRAINED
         if pretrained and flag not in saved:
-            continue  # the file does not know
+            continue  # the file does not say
         if not (isinstance(value, str) if pretrained or value == 'auto' else type(value) in (int, float)):
             value = None
         same = wanted == value or pretrained and value and os.path.realpath(wanted or '') == os.path.realpath(value)
         if flag in args.given and not same:
             raise UserError(f'--{flag} {wanted}: has no effect, as {path} was made '
                             + (f'without --{flag}' if value is None else f'with --{flag} {value}')
-                            + '; leave the flag out, or start anew with --pretrained_ann under another --name')
+                            + '; leave the flag out, or start a new run with --pretrained_ann and another --name')
         setattr(args, flag, value)
 
 
-# the flags that say what a network and its images are, and the values that they may have
+# flags of the network and its images, and their possible values
 NETWORK = {'architecture': ARCHITECTURES, 'dataset': INPUT_SHAPES, 'kernel_size': range(1, 2 ** 31, 2),
            'image_size': range(1, 4097)}
-# those that say how its neurons run and learn
+# flags of how its neurons run and learn
 SPIKING = ('encoding', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'keep_batch_norm')
 
 
 def _saved(args, state, path):
-    """The arguments in a checkpoint. Raises UserError for a network of one's own whose file the command line does not
-    name: a file that a checkpoint names is never run."""
+    """The arguments in a checkpoint. Raises UserError for the user's own network if the command line does not name its
+    file: a file is never run because a checkpoint names it."""
     made_by = state['args'].get('architecture')
     if isinstance(made_by, str) and options.is_own_network(made_by) and 'architecture' not in args.given:
         raise UserError(f'{path}: holds the network {made_by}, whose file is run only if you name it: add '
@@ -321,7 +318,7 @@ def _saved(args, state, path):
 
 
 def take_network(args: Namespace, state: dict, path: Path | str) -> list[str]:
-    """Take from an ANN's checkpoint what it says of network and images, if no flag was given; returns lines to say."""
+    """Take from an ANN's checkpoint the flags of network and images that were not given; returns lines to say."""
     saved = _saved(args, state, path)
     taken = {key: saved[key] for key, known in NETWORK.items()
              if key not in args.given and type(saved.get(key)) in (int, str) and saved[key] in known}
@@ -332,9 +329,9 @@ def take_network(args: Namespace, state: dict, path: Path | str) -> list[str]:
 
 
 def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False) -> str:
-    """Take from an SNN checkpoint what it says of network, images and surrogate, where no flag was given.
+    """Take from an SNN checkpoint the flags of network, images and surrogate that were not given.
 
-    resumed: whether the run goes on, rather than starts from it. Returns a line to say. Raises UserError.
+    resumed: whether the run is resumed from it. Returns a line to say. Raises UserError.
     """
     saved = _saved(args, state, path)
     settings = {key: saved[key] for key in (*NETWORK, 'output', *FLAGS, *SPIKING)
@@ -342,20 +339,18 @@ def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False)
     settings |= checkpoint.snn_settings(state, path)
     thresholds, leaks = settings.pop('thresholds'), settings.pop('leaks')  # no flags
     if resumed and args.leak == settings['leak']:
-        args.given.discard('leak')  # of the run's own command line; since then leaks may have been learned
-    if 'output' in args.given and args.output == 'mean' and settings['output'] == 'fitted':
-        raise UserError(f"--output mean: has no effect, as the conversion has fitted the output of {path}, and it is "
-                        'the mean of that; leave the flag out')
-    if 'output' in args.given and args.output == 'fitted' and settings['output'] != 'fitted':
-        raise UserError(f'--output fitted: only a conversion fits the output, and that of {path} did not; leave the '
-                        'flag out, or convert with --pretrained_ann')
+        args.given.discard('leak')  # repeats the run's own command line; leaks may have been learned since
+    outputs = args.output, settings['output']
+    if 'output' in args.given and (outputs == ('mean', 'fitted') or outputs[0] == 'fitted' != outputs[1]):
+        raise UserError(f'--output {args.output}: only a conversion decides whether the output is fitted, and {path} '
+                        f'has --output {settings["output"]}; leave the flag out, or convert with --pretrained_ann')
     _settle(args, settings)
     if resumed:
         keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
-    # thresholds are balanced and scaled already, unless --default_threshold set them all: then these meant nothing
+    # thresholds are balanced and scaled already; these flags had no effect if --default_threshold set them all
     idle = options.without_effect(vars(args)) if resumed else {}
     fixed = [flag for flag in options.CONVERSION if flag not in idle]
-    # the published ResNets' files may have the balanced thresholds only
+    # files of the published ResNets may have only the balanced thresholds
     if 'default_threshold' not in idle and ('default_threshold' in saved or len(thresholds) > 3):
         fixed.append('default_threshold')
     keep(args, state, path, fixed)

@@ -1,4 +1,4 @@
-"""What a run of snn.py gives: accuracy over time before training, and the table of accuracies at its end."""
+"""The results of snn.py: accuracy over time before training, and the table of accuracies at the end."""
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,15 +12,15 @@ from experiment.run import Run
 from experiment.start import Progress, Start
 from self_models.spiking_network import SpikingNetwork
 
-# what a conversion measures, as far as it does
+# what a conversion may measure
 MEASURED = ('ann_accuracy', 'ann_accuracy_on', 'scaling_factor', 'scanned_on', 'scan', 'output_scale')
 WHAT = {'ann': 'converted', 'snn': 'loaded', 'resume': 'loaded', 'scratch': 'untrained'}
 
 
 class Results:
-    """The accuracies of a run, a line each, on the set that its epochs are compared on, or on the test set.
+    """The accuracies of a run, a line each, on the set on which epochs are compared; on the test set if it only tests.
 
-    found: what the conversion measured. Epoch 0 goes into progress.
+    found: what the conversion measured. progress gets epoch 0.
     """
 
     def __init__(self, start: Start, found: dict, progress: Progress, data: Data, run: Run):
@@ -29,7 +29,7 @@ class Results:
         self.lines = [('ANN', found['ann_accuracy'])] if found else []
         self.curve = None
         begun = progress.history[0] if progress.history else {}
-        if 'ann_accuracy' in begun and not run.args.test_only:  # a resumed run says what it began with, too
+        if 'ann_accuracy' in begun and not run.args.test_only:  # a resumed run also shows what it began with
             self.found = {key: begun[key] for key in MEASURED if key in begun}
             self.lines = [('ANN', begun['ann_accuracy']), ('converted SNN', begun[f'{self.chosen_on}_accuracy'])]
 
@@ -40,13 +40,13 @@ class Results:
                   ) -> tuple[engine.Metrics, list[float]]:
         """(Metrics, accuracies after each of 100 time steps at most) on a set.
 
-        A curve costs nothing: logits after t steps are W times the spikes so far.
+        The curve takes no more time: logits after t steps are W times the spikes so far.
         """
         run = self.run
         return engine.test_over_time(model, dataset, run.loss_function, run.device, run.args, say, self.time_steps(100))
 
     def test_start(self, model: SpikingNetwork, optimizer: Optimizer | None) -> None:
-        """Test the network before training; where it is to be trained, that is epoch 0."""
+        """Test the network before training. If it is trained then, this is epoch 0."""
         run, what, at = self.run, WHAT[self.start.kind], self.time_steps(100)
         tested, self.curve = self.over_time(model, getattr(self.data, self.chosen_on), run.test_say)
         self.lines.append((f'{what} SNN', tested.accuracy))
@@ -81,7 +81,7 @@ class Results:
             why.append(f'at a scaling factor of {args.scaling_factor} neurons may be slow to fire, or saturate')
             remedies.append('--scaling_factor auto')
         return (f'the conversion loses {100 * lost:.1f} points of the ANN: {"; ".join(why) or "its rates are coarse"}. '
-                f'Fine-tuning wins most of it back; so may {" or ".join(remedies) or "more --timesteps"}')
+                f'Fine-tuning recovers most of it; so may {" or ".join(remedies) or "more --timesteps"}')
 
     def say_table(self) -> None:
         args, lines = self.run.args, list(self.lines)
@@ -101,7 +101,7 @@ class Results:
             _, self.curve = self.over_time(model, self.data.test)
         elif self.start.kind in ('snn', 'resume'):
             tested, history = self.start.path, self.start.state.get('history')
-            try:  # that of a best epoch ends there
+            try:  # the history of a best epoch's checkpoint ends at that epoch
                 later = checkpoint.load_training(Path(tested).with_suffix('.last.pth'), 'snn')['history']
             except UserError:
                 pass

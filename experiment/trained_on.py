@@ -1,7 +1,7 @@
 """Which images a network was trained on, as its checkpoint says, and which are held out from its next training.
 
-A seed puts a training set into an order: a run trains on the beginning and holds out the end. So that what an ANN never
-saw stays unseen by the SNN, whatever that one's --seed, a run that starts from a checkpoint takes over its order.
+A seed puts a training set into an order: a run trains on the beginning and holds out the end. A run that starts from a
+checkpoint takes over its order. So the SNN does not see what the ANN never saw, whatever its --seed.
 """
 import argparse
 import os
@@ -10,13 +10,13 @@ from pathlib import Path
 from experiment import UserError
 from experiment.data import Data, held_out_of, shuffled
 
-_PICTURES = ('FOLDER', 'IMAGENET')  # sets that are another one in another folder
+_PICTURES = ('FOLDER', 'IMAGENET')  # sets that depend on the folder
 
 
 def trainings(state: dict) -> list[dict | None]:
     """The trainings that a checkpoint's network went through, as of all_trainings(); None stands for unknown ones.
 
-    Files of former versions have but the arguments of the last one.
+    Files of former versions have only the arguments of the last one.
     """
     found, args = state.get('trained_on'), state.get('args')
     if isinstance(found, list) and found and all(entry is None or _is_whole(entry) for entry in found):
@@ -28,26 +28,26 @@ def trainings(state: dict) -> list[dict | None]:
 
 
 def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = None) -> list[dict | None]:
-    """The trainings that the network of a run has behind it in the end. state: of the checkpoint that it began with."""
+    """The trainings of a run's network, this run's included. state: of the checkpoint that it began with."""
     before = trainings(state) if state else []
     last = _training({**vars(args), 'seed': args.split_seed}, images.full_train_size)
     return before if last in before else [*before, last]
 
 
 def _training(args, count):
-    """What a checkpoint says of a training with these arguments, a dict, on a set of so many images."""
+    """A checkpoint's entry, a dict, for a training with these arguments on a set of `count` images."""
     return {**_set(args), 'images': count, 'seed': args['seed'], 'train_samples': args.get('train_samples'),
             'validation_fraction': args['validation_fraction']}
 
 
 def _set(entry):
-    """Which set a training is of, a dict: its name and, of one's own pictures, where they lie."""
+    """The set of a training, a dict: its name and, if it depends on that, the folder."""
     folder = os.path.realpath(os.path.expanduser(entry['data_dir'])) if entry['dataset'] in _PICTURES else None
     return {'dataset': entry['dataset'], 'data_dir': folder}
 
 
 def _is_whole(entry):
-    """Whether an entry of a file, or a run's arguments there, says all of a training."""
+    """Whether an entry of a file, or a run's arguments there, describes a training in full."""
     return (isinstance(entry, dict) and isinstance(entry.get('dataset'), str)
             and (entry['dataset'] not in _PICTURES or isinstance(entry.get('data_dir'), str))
             and type(entry.get('seed')) is int and 0 <= entry['seed'] < 2 ** 63
@@ -59,7 +59,8 @@ def _is_whole(entry):
 def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resumed: bool = False) -> None:
     """Set args.split_seed, the seed that orders the training set.
 
-    It is --seed; if a run is resumed, what it was; if images are held out, that of a training of `state` on this set.
+    It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
+    of `state` on this set, as later trainings that held out images took it over.
     """
     args.split_seed = args.seed
     if resumed:
@@ -67,50 +68,40 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resum
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
         here = [entry for entry in trainings(state) if entry and _set(entry) == _set(vars(args))]
-        args.split_seed = _least_seen(here, args.validation_fraction) if here else args.seed
-
-
-def _least_seen(here, validation_fraction):
-    """The seed, of the trainings `here` on one set, that holds out the fewest images which they saw; the last such."""
-    last = here[-1]
-    if last['images'] is None:
-        return last['seed']
-    count, seen = held_out_of(last['images'], validation_fraction), _seen(here, last['images'])
-    overlaps = {entry['seed']: len(_held_out(last['images'], entry['seed'], count) & seen) for entry in reversed(here)}
-    return min(overlaps, key=overlaps.get)
+        args.split_seed = here[0]['seed'] if here else args.seed
 
 
 def _held_out(whole, seed, count):
-    """The numbers of the images that are held out of a set of so many."""
+    """The numbers of the `count` images that are held out of a set of `whole`."""
     return set(shuffled(whole, seed)[whole - count:].tolist())
 
 
 def _seen(here, whole):
-    """The numbers of the images that trainings on a set of so many were of."""
+    """The numbers of the images that the trainings `here`, on a set of `whole`, have seen."""
     counts = [entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction']) for entry in here]
     return {number for entry, count in zip(here, counts) for number in shuffled(whole, entry['seed'])[:count].tolist()}
 
 
 def check_classes(images: Data, state: dict, path: str | Path, resumed: bool) -> list[str]:
-    """What is to be said if the network of `state`, read from `path`, is of other classes than the images: lines.
+    """Lines to say if the network of `state`, read from `path`, has other classes than the images.
 
-    resumed: whether its training is; then other classes, or another number of images, raise a UserError.
+    resumed: whether its training is resumed. Then other classes, or another number of images, raise a UserError.
     """
     known, here, last = state.get('classes'), images.classes, trainings(state)[-1]
     line = None
     if isinstance(known, list) and len(known) == len(here) and known != here:
         number = next(i for i, name in enumerate(here) if name != known[i])
-        line = f'{path}: its output {number} is of the class {known[number]}, which is {here[number]} here'
+        line = f'{path}: its output {number} is the class {known[number]}, which is {here[number]} here'
     elif resumed and last and last['images'] not in (None, images.full_train_size):
         line = f'{path}: was trained on a set of {last["images"]} images, and here are {images.full_train_size}'
     if line and resumed:
-        raise UserError(f'{line}; go on with the same images, or start anew from its weights with --pretrained_ann or '
-                        '--pretrained_snn')
-    return [f'{line}; what it has learned is of other classes'] if line else []
+        raise UserError(f'{line}; resume with the same images, or start a new run from its weights with '
+                        '--pretrained_ann or --pretrained_snn')
+    return [f'{line}; it was trained on other classes'] if line else []
 
 
 def notes(args: argparse.Namespace, images: Data, state: dict, path: str | Path) -> list[str]:
-    """What is to be said of the images held out and the network of `state`, read from `path`: lines."""
+    """Lines to say of the images held out and the network of `state`, read from `path`."""
     if images.validation is None:
         return []
     here, others, whole = [], [], images.full_train_size

@@ -1,8 +1,8 @@
 """Read what torch.save wrote without running anything of it: tensors, numbers, texts, and classes by their names.
 
 torch.load(weights_only=True) calls a few functions that build tensors, and refuses a file that names anything else.
-Such a file is read once more, with a text for each of these names, but for numpy's numbers and arrays, which the lines
-below put together. What would call or build something of a name finds a text there, and fails.
+Such a file is read again with a text for each of these names, except for numpy's numbers and arrays, which are built
+below. A file that would call or build something by a name finds a text there, and fails.
 """
 import io
 import pickle
@@ -29,7 +29,7 @@ def load(path: Path | str) -> object:
             with zipfile.ZipFile(path) as parts:
                 pickles = [parts.read(name) for name in parts.namelist() if name.endswith('data.pkl')]
             source, names = path, _scan(pickles)[0]
-        else:  # torch before 1.6 wrote a number, a version, the machine, what was saved, and the keys of the storages
+        else:  # torch before 1.6 wrote five pickles: a number, a version, the machine, the object, the storages' keys
             whole = Path(path).read_bytes()
             names, marks = _scan([io.BytesIO(whole)] * 5)
             source = io.BytesIO(b''.join(whole[a + 1:b] for a, b in zip([-1, *marks], [*marks, len(whole)])))

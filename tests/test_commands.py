@@ -70,7 +70,7 @@ def metrics(tmp_path):
 def test_an_output_that_is_full(metrics, line, status):
     done = shell(f'{line} > /dev/full')
     assert done.returncode == status and done.stderr.count('\n') == status, done.stderr
-    assert status == 0 or '.py: error: what it prints or logs cannot be written' in done.stderr
+    assert status == 0 or '.py: error: the output or log cannot be written' in done.stderr
 
 
 @pytest.mark.parametrize('line', [f'{{ann.py}} {" ".join(SMALL)} --epochs 1 --name x', '{ann_script.py} --seed 0 1'])

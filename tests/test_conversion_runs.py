@@ -258,7 +258,7 @@ def test_a_fitted_output_decides_as_the_mean_does(trained, capsys):
         run(snn, *flags, f'trained_models/snn/{output}.pth')
         assert f'activation STDB, output {output}\n' in capsys.readouterr().out
     run(snn, *flags, 'trained_models/snn/fitted.pth', '--output', 'fitted')
-    fails(snn, 'mean.pth did not', *flags, 'trained_models/snn/mean.pth', '--output', 'fitted')
+    fails(snn, 'mean.pth has --output mean', *flags, 'trained_models/snn/mean.pth', '--output', 'fitted')
 
 
 def test_without_an_ann_there_is_nothing_to_fit_the_output_to():

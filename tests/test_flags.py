@@ -76,7 +76,7 @@ def test_a_value_with_spaces_wants_quotes(capsys):
     for flags, said in ((['--lr_interval', '0.6', '0.8'], True), (['--epoch', '3'], False)):
         with pytest.raises(SystemExit) as stopped:
             ann.get_args_parser().parse_args(flags)
-        assert stopped.value.code == 2 and ('wants quotes' in capsys.readouterr().err) is said
+        assert stopped.value.code == 2 and ('in quotes' in capsys.readouterr().err) is said
 
 
 @pytest.mark.parametrize('flag', ['--default_threshold', '--alpha', '--beta', '--gamma', '-lr', '--lr_reduce',

@@ -218,7 +218,7 @@ def test_levels_that_a_file_does_not_say(quantized, capsys):
 
 def test_an_ann_goes_on_with_the_levels_that_it_was_trained_with():
     run(ann, *QCFS, '--epochs', 1)
-    fails(ann, 'was trained with --levels 4; go on so', *QCFS, '--epochs', 2, '--resume', '--levels', 8)
+    fails(ann, 'was trained with --levels 4; keep to that', *QCFS, '--epochs', 2, '--resume', '--levels', 8)
     run(ann, *SMALL, '--optimizer', 'Adam', '--epochs', 2, '--resume')
     assert load('trained_models/ann/ann_resnet6_digits.last.pth')['args']['levels'] == 4
 
@@ -241,7 +241,7 @@ def test_from_scratch_thresholds_are_balanced_unless_a_flag_sets_them(capsys):
     assert len(set(balanced[:3])) == 3 and balanced[3:] == [1.0] * 4  # blocks keep the default, as in conversion
     run(snn, *flags[:-4], '--default_threshold', 0.4)
     assert load('trained_models/snn/snn_resnet6_digits_4.pth')['thresholds'] == [0.4] * 7
-    fails(snn, '--scaling_factor auto: chooses by what a trained ANN gives', *flags, '--scaling_factor', 'auto')
+    fails(snn, '--scaling_factor auto: needs a trained ANN', *flags, '--scaling_factor', 'auto')
 
 
 def test_from_scratch_a_resumed_run_is_recorded_under_the_factor_of_its_thresholds(capsys):

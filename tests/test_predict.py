@@ -73,7 +73,7 @@ def test_an_answer_is_of_its_picture_alone(encoding, capsys):
     assert answers(capsys, *flags, *names, '--batch_size', 2)[2:] == first
     seeded = answers(capsys, *flags, *names, '--seed', 1)
     if encoding == 'direct':
-        assert seeded[1:] == ['--seed has no effect here: it is of --encoding poisson', *first]
+        assert seeded[1:] == ['--seed has no effect here: it belongs to --encoding poisson', *first]
     else:
         assert seeded[1:] != first and len(seeded) == 6
 
@@ -100,7 +100,7 @@ def test_flags_that_mean_nothing_beside_predict_are_said(capsys, tmp_path):
     assert {'report', 'export_nir', 'resume', 'epochs', 'test_only', 'scaling_factor', 'gamma'} <= {*idle}
     said = answers(capsys, *flags)
     assert said[0].replace(' as the flag says', '').startswith(about) and said[-1] == answer
-    assert said[1:-1] == [f'--{flag} has no effect here: it is of {of.get(flag, "runs that train or test")}'
+    assert said[1:-1] == [f'--{flag} has no effect here: it belongs to {of.get(flag, "runs that train or test")}'
                           for flag in sorted(idle)]
     assert sorted(tmp_path.rglob('*')) == before
 

@@ -232,7 +232,7 @@ def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
     state['state_dict']['classifier.0.weight'] = torch.zeros(4, 512)
     torch.save(state, 'other.pth')
     run(ann, *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 1)
-    assert 'classifier.0.weight is for other classes, so that one starts anew' in capsys.readouterr().out
+    assert 'classifier.0.weight is for other classes and starts from new weights' in capsys.readouterr().out
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')

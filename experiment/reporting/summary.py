@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from experiment import UserError
+from experiment import UserError, former
 from experiment.files import write_atomically
-from experiment.options import FORMER, FORMER_ANN, without_effect
+from experiment.options import without_effect
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
@@ -91,11 +91,7 @@ def _settings(args, seed):
         folder = os.path.realpath(folder)
     folder = folder if data in ('FOLDER', 'IMAGENET') else None
     settings['data'] = data if folder is None else f'{data} {Path(folder).name}'
-    # what files of former versions leave out
-    former = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0,
-              **(FORMER if 'timesteps' in settings else FORMER_ANN),
-              **({'threshold_percentile': 100.0} if 'scaling_factor' in settings else {})}
-    settings = {**settings, **{key: value for key, value in former.items() if key not in settings}}
+    settings = former.arguments(settings, spiking='timesteps' in settings)
     # settings that files of former versions lack: left out if they are at their defaults
     unknown = {'keep_batch_norm': False, 'balance_blocks': False, 'bounds': 'layer'}
     if 'width' in without_effect(settings):
