@@ -15,9 +15,9 @@
 #     a seed                     2 h 45 min    (its ANN, T = 8 and 4: 7 min)
 # With VGG9 an epoch of the ANN took 110 s, T = 8 and 4 ten minutes.
 # EPOCHS: of the ANN; default 100. With EPOCHS=46, which then is part of the names, a seed takes 1 h 50 min and gets a
-# point less at T of 8 and 4. FURTHER: epochs of its training with four levels; default 46. SEEDS: of the ANN and its SNNs,
-# run one after another; default '0 1'. EXTRA: flags for all runs, such as --train_samples 5000. AMP= leaves --amp out,
-# for a processor without bfloat16.
+# point less at T of 8 and 4. FURTHER: epochs of the ANN's training with four levels; default 46. SEEDS: of the ANN and
+# its SNNs, run one after another; default '0 1'. EXTRA: flags for all runs, such as --train_samples 5000. AMP= leaves
+# --amp out, for a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder
