@@ -9,7 +9,7 @@ import snn
 from conftest import ROOT
 from experiment.sweeps import sweep
 
-TEXTS = sorted(['README.md', 'results/README.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
+TEXTS = sorted(['README.md', 'results/README.md', 'pretrained/README.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
                 *(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))])
 FENCED = re.compile(r'^```(\w*)\n(.*?)^```', re.M | re.S)
 
