@@ -198,8 +198,8 @@ def test_levels_that_a_file_does_not_say(quantized, capsys):
     torch.save({**state, 'args': {**state['args'], 'levels': None}}, 'none.pth')
     capsys.readouterr()
     for file in ('bare.pth', 'none.pth'):
-        fails(ann, f'{file}: does not say how many levels its QCFS has; give them with --levels', *SMALL, '--test_only',
-              '--pretrained_ann', file)
+        fails(ann, f'{file}: does not say how many levels its QCFS has; give the number with --levels', *SMALL,
+              '--test_only', '--pretrained_ann', file)
         run(ann, *SMALL, '--test_only', '--pretrained_ann', file, '--levels', 4)
         assert f'ANN: test accuracy {state["accuracy"]:.2%}' in capsys.readouterr().out
     run(ann, *SMALL, '--pretrained_ann', 'bare.pth', '--levels', 2, '--epochs', 1)

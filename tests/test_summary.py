@@ -408,7 +408,7 @@ def test_the_figure_over_time_steps(written, capsys):
             snn_script.main(['--summarize', *of, '--over_timesteps', 'made.png'])
 
 
-READ_MES = ['README.md', 'results/README.md', 'docs/findings.md']
+READ_MES = ['README.md', 'results/README.md', 'docs/findings.md', 'docs/low_latency.md', 'pretrained/README.md']
 
 
 @pytest.mark.parametrize('name', READ_MES)

@@ -1,6 +1,6 @@
 """Update the tables of pages, each from the metrics files that the comment above it names.
 
-    python -m experiment.reporting.tables README.md results/README.md docs/findings.md
+    python -m experiment.reporting.tables README.md */README.md docs/*.md
 
 A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` prints; its comment says
 
