@@ -5,6 +5,7 @@
 Training can start from it, with --pretrained_ann or --pretrained_snn, but not resume. Rounding the weights (float16, 11
 bits) may move the accuracy by a few images: test the new file.
 """
+import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -36,17 +37,20 @@ def slim(state: dict) -> dict:
 
 
 def main(source: str, target: str) -> None:
+    if not Path(source).is_file():
+        raise UserError(f'{source}: there is no such file; give a checkpoint that ann.py or snn.py wrote')
     state = checkpoint.read(source)
-    if not isinstance(state, dict) or not isinstance(state.get('args'), dict):
-        raise UserError(f'{source}: is no checkpoint of ann.py or snn.py')
+    if not isinstance(state, dict) or not {'args', 'trained_on', 'state_dict'} <= state.keys():
+        raise UserError(f'{source}: does not say what it was trained on; give a checkpoint that ann.py or snn.py wrote')
     files.write_atomically(Path(target), partial(torch.save, slim(state)))
     print(f'{target}: {Path(target).stat().st_size:,} bytes')
 
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3:
-        options.fail('slim.py', 'give the checkpoint and the name of the new file', 2)
+    parser = options.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', metavar='CHECKPOINT')
+    parser.add_argument('target', metavar='NEW_FILE')
     try:
-        main(*sys.argv[1:])
+        main(**vars(parser.parse_args()))
     except UserError as error:
         options.fail('slim.py', str(error))

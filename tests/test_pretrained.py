@@ -38,7 +38,7 @@ def test_digits_says_what_a_picture_shows(capsys):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)
 def test_a_file_holds_a_network_and_nothing_of_its_makers(path):
     state = checkpoint.load(path, 'snn')
-    assert 'optimizer' not in state and path.name in PAGE
+    assert 'optimizer' not in state and re.search(rf'\| `{path.name}` \|.*\| \d+\.\d+ \|', PAGE)
     folders = [state['args']['data_dir'], *(each['data_dir'] for each in state['trained_on'])]
     assert all(folder is None or folder.startswith('~/Datasets') for folder in folders)
     assert all(torch.isfinite(value).all() for value in state['state_dict'].values())
@@ -58,7 +58,10 @@ def test_slim_keeps_what_a_network_gives(capsys):
     run(snn, *DIGITS[:2], '--pretrained_snn', 'again.pth', '--no-gpu', '--epochs', 1, '--train_samples', 32,
         '--test_samples', 50)  # it can be trained on
     fails(snn, 'holds no training to resume', *DIGITS[:2], '--no-gpu', '--resume', 'again.pth')
-    Path('no.pth').write_text('no checkpoint')
-    with pytest.raises(slim.UserError, match='not a checkpoint'):
-        slim.main('no.pth', 'never.pth')
+    Path('text.pth').write_text('no checkpoint')
+    torch.save(first['state_dict'], 'bare.pth')
+    for path, said in (('none.pth', 'there is no such file'), ('text.pth', 'not a checkpoint'),
+                       ('bare.pth', 'does not say what it was trained on')):
+        with pytest.raises(slim.UserError, match=said):
+            slim.main(path, 'never.pth')
     assert not Path('never.pth').exists()
