@@ -204,14 +204,15 @@ class _Loader(DataLoader):
     """Yields make([index, ...]) for each of the batches, so a batch is cut out and augmented at once."""
 
     def __init__(self, batches, make, sizes=(), **options):
-        super().__init__(batches, batch_size=None, collate_fn=make, **options)
+        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make), **options)
         self.sizes = sizes
 
     def __iter__(self):
         try:
-            yield from super().__iter__()
-        except UserError as error:  # torch puts a worker's traceback before its text
-            raise UserError(str(error).rsplit('UserError: ', 1)[-1].rstrip()) from error
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
         except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
             if died := dead_worker(error):
                 raise died from error
@@ -227,6 +228,14 @@ def _batch(dataset, seeds, indices):
         if isinstance(dataset, Pictures):
             return dataset.batch(indices)
         return default_collate([dataset[index] for index in indices])
+
+
+def _error_as_value(make, indices):
+    """make(indices), or the UserError that it raises: torch would put a worker's traceback into its text."""
+    try:
+        return make(indices)
+    except UserError as error:
+        return error
 
 
 def held_out_of(count: int, validation_fraction: float) -> int:

@@ -40,7 +40,8 @@ def main(source: str, target: str) -> None:
     if not Path(source).is_file():
         raise UserError(f'{source}: there is no such file; give a checkpoint that ann.py or snn.py wrote')
     state = checkpoint.read(source)
-    if not isinstance(state, dict) or not {'args', 'trained_on', 'state_dict'} <= state.keys():
+    if not (isinstance(state, dict) and {'args', 'trained_on', 'state_dict'} <= state.keys()
+            and 'dataset' in state['args']):
         raise UserError(f'{source}: does not say what it was trained on; give a checkpoint that ann.py or snn.py wrote')
     files.write_atomically(Path(target), partial(torch.save, slim(state)))
     print(f'{target}: {Path(target).stat().st_size:,} bytes')

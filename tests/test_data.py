@@ -900,3 +900,13 @@ def test_subset_keeps_labels_and_reads_no_more(tmp_path):
     (tmp_path / 'train' / 'ab'[left_out // 15] / f'{left_out:02}.png').write_text('no picture')
     assert len(load('FOLDER', tmp_path, **ten).train) == 10
     assert f'{left_out:02}.png' in message('FOLDER', tmp_path, image_size=4)
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_error_of_the_loader_says_its_own_words(workers):
+    def fail(indices):
+        raise UserError('a/UserError: b.png: not a picture')
+
+    with pytest.raises(UserError) as caught:
+        list(data._Loader([[0]], fail, num_workers=workers))
+    assert str(caught.value) == 'a/UserError: b.png: not a picture'

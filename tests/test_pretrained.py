@@ -60,8 +60,10 @@ def test_slim_keeps_what_a_network_gives(capsys):
     fails(snn, 'holds no training to resume', *DIGITS[:2], '--no-gpu', '--resume', 'again.pth')
     Path('text.pth').write_text('no checkpoint')
     torch.save(first['state_dict'], 'bare.pth')
+    torch.save({**first, 'args': {}}, 'no_args.pth')
     for path, said in (('none.pth', 'there is no such file'), ('text.pth', 'not a checkpoint'),
-                       ('bare.pth', 'does not say what it was trained on')):
+                       ('bare.pth', 'does not say what it was trained on'),
+                       ('no_args.pth', 'does not say what it was trained on')):
         with pytest.raises(slim.UserError, match=said):
             slim.main(path, 'never.pth')
     assert not Path('never.pth').exists()
