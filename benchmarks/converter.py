@@ -62,18 +62,24 @@ def relu_of(ann):
     return ann.eval()
 
 
-def main(args):
+def open_ann(args):
+    """(the ANN of --pretrained_ann, the Data, the device), as the flags of snn.py say. Raises UserError."""
     if not args.pretrained_ann:
         raise UserError('--pretrained_ann: name the ANN that is to be converted')
-    try:
-        from spikingjelly.activation_based import ann2snn
-    except ImportError as error:
-        raise UserError('SpikingJelly is not here: pip install spikingjelly') from error
     device = setup.set_up_device(args)
     state = find_snn(args, device).state
     data = setup.load_data(args)
     ann = setup.build_ann(args, data, **checkpoint.ann_layers(state)).to(device)
     checkpoint.load_weights(ann, state, args.pretrained_ann)
+    return ann, data, device
+
+
+def main(args):
+    try:
+        from spikingjelly.activation_based import ann2snn
+    except ImportError as error:
+        raise UserError('SpikingJelly is not here: pip install spikingjelly') from error
+    ann, data, device = open_ann(args)
     relu = relu_of(ann)
     images = next(iter(epoch_loader(data.train, IMAGES, seed=args.seed, shuffle=True)))
 

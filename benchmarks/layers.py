@@ -17,10 +17,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from converter import open_ann  # noqa: E402
+
 import snn  # noqa: E402
-from experiment import UserError, checkpoint, options, setup  # noqa: E402
+from experiment import UserError, options  # noqa: E402
 from experiment.data import epoch_loader  # noqa: E402
-from experiment.start import find_snn  # noqa: E402
 from self_models import LIF, QCFS, spiking  # noqa: E402
 from self_models.conversion import QUANTIZED, is_quantized  # noqa: E402
 
@@ -74,13 +75,7 @@ def measure(ann, network, loader, device):
 
 
 def main(args):
-    if not args.pretrained_ann:
-        raise UserError('--pretrained_ann: name the QCFS ANN that is to be converted')
-    device = setup.set_up_device(args)
-    state = find_snn(args, device).state
-    data = setup.load_data(args)
-    ann = setup.build_ann(args, data, **checkpoint.ann_layers(state)).to(device)
-    checkpoint.load_weights(ann, state, args.pretrained_ann)
+    ann, data, device = open_ann(args)
     if not is_quantized(ann):
         raise UserError(f'{args.pretrained_ann}: holds no QCFS ANN; train one with ann.py --activation QCFS')
     network = spiking(ann.eval(), args.timesteps, **QUANTIZED).eval()

@@ -80,7 +80,8 @@ def plain_layers(model):
     if isinstance(getattr(model, '0', None), nn.Conv2d):  # the example network is one nn.Sequential
         return list(model.children())
     if not hasattr(model, 'features'):
-        raise SystemExit('the other libraries\' networks are built for VGG only: --implementations ours ann')
+        raise SystemExit('of a ResNet only SpikingJelly\'s network is built, with direct input: '
+                         '--implementations ours ann spikingjelly')
     return [*model.features, nn.Flatten(), *model.classifier]
 
 
@@ -158,6 +159,38 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
     return forward, net
 
 
+class Steps(nn.Module):
+    """A neuron in SpikingJelly's multi-step mode between layers that see (T·B, C, H, W)."""
+
+    def __init__(self, neuron, steps):
+        super().__init__()
+        self.neuron, self.steps = neuron, steps
+
+    def forward(self, x):
+        return self.neuron(x.unflatten(0, (self.steps, -1))).flatten(0, 1)  # (T, B, C, H, W)
+
+
+def build_spikingjelly_resnet(model, row, device):
+    """The ANN's ResNet with an IFNode of SpikingJelly for each ReLU, and our thresholds; returns (forward, network)."""
+    from spikingjelly.activation_based import functional, neuron, surrogate
+    net, thresholds, neurons = build_ann(row, device, dropout=0.3), iter(model.thresholds.tolist()), []
+    for parent in list(net.modules()):
+        for name, module in parent.named_children():
+            if isinstance(module, nn.ReLU):
+                threshold = next(thresholds)
+                neurons.append(neuron.IFNode(threshold, v_reset=None, detach_reset=True, step_mode='m',
+                                             surrogate_function=surrogate.PiecewiseQuadratic(1 / threshold)))
+                setattr(parent, name, Steps(neurons[-1], model.timesteps).to(device))
+
+    def forward(images):
+        functional.reset_net(net)
+        for each in neurons:
+            each.v = model.initial_potential * each.v_threshold
+        return net(images.repeat(model.timesteps, 1, 1, 1)).unflatten(0, (model.timesteps, -1)).sum(0)
+
+    return forward, net
+
+
 def build_snntorch(model, device):
     """The same layers in snnTorch, one time step after another; returns (forward, network)."""
     import snntorch
@@ -201,6 +234,8 @@ def build(name, row, device):
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.__class__ = nn.Conv2d  # torch's own, not cpu.py's
+    if name == 'spikingjelly' and row.direct and row.architecture.startswith('RESNET'):
+        return build_spikingjelly_resnet(model, row, device)
     return {'step_by_step': lambda: ((lambda x: step_by_step.run(model, x)[0]), model),
             'spikingjelly': lambda: build_spikingjelly(model, device),
             'spikingjelly_memopt': lambda: build_spikingjelly(model, device, memopt=True),

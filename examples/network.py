@@ -9,18 +9,20 @@ import torch
 from torch import nn
 
 
-def network(labels, input_shape, width=64, plan=(1, 1, 'pool', 2, 2, 'pool', 4, 4)):
+def network(labels, input_shape, width=64, plan=(1, 1, 'pool', 2, 2, 'pool', 4, 4), halve=False):
     """A network of 1.1 million weights, for images of input_shape (C, H, W) and so many labels.
 
-    plan: the channels of each convolution, as multiples of width, and pools.
+    plan: the channels of each convolution, as multiples of width, and pools. halve: the first convolution is of 4x4
+    with stride 2, so that the others see a quarter of the pixels.
     """
     layers, channels = [], input_shape[0]
     for factor in plan:
         if factor == 'pool':
             layers.append(nn.AvgPool2d(2))
         else:
-            layers += [nn.Conv2d(channels, factor * width, 3, padding=1, bias=False), nn.BatchNorm2d(factor * width),
-                       nn.ReLU()]
+            size, stride = (4, 2) if halve and not layers else (3, 1)
+            layers += [nn.Conv2d(channels, factor * width, size, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(factor * width), nn.ReLU()]
             channels = factor * width
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, labels)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)  # in which convolutions take less time
@@ -35,3 +37,8 @@ def deep(labels, input_shape):
     """The thirteen convolutions of VGG16 with an eighth of their channels: 231,000 weights."""
     plan = (1, 1, 'pool', 2, 2, 'pool', 4, 4, 4, 'pool', 8, 8, 8, 'pool', 8, 8, 8)
     return network(labels, input_shape, width=8, plan=plan)
+
+
+def quick(labels, input_shape):
+    """A network that takes half the time of network() to train: 1.3 million weights, few of them at many pixels."""
+    return network(labels, input_shape, width=48, plan=(1, 2, 2, 'pool', 4, 4, 'pool', 8), halve=True)

@@ -22,6 +22,8 @@ from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
 from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
 
+MOST_SHOWN = 4  # of the weights that do not fit
+
 
 def save(state: dict, path: Path) -> None:
     """Write a checkpoint: a dict of tensors, numbers, texts, lists and dicts."""
@@ -127,7 +129,7 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     """({name: weight} of a checkpoint, as a model calls them, [names of those left out]).
 
     may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen
-    weight raises a UserError that lists them.
+    weight raises a UserError that lists the first of them.
     """
     names = {plain_name(key): key for key in model.state_dict()}  # the user's own network may have a child 'module'
     weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
@@ -156,8 +158,9 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
         holds = f' (it holds a {of} for {known["dataset"]})' if {'architecture', 'dataset'} <= known.keys() else ''
         published = not is_own_network(of) and isinstance(model, (VGG, ResNet, SpikingNetwork))
         flags = ', --image_size and --kernel_size' if published else ' and --image_size'
+        first, more = sorted(problems)[:MOST_SHOWN], len(problems) - MOST_SHOWN
         raise UserError(f'{path}: does not fit this network{holds}; set --architecture, --dataset{flags} '
-                        f'as it was trained: {", ".join(sorted(problems))}')
+                        f'as it was trained: {", ".join(first)}' + (f' and {more} more' if more > 0 else ''))
     return {key: value for key, value in weights.items() if key not in kept}, kept
 
 

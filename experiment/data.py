@@ -32,14 +32,15 @@ class Transform(NamedTuple):
     """How the images of a set are prepared for a network.
 
     prepare: resizes a picture from PIL. top: the largest value of a pixel. signed: whether values become -1 .. 1, else
-    0 .. 1. augment: crop and flip at random. cutout: the size of a square that is set to 0, in pixels. The last two
-    draw from torch's global generator.
+    0 .. 1. augment: flip at random, and shift by up to `crop` pixels. cutout: the size of a square that is set to 0, in
+    pixels. Both draw from torch's global generator.
     """
     prepare: Callable | None = None
     top: int = 255
     signed: bool = True
     augment: bool = False
     cutout: int = 0
+    crop: int = 4
 
 
 class Pictures(Dataset):
@@ -71,10 +72,10 @@ class Pictures(Dataset):
 
     def batch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) and labels (B,) of a list of indices: some 20 times faster than one by one."""
-        prepare, top, signed, augment, cutout = self.transform
+        prepare, top, signed, augment, cutout, crop = self.transform
         images = self.images[indices] if self.in_memory else _read_all(self.images, prepare, indices)
         if augment:
-            images = crop_and_flip(images)
+            images = crop_and_flip(images, crop)
         images = images.float().div_(top)
         if signed:
             images = images.mul_(2).sub_(1)
@@ -98,7 +99,7 @@ class Data(NamedTuple):
         return 'test' if self.validation is None else 'validation'
 
 
-def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
+def crop_and_flip(images: torch.Tensor, padding: int) -> torch.Tensor:
     """Pad (B, C, H, W) with zeros (black), cut each image out at its own random place and flip every other one."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
@@ -138,12 +139,12 @@ ALL = Sampling()
 
 
 def load(name: str, data_dir: str | Path, image_size: int = 32, sampling: Sampling = ALL, num_workers: int = 0,
-         cutout: int = 0) -> Data:
+         cutout: int = 0, crop: int = 4) -> Data:
     """The data set `name`; UserError if it is missing, damaged or not as it should be.
 
     image_size: height and width in pixels that FOLDER pictures are resized to; the other sets have their own.
-    num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout: see Transform; for training
-    images.
+    num_workers: processes that decode the pictures of a small FOLDER, 0 for none. cutout, crop: see Transform; of
+    training images.
     """
     if name not in BUILDERS:
         raise UserError(f'{name}: no such data set; choose one of {", ".join(INPUT_SHAPES)}')
@@ -156,7 +157,7 @@ def load(name: str, data_dir: str | Path, image_size: int = 32, sampling: Sampli
         sets = [Pictures(_decode(part.images, part.transform.prepare, image_size, num_workers), part.labels,
                          part.transform) for part in sets]
     train, validation, test = sets
-    train.transform = train.transform._replace(cutout=cutout)
+    train.transform = train.transform._replace(cutout=cutout, crop=crop)
     return whole._replace(train=train, test=test, validation=validation if len(validation) else None,
                           full_train_size=len(whole.train))
 

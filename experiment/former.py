@@ -2,7 +2,7 @@
 
 PRETRAINED = ('pretrained_ann', 'pretrained_snn')
 # the values of flags that a former version did not have
-_ALL = {'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0}
+_ALL = {'lr_schedule': 'step', 'cutout': 0, 'crop': 4, 'label_smoothing': 0.0}
 _ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 _SNN = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
         'keep_batch_norm': False}

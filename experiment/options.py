@@ -200,6 +200,9 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add('--validation_fraction', type=below_one, default=0.0, metavar='F',
         help='hold out this part of the training set and choose the best epoch on it; default 0: choose on the test '
              'set')
+    add('--crop', type=number(int, 0, 32), default=4, metavar='PIXELS',
+        help='shift each training image of CIFAR or FOLDER at random by up to so many pixels, 0 to 32; every other one '
+             'is flipped, too; default %(default)s')
     add('--cutout', type=natural_int, default=0, metavar='PIXELS',
         help='blot out a square of this size in each training image, at a random place; default 0: none')
 
@@ -237,7 +240,7 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 
 # flags without effect in a test
 TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
-            'weight_decay', 'momentum', 'amsgrad', 'cutout', 'train_acc_batches')
+            'weight_decay', 'momentum', 'amsgrad', 'crop', 'cutout', 'train_acc_batches')
 # flags that --predict uses: the network, its device, and the random draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
@@ -259,6 +262,7 @@ def without_effect(settings: dict) -> dict[str, str]:
           for flag in surrogate.FLAGS),
         ('--activation QCFS', get('activation') == 'QCFS', ['levels', 'bounds']),
         ('--dataset FOLDER', get('dataset') == 'FOLDER', ['image_size']),
+        ('--dataset CIFAR10, CIFAR100 or FOLDER', get('dataset') in ('CIFAR10', 'CIFAR100', 'FOLDER'), ['crop']),
         ('VGGs', vgg, ['kernel_size']),
         ('the published networks; your own network keeps it always', not own, ['keep_batch_norm']),
         ('the published networks', not own, ['dropout', 'batch_norm']),

@@ -76,7 +76,8 @@ def load_data(args: Namespace) -> Data:
     with distributed.main_first():
         sampling = data_sets.Sampling(args.train_samples, args.test_samples, args.seed, args.validation_fraction,
                                       getattr(args, 'split_seed', None))
-        return data_sets.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout)
+        return data_sets.load(args.dataset, args.data_dir, args.image_size, sampling, args.num_workers, args.cutout,
+                              args.crop)
 
 
 def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_norm: bool,

@@ -10,7 +10,7 @@ from pathlib import Path
 from experiment import UserError
 from experiment.data import Data, held_out_of, shuffled
 
-_PICTURES = ('FOLDER', 'IMAGENET')  # sets that depend on the folder
+OF_A_FOLDER = ('FOLDER', 'IMAGENET')  # sets that are whatever --data_dir holds
 
 
 def trainings(state: dict) -> list[dict | None]:
@@ -42,14 +42,14 @@ def _training(args, count):
 
 def _set(entry):
     """The set of a training, a dict: its name and, if it depends on that, the folder."""
-    folder = os.path.realpath(os.path.expanduser(entry['data_dir'])) if entry['dataset'] in _PICTURES else None
+    folder = os.path.realpath(os.path.expanduser(entry['data_dir'])) if entry['dataset'] in OF_A_FOLDER else None
     return {'dataset': entry['dataset'], 'data_dir': folder}
 
 
 def _is_whole(entry):
     """Whether an entry of a file, or a run's arguments there, describes a training in full."""
     return (isinstance(entry, dict) and isinstance(entry.get('dataset'), str)
-            and (entry['dataset'] not in _PICTURES or isinstance(entry.get('data_dir'), str))
+            and (entry['dataset'] not in OF_A_FOLDER or isinstance(entry.get('data_dir'), str))
             and type(entry.get('seed')) is int and 0 <= entry['seed'] < 2 ** 63
             and all(entry.get(key) is None or type(entry[key]) is int and entry[key] > 0
                     for key in ('images', 'train_samples'))

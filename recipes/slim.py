@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiment import UserError, checkpoint, files, options  # noqa: E402
+from experiment.trained_on import OF_A_FOLDER  # noqa: E402
 
 KEPT = ('accuracy', 'epoch', 'classes', 'trained_on', 'thresholds', 'timesteps', 'activation', 'leak', 'leaks', 'args')
 
@@ -26,7 +27,7 @@ def slim(state: dict) -> dict:
     """
     def usual(entry):  # where the pictures lie here is nobody's business
         folder = entry.get('data_dir')
-        own = entry['dataset'] in ('FOLDER', 'IMAGENET')
+        own = entry['dataset'] in OF_A_FOLDER
         return {**entry, 'data_dir': f'~/Datasets/{Path(folder).name}' if own else folder and '~/Datasets'}
 
     kept = {key: state[key] for key in KEPT if key in state}

@@ -106,6 +106,19 @@ def test_the_example_network_in_spikingjelly_gives_the_same_logits_and_gradients
         torch.testing.assert_close(model(images), forward(images))
 
 
+def test_a_resnet_in_spikingjelly_gives_the_same_logits():
+    pytest.importorskip('spikingjelly')
+    row = compare.parse_row('RESNET12:3:2')
+    model = networks.build_ours(row, CPU, 'Linear').double().eval()
+    forward, net = networks.build_spikingjelly_resnet(model, row, CPU)
+    net.double().eval()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    with torch.no_grad():
+        logits = model(images)
+        torch.testing.assert_close(forward(images), logits)
+    assert logits.abs().min() > 0
+
+
 def test_what_a_row_compares():
     def names(row, given=None):
         return compare.names_of(compare.parse_row(row), argparse.Namespace(implementations=given))

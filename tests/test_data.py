@@ -744,6 +744,9 @@ def test_imagenet(tmp_path, inner):
     one, two, again = (all_of(epoch_loader(train, 2, seed=seed))[0] for seed in (1, 2, 1))
     assert one.shape == (4, 3, 224, 224) and one.is_contiguous() and one.min() < -.5 and one.max() > .5
     assert torch.equal(one, again) and not torch.equal(one, two)
+    still, _ = all_of(epoch_loader(load('FOLDER', tmp_path, crop=0).train, 3))
+    for image in all_of(epoch_loader(load('FOLDER', tmp_path, crop=0).train, 3, seed=4))[0]:
+        assert any(torch.equal(image, each) or torch.equal(image.flip(2), each) for each in still)  # not shifted
     images, labels = all_of(epoch_loader(test, 2, seed=1))
     assert torch.equal(images, all_of(epoch_loader(test, 2, seed=2))[0]) and labels.tolist() == [0, 0, 1]
     assert (images[1] == 1).all()
@@ -758,20 +761,22 @@ def test_imagenet_errors(tmp_path):
     assert f'in sub-folders of {tmp_path}/val;' in message('IMAGENET', tmp_path)
 
 
-def test_crop_and_flip():
+@pytest.mark.parametrize('crop', [0, 2, 4])
+def test_crop_and_flip(crop):
     images = torch.arange(1, 1 + 2 * 3 * 6 * 5, dtype=torch.uint8).reshape(2, 3, 6, 5).repeat(150, 1, 1, 1)
     torch.manual_seed(0)
-    crops = crop_and_flip(images)
+    crops = crop_and_flip(images, crop)
     assert crops.shape == images.shape and crops.dtype == torch.uint8
-    padded = torch.zeros(2, 3, 14, 13, dtype=torch.uint8)
-    padded[:, :, 4:10, 4:9] = images[:2]
-    places = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)]
+    padded = torch.zeros(2, 3, 6 + 2 * crop, 5 + 2 * crop, dtype=torch.uint8)
+    padded[:, :, crop:6 + crop, crop:5 + crop] = images[:2]
+    places = [(top, left, flip) for top in range(2 * crop + 1) for left in range(2 * crop + 1)
+              for flip in (False, True)]
     windows = torch.stack([padded[:, :, top:top + 6, left:left + 5].flip([3] if flip else [])
                            for top, left, flip in places], 1)
     same = (crops.reshape(150, 2, 1, 3, 6, 5) == windows).flatten(3).all(3)  # (150, 2, places)
     assert (same.sum(2) == 1).all()  # every window of a padded image is another one
     seen = {places[number] for number in same.nonzero()[:, 2].tolist()}
-    assert [set(values) for values in zip(*seen)] == [set(range(9)), set(range(9)), {False, True}]
+    assert [set(values) for values in zip(*seen)] == [set(range(2 * crop + 1))] * 2 + [{False, True}]
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 4, 20])
@@ -815,6 +820,9 @@ def test_only_training_pictures_are_augmented(tmp_path):
     assert torch.equal(all_of(epoch_loader(test, 2, seed=1))[0], all_of(epoch_loader(test, 2, seed=2))[0])
     one, two, again = (all_of(epoch_loader(train, 3, seed=seed))[0] for seed in (1, 2, 1))
     assert torch.equal(one, again) and not torch.equal(one, two)
+    still, _ = all_of(epoch_loader(load('FOLDER', tmp_path, crop=0).train, 3))
+    for image in all_of(epoch_loader(load('FOLDER', tmp_path, crop=0).train, 3, seed=4))[0]:
+        assert any(torch.equal(image, each) or torch.equal(image.flip(2), each) for each in still)  # not shifted
     assert one.min() == -1 and one.max() == 1 and one.dtype == torch.float32 and one.is_contiguous()
 
 

@@ -190,7 +190,7 @@ def test_scaling_factors_that_were_tried(written):
     start = {**converted(0.4, 0.9), 'scan': scans[0], 'scanned_on': 'train', 'scaling_factor': 1.0}
     for flag, values, scans in (('learning_rate', (0.1, 0.2), 1), ('lr_schedule', ('step', 'cosine'), 1),
                                 ('learn_threshold', (False, True), 1), ('learn_leak', (False, True), 1),
-                                ('cutout', (0, 8), 2)):  # thresholds are balanced on images that are cut out
+                                ('cutout', (0, 8), 2), ('crop', (2, 4), 2)):  # which the balanced thresholds follow
         paths = [written(f'{flag}{value}', [start, *epochs(0.5, 0.6)], **{flag: value}, scaling_factor='auto')
                  for value in values]
         assert [len(part) for part in table(paths)[0]] == [2, scans], flag
@@ -471,8 +471,9 @@ def test_the_figures_are_those_of_the_results(folder):
 
 @pytest.mark.parametrize('kind, new', [
     ('snn/fashion_14', {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False,
-                        'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'label_smoothing': 0.0, 'width': 1.0}),
-    ('ann', {'activation': 'ReLU', 'levels': 8, 'batch_norm': False, 'lr_schedule': 'step', 'cutout': 0,
+                        'learn_leak': False, 'lr_schedule': 'step', 'cutout': 0, 'crop': 4, 'label_smoothing': 0.0,
+                        'width': 1.0}),
+    ('ann', {'activation': 'ReLU', 'levels': 8, 'batch_norm': False, 'lr_schedule': 'step', 'cutout': 0, 'crop': 4,
              'label_smoothing': 0.0})])
 def test_runs_of_before_there_were_other_neurons_are_of_the_same_experiment(kind, new, tmp_path):
     old = sorted((ROOT / 'results' / kind).glob('*.jsonl'))[0]
