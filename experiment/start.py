@@ -354,9 +354,11 @@ def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False)
     if 'default_threshold' not in idle and ('default_threshold' in saved or len(thresholds) > 3):
         fixed.append('default_threshold')
     keep(args, state, path, fixed)
+    unknown = options.without_effect(vars(args)).keys()  # to this surrogate, for one
     said = {key: f'{getattr(args, key)}{" as the flag says" if key in args.given else ""}' for key in (
         'timesteps', 'leak', 'activation', 'output', *(
-            key for key in SPIKING if key in args.given or getattr(args, key) != args.defaults[key]))}
+            key for key in (*FLAGS, *SPIKING)
+            if key not in unknown and (key in args.given or getattr(args, key) != args.defaults[key])))}
     if set(leaks) - {settings['leak']}:
         said['leak'] = f'{said["leak"]}, in place of those learned' if 'leak' in args.given else 'as learned'
     return f'{path}: {args.architecture} for {args.dataset}, runs at ' + ', '.join(
