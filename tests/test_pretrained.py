@@ -20,8 +20,11 @@ pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 def test_digits_has_the_accuracy_that_its_page_gives(capsys):
     run(snn, *DIGITS, '--test_only')
     percent, = re.findall(r'\| `small_digits_4\.pth` \|.*\| ([\d.]+) \|', PAGE)
-    found, = re.findall(r'loaded SNN +([\d.]+)%', capsys.readouterr().out)
+    out = capsys.readouterr().out
+    found, = re.findall(r'loaded SNN +([\d.]+)%', out)
     assert abs(float(found) - float(percent)) < 0.6  # two of 360 images: processors add up in other orders
+    line, = re.findall('small_digits_4.pth: .* runs at (.*)', out)
+    assert 'gamma 1.0' in line and 'alpha' not in line  # the file's, not the default; alpha is STDB's
 
 
 def test_digits_says_what_a_picture_shows(capsys):
