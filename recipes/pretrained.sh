@@ -2,15 +2,16 @@
 # The networks in pretrained/: train, convert and fine-tune them, and write them there.
 #
 #     bash recipes/pretrained.sh digits             # two minutes on two cores
-#     bash recipes/pretrained.sh quick one_step     # CIFAR-10, T = 4: 40 minutes on two cores; then T = 1: 40 more
+#     bash recipes/pretrained.sh quick one_step     # CIFAR-10, T = 4: 42 minutes on two cores; then T = 1: 30 more
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh quick
 #
-# If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR.
+# If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs, such as
+# EXTRA=--amp on a processor with bfloat16.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder
 folder=${PRETRAINED:-pretrained}
-common=(--lr_schedule cosine --label_smoothing 0.1 --seed 0 --resume auto)
+common=(--lr_schedule cosine --label_smoothing 0.1 --seed 0 --resume auto ${EXTRA:-})
 mkdir -p "$folder"
 
 digits() {
@@ -23,20 +24,22 @@ digits() {
     python recipes/slim.py trained_models/snn/small_digits_4.pth "$folder/small_digits_4.pth"
 }
 
-cifar10=(--architecture examples/network.py:quick "${data[@]}" --validation_fraction 0.04 --crop 2)
-sgd=(--activation QCFS --optimizer SGD --weight_decay 5e-4 --batch_size 64 --epochs 12)
-tuned=(--activation Linear --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1 --train_samples 6400)
+cifar10=(--architecture examples/network.py:quick "${data[@]}" --validation_fraction 0.04)
+sgd=(--activation QCFS --optimizer SGD --weight_decay 5e-4 --batch_size 64)
+tuned=(--activation Linear --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1 --train_samples 6400
+       --crop 2)
 
 quick() {  # T = 4: an ANN of four levels
-    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --name quick_qcfs
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 12 \
+                  --crop 2 --name quick_qcfs
     python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name quick_4 \
                   --pretrained_ann trained_models/ann/quick_qcfs.pth
     python recipes/slim.py trained_models/snn/quick_4.pth "$folder/quick_cifar10_4.pth"
 }
 
 one_step() {  # T = 1: that ANN trained further with one level
-    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --name quick_one_level \
-                  --pretrained_ann trained_models/ann/quick_qcfs.pth
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 9 \
+                  --pretrained_ann trained_models/ann/quick_qcfs.pth --name quick_one_level
     python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name quick_1 \
                   --pretrained_ann trained_models/ann/quick_one_level.pth
     python recipes/slim.py trained_models/snn/quick_1.pth "$folder/quick_cifar10_1.pth"
