@@ -161,7 +161,7 @@ def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
         while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             cause = cause.__context__
         reason = getattr(cause, 'strerror', None) or str(error).splitlines()[0]
-        raise UserError(f'{path}: cannot be written ({reason}); a file that was there is untouched') from error
+        raise UserError(f'{path}: cannot be written ({reason}); the file that was there is untouched') from error
 
 
 def _temporary(path):
