@@ -99,7 +99,7 @@ class Data(NamedTuple):
         return 'test' if self.validation is None else 'validation'
 
 
-def crop_and_flip(images: torch.Tensor, padding: int) -> torch.Tensor:
+def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
     """Pad (B, C, H, W) with zeros (black), cut each image out at its own random place and flip every other one."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
