@@ -85,6 +85,33 @@ def plain_layers(model):
     return [*model.features, nn.Flatten(), *model.classifier]
 
 
+def if_node(threshold, gradient=None):
+    """SpikingJelly's IF neuron with soft reset; gradient: its surrogate, in place of Linear's triangle."""
+    from spikingjelly.activation_based import neuron, surrogate
+    return neuron.IFNode(threshold, v_reset=None, detach_reset=True,
+                         surrogate_function=gradient or surrogate.PiecewiseQuadratic(1 / threshold))
+
+
+def prepare_if_nodes(net, model, device):
+    """Set SpikingJelly's multi-step mode and quickest backend; returns the function that starts all potentials anew."""
+    from spikingjelly.activation_based import functional, neuron
+    functional.set_step_mode(net, 'm')
+    neurons = [module for module in net.modules() if isinstance(module, neuron.IFNode)]
+    if device.type == 'cuda':
+        for backend in ('triton', 'cupy'):
+            if importlib.util.find_spec(backend):
+                functional.set_backend(net, backend, neuron.IFNode)
+                break
+        print('spikingjelly backend:', neurons[0].backend, file=sys.stderr)
+
+    def reset():
+        functional.reset_net(net)
+        for each in neurons:
+            each.v = model.initial_potential * each.v_threshold
+
+    return reset
+
+
 def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
     """The same layers in SpikingJelly's multi-step mode; returns (forward, network).
 
@@ -92,7 +119,7 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
     block begins behind a neuron, with its dropout and pool, as spikes behind a dropout are not 0 or 1. shape: (C, H, W)
     of the images.
     """
-    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+    from spikingjelly.activation_based import layer, neuron, surrogate
 
     class Block(nn.Sequential):
         pass
@@ -107,9 +134,7 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
         elif isinstance(module, nn.BatchNorm2d):
             new = layer.BatchNorm2d(module.num_features)
         elif isinstance(module, (nn.ReLU, LIF)):
-            threshold = next(thresholds)
-            gradient = surrogate.ATan() if isinstance(module, nn.ReLU) else surrogate.PiecewiseQuadratic(1 / threshold)
-            new = neuron.IFNode(threshold, v_reset=None, surrogate_function=gradient, detach_reset=True)
+            new = if_node(next(thresholds), surrogate.ATan() if isinstance(module, nn.ReLU) else None)
         elif isinstance(module, nn.Dropout):
             new = layer.Dropout(module.p)
         elif isinstance(module, nn.AvgPool2d):
@@ -124,19 +149,7 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
         if isinstance(new, neuron.IFNode):
             blocks.append([])
     net = nn.Sequential(*(Block(*block) for block in blocks)).to(device)
-    functional.set_step_mode(net, 'm')
-    neurons = [module for module in net.modules() if isinstance(module, neuron.IFNode)]
-    if device.type == 'cuda':
-        for backend in ('triton', 'cupy'):
-            if importlib.util.find_spec(backend):
-                functional.set_backend(net, backend, neuron.IFNode)
-                break
-        print('spikingjelly backend:', neurons[0].backend, file=sys.stderr)
-
-    def reset():
-        functional.reset_net(net)
-        for each in neurons:
-            each.v = model.initial_potential * each.v_threshold
+    reset = prepare_if_nodes(net, model, device)
 
     def encode(images):
         if model.encoding == 'direct':
@@ -172,20 +185,15 @@ class Steps(nn.Module):
 
 def build_spikingjelly_resnet(model, row, device):
     """The ANN's ResNet with an IFNode of SpikingJelly for each ReLU, and our thresholds; returns (forward, network)."""
-    from spikingjelly.activation_based import functional, neuron, surrogate
-    net, thresholds, neurons = build_ann(row, device, dropout=0.3), iter(model.thresholds.tolist()), []
+    net, thresholds = build_ann(row, device, dropout=0.3), iter(model.thresholds.tolist())
     for parent in list(net.modules()):
         for name, module in parent.named_children():
             if isinstance(module, nn.ReLU):
-                threshold = next(thresholds)
-                neurons.append(neuron.IFNode(threshold, v_reset=None, detach_reset=True, step_mode='m',
-                                             surrogate_function=surrogate.PiecewiseQuadratic(1 / threshold)))
-                setattr(parent, name, Steps(neurons[-1], model.timesteps).to(device))
+                setattr(parent, name, Steps(if_node(next(thresholds)), model.timesteps).to(device))
+    reset = prepare_if_nodes(net, model, device)
 
     def forward(images):
-        functional.reset_net(net)
-        for each in neurons:
-            each.v = model.initial_potential * each.v_threshold
+        reset()
         return net(images.repeat(model.timesteps, 1, 1, 1)).unflatten(0, (model.timesteps, -1)).sum(0)
 
     return forward, net

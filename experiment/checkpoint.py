@@ -107,6 +107,8 @@ def read(path: Path | str) -> object:
                         'code; save its state_dict and numbers alone with torch.save') from error
     except MemoryError:
         raise
+    except PermissionError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}); make the file readable or give another') from error
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
         raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy, or give a file that '
                         'ann.py or snn.py wrote') from error
@@ -262,6 +264,8 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
+    if isinstance(model, LayerByLayer):
+        model.carried = None  # the weights of a file carry its thresholds already, which may have been learned
     try:
         model.threshold_update(1.0, settings['thresholds'])
         if leaks and settings['leaks']:

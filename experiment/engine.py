@@ -348,7 +348,7 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
     if fresh:
         write = partial(torch.save, state)
         with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
-            files.set_aside([*paths, paths.events], said.append)
+            files.set_aside([*paths, paths.folded, paths.events], said.append)
     else:
         checkpoint.save(state, paths.last)
         if improved:

@@ -38,6 +38,11 @@ class Paths(NamedTuple):
     metrics: Path
 
     @property
+    def folded(self) -> Path:
+        """The best epoch with its batch norm folded, which --keep_batch_norm writes."""
+        return self.best.with_suffix('.folded.pth')
+
+    @property
     def events(self) -> Path:
         """The folder that --tensorboard writes."""
         return self.metrics.with_suffix('')

@@ -133,7 +133,7 @@ def fold_batch_norm(model: SpikingNetwork, data: Data, run: Run) -> SpikingNetwo
     Of several processes the main one saves."""
     network, images = folded(model, run.args, data), getattr(data, data.selection)
     before, after = (run.test(each, images).accuracy for each in (model, network))
-    path = run.paths.best.with_suffix('.folded.pth')
+    path = run.paths.folded
     run.say(f'{path}: the best network with its batch norm folded; {data.selection} accuracy {after:.2%}, with batch '
             f'norm in place {before:.2%}')
     if distributed.is_main():

@@ -240,7 +240,8 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 
 # flags without effect in a test
 TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
-            'weight_decay', 'momentum', 'amsgrad', 'crop', 'cutout', 'train_acc_batches')
+            'weight_decay', 'momentum', 'amsgrad', 'dropout', 'crop', 'cutout', 'learn_threshold', 'learn_leak',
+            'tensorboard', 'train_acc_batches')
 # flags that --predict uses: the network, its device, and the random draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',

@@ -26,7 +26,9 @@ def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
         raise UserError(f'--predict: {path} does not name its classes; train it for one more epoch with '
                         '--pretrained_snn, which adds them')
     said, args.given = [start.adopt(args, state, path)], given
+    kept = args.keep_batch_norm  # the file decides, whatever the flag says
     said += start.drop_idle(args)
+    args.keep_batch_norm = kept
     if args.dataset not in INPUT_SHAPES:
         raise UserError(f'--predict: {path} is of an unknown data set {args.dataset}; name one whose images have '
                         'the same shape with --dataset')

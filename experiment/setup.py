@@ -60,6 +60,8 @@ def _device(args):
 def notes(args: Namespace, device: torch.device, model: torch.nn.Module) -> list[str]:
     """Lines to say about the flags and the network on this device."""
     said = []
+    if 'devices' in args.given and device.type == 'cpu':
+        said.append('--devices has no effect here: it belongs to CUDA')
     normed = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules())
     if distributed.wanted() and normed and not distributed.synchronises(device):
         said.append("batch norm is not synchronised on CPUs: each process takes the statistics of its own part of a "
@@ -108,7 +110,7 @@ def build_snn(args: Namespace, data: Data, state: dict | None = None) -> Spiking
         ann = build_ann(args, data, **{**checkpoint.ann_layers(state), 'levels': 1})
         with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
             return self_models.spiking(ann, **neurons)
-    scale = args.balance_blocks or state is not None and checkpoint.has_scales(state)
+    scale = state is not None and checkpoint.has_scales(state) or args.balance_blocks
     resnet = partial(self_models.RESNET_SNN_STDB, scale=scale)
     return _build(self_models.VGG_SNN_STDB, resnet, args, data, **neurons,
                   bias=state is not None and checkpoint.has_biases(state))

@@ -158,10 +158,14 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
         if 'output' in args.given:
             raise UserError(f'--output fitted: {why}')
         args.output = 'mean'
+    said = []
+    if args.balance_blocks and (quantized or layers['batch_norm']):
+        args.balance_blocks = False
+        said.append('--balance_blocks has no effect here: it belongs to ANNs of ReLU without batch norm')
     if not quantized:
-        return []
+        return said
     _settle(args, QUANTIZED)
-    said = [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
+    said += [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
             'less accurate than its ANN until it is fine-tuned'
             for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
@@ -345,6 +349,11 @@ def adopt(args: Namespace, state: dict, path: Path | str, resumed: bool = False)
         raise UserError(f'--output {args.output}: only a conversion decides whether the output is fitted, and {path} '
                         f'has --output {settings["output"]}; leave the flag out, or convert with --pretrained_ann')
     _settle(args, settings)
+    in_place = settings.get('keep_batch_norm', False)
+    if args.keep_batch_norm != in_place and not options.is_own_network(args.architecture):
+        raise UserError(f'--keep_batch_norm {args.keep_batch_norm}: {path} has '
+                        f'{"batch norm in place" if in_place else "no batch norm, or has it folded"}; leave the flag '
+                        'out, or convert with --pretrained_ann')
     if resumed:
         keep(args, state, path, ['pretrained_ann', 'pretrained_snn'])
     # thresholds are balanced and scaled already; these flags had no effect if --default_threshold set them all

@@ -59,6 +59,16 @@ def test_truncated_files_are_refused(tmp_path, share):
     refused(tmp_path / 'b.pth', 'damaged|not a checkpoint')
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = saved(tmp_path / 'a.pth')
+
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr('experiment.unpickling.load', refuse)
+    refused(path, r'cannot be read \(Permission denied\)')
+
+
 # -- what a file would run --------------------------------------------------------------------------------------------
 
 def ran(*_, **__):

@@ -10,6 +10,7 @@ from torch import nn
 import self_models.lif_layer as lif_layer
 import step_by_step
 from conftest import ROOT, fill, network, ternary
+from experiment import checkpoint
 from self_models import (
     ARCHITECTURES,
     QCFS,
@@ -387,6 +388,16 @@ def test_one_level_at_one_step_is_the_ann(architecture):
         want, got = model(x), snn(x)
     assert want.std() > 0 and (got - want).abs().max() <= 1e-12 * want.abs().max()
     assert (snn.timesteps, snn.delay, snn.encoding, snn.initial_potential, snn.leak) == (1, 0, 'direct', 0.5, 1.0)
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET12'])
+def test_its_own_state_can_be_loaded_after_thresholds_were_learned(architecture):
+    snn = convert(trained_like(architecture, levels=2), timesteps=2, learn_threshold=True)
+    with torch.no_grad():
+        snn.thresholds *= torch.linspace(0.5, 2, len(snn.thresholds)).to(snn.thresholds)
+    weights = {key: value.clone() for key, value in snn.state_dict().items()}
+    checkpoint.load_snn(snn, {'state_dict': weights, **checkpoint.snn_state(snn)}, 'own.pth')
+    assert all(torch.equal(value, weights[key]) for key, value in snn.state_dict().items())
 
 
 class IntegrateAndFire(nn.Module):

@@ -284,6 +284,23 @@ def test_batch_norm_is_kept_in_fine_tuning_and_folded_afterwards(bounds, capsys)
     for file, accuracy in (('kept.folded', before), ('kept', after)):  # each runs without another flag
         run(snn, '--pretrained_snn', f'trained_models/snn/{file}.pth', '--test_only', *SMALL[4:])
         assert f'test accuracy {accuracy}%' in capsys.readouterr().out
+    fails(snn, 'kept.folded.pth has no batch norm, or has it folded; leave the flag out', *SMALL, '--pretrained_snn',
+          'trained_models/snn/kept.folded.pth', '--keep_batch_norm')
+    fails(snn, 'kept.last.pth has batch norm in place; leave the flag out', *flags, '--no-keep_batch_norm', '--resume')
+    image = pytest.importorskip('PIL.Image')
+    image.new('L', (8, 8), 200).save('new.png')
+    run(snn, '--pretrained_snn', 'trained_models/snn/kept.pth', '--predict', 'new.png', '--no-gpu', '--keep_batch_norm')
+    assert re.search(r'^new\.png: \d \d+\.\d%, ', capsys.readouterr().out, re.M)
+    files = {Path(f'trained_models/snn/previous.1.kept{end}') for end in ('.pth', '.last.pth', '.folded.pth')}
+    run(snn, *flags, '--epochs', 1, '--no-keep_batch_norm')
+    assert all(map(Path.exists, files)) and not Path('trained_models/snn/kept.folded.pth').exists()
+
+
+def test_balancing_of_blocks_is_nothing_to_a_qcfs_ann(capsys):
+    run(ann, *QCFS, '--epochs', 1, '--bounds', 'channel', '--name', 'q')
+    run(snn, *SMALL, '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 2, '--test_only',
+        '--balance_blocks')
+    assert '--balance_blocks has no effect here: it belongs to ANNs of ReLU without' in capsys.readouterr().out
 
 
 def test_batch_norm_that_is_not_there_cannot_be_kept(trained):

@@ -496,11 +496,11 @@ def test_a_threshold_for_all_means_nothing_where_a_vgg_is_converted(monkeypatch,
 
 
 def test_a_test_says_that_it_heeds_no_flag_of_training(trained, capsys):
-    flags = ['--epochs', 3, '-lr', 0.1, '--label_smoothing', 0.1]
+    flags = ['--epochs', 3, '-lr', 0.1, '--label_smoothing', 0.1, '--dropout', 0.1, '--tensorboard']
     for module, more in ((ann, []), (snn, [*FEW_STEPS, *CALIBRATION])):
         run(module, *SMALL, *more, '--pretrained_ann', trained, '--test_only', *flags)
         said = re.findall(r'^--(\w+) has no effect here: it belongs to training$', capsys.readouterr().out, re.M)
-        assert said == ['epochs', 'label_smoothing', 'learning_rate']
+        assert said == ['dropout', 'epochs', 'label_smoothing', 'learning_rate', 'tensorboard']
 
 
 @pytest.mark.parametrize('optimizer, flags', [('SGD', ['--no-amsgrad']), ('SGD', ['--image_size', 16]),

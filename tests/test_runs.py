@@ -31,6 +31,13 @@ def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
     assert setup.notes(amp, torch.device('cuda'), model) == []
 
 
+def test_devices_mean_nothing_on_a_cpu():
+    args = ann.get_args_parser().parse_args(['--devices', '1'])
+    assert setup.notes(args, torch.device('cpu'), torch.nn.Linear(1, 1)) == [
+        '--devices has no effect here: it belongs to CUDA']
+    assert setup.notes(args, torch.device('cuda', 1), torch.nn.Linear(1, 1)) == []
+
+
 def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
     current = []
     for name, function in (('is_available', lambda: True), ('device_count', lambda: 2), ('set_device', current.append)):

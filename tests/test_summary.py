@@ -403,7 +403,8 @@ def test_the_figure_over_time_steps(written, capsys):
     Image.open('made.png').verify()
     paths.append(written('again', [converted(0.5, 0.9), *epochs(0.6, 0.9)], timesteps=4, learning_rate=1, **low))
     capsys.readouterr()
-    for of, said in ((paths, 'low40.jsonl and again.jsonl would be one point'), (['ann.jsonl'], 'none of these files')):
+    for of, said in ((paths, 'low40.jsonl and again.jsonl would be one point'),
+                     (['ann.jsonl'], 'none of these files is of snn.py and has a test accuracy')):
         with pytest.raises(SystemExit, match=said):
             snn_script.main(['--summarize', *of, '--over_timesteps', 'made.png'])
 

@@ -172,7 +172,8 @@ def test_values_reach_the_target_unchanged_through_bash(module, tmp_path, words,
     ('--pretrained_snn b --timesteps 9 -a vgg5 --leak 1 .9', [
         f'architecture-vgg5_leak{leak}_pretrained_snn-b_timesteps9' for leak in ('1', '-.9')]),
     ('--pretrained_snn b --timesteps 9 10', ['pretrained_snn-b_timesteps9', 'pretrained_snn-b_timesteps10']),
-    ('--resume a.last.pth b.last.pth', ['resume-a', 'resume-b'])])
+    ('--resume a.last.pth b.last.pth', ['resume-a', 'resume-b']),
+    ('--pretrained_snn x/a.folded.pth x/b.folded.pth', ['pretrained_snn-a', 'pretrained_snn-b'])])
 def test_a_run_from_an_snns_checkpoint_claims_no_network_that_its_flags_do_not_name(
         tmp_path, monkeypatch, line, expected):
     monkeypatch.chdir(tmp_path)

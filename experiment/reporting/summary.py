@@ -322,7 +322,8 @@ def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, di
                             + (f', T = {timesteps}' if timesteps else '') + '); leave one out')
         known[place] = row
     if not spiking:
-        raise UserError('--over_timesteps: none of these files is of snn.py; add some of logs/snn/')
+        raise UserError('--over_timesteps: none of these files is of snn.py and has a test accuracy; add some of '
+                        'logs/snn/, of runs that ended')
     return anns, spiking
 
 

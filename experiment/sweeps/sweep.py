@@ -180,7 +180,7 @@ def expand(kind: str, target: argparse.ArgumentParser, flags: dict[str, list[Pai
 
     for run in runs:
         name = '_'.join([own(parse(run)), *(parts[dest][run[dest]] for dest in sorted(parts))])
-        run['name'] = ('--name', name.removesuffix('.last'))
+        run['name'] = ('--name', name.removesuffix('.last').removesuffix('.folded'))
     names = [identifier(kind, parse(run)) for run in runs]
     if not distinct([str(path) for name in names for path in paths(kind, name)]):
         target.error(f'two runs would share a checkpoint, among: {" ".join(sorted(names))}; add --name')
