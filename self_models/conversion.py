@@ -52,7 +52,7 @@ def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
         raise ValueError('an ANN without QCFS has no bounds that become thresholds: train quantize(ann), or balance '
                          'the thresholds of spiking(ann, timesteps) with find_thresholds')
     kind = next((kind for kind in (VGG, ResNet) if isinstance(ann, kind) and type(ann).forward is kind.forward), None)
-    if kind:
+    if kind and 'forward' not in vars(ann):
         weight, head = next(ann.parameters()), [*ann.classifier.modules()][-1]
         layout = {**ann.layout, 'labels': getattr(head, 'out_features', ann.layout['labels'])}
         build = VGG_SNN_STDB if kind is VGG else partial(RESNET_SNN_STDB, scale=scales_of(ann))

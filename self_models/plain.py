@@ -28,6 +28,7 @@ from self_models.traced import (
     activations_of,
     compiled,
     is_max_pool,
+    is_size,
     owner_of,
     put,
     replace,
@@ -411,7 +412,8 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
             call = Call(node, owner_of(node, modules), node.target)
             replace(graph, node, put(tree, call, HeldDropout(module).train(module.training), used))
     modules = dict(tree.named_modules())
-    if ENCODINGS[options.get('encoding', 'poisson')].constant:
+    encoding = ENCODINGS.get(options.get('encoding', 'poisson'))  # an unknown one is refused by PlainNetwork
+    if encoding and encoding.constant:
         _repeat(tree, graph, modules, used)
     notes = _notes(graph, modules)
     rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0
@@ -464,6 +466,7 @@ def _repeat(tree, graph, modules, used):
         taken = [(image, user) for user in list(image.users)]
     if not taken:
         return
+    used.add('repeat')  # if the tree has this name, it stays the tree's
     path = put(tree, Call(next(iter(graph.nodes)), 'repeat', 'repeat'), Repeat().train(tree.training), used)
     modules[path] = tree.get_submodule(path)
     repeated = {}
@@ -475,12 +478,14 @@ def _repeat(tree, graph, modules, used):
 
 
 def _of_input(node):
-    """Whether a node depends on the images, as weights do not."""
+    """Whether a node depends on the images, as weights and what all of (T * B, ...) have in common do not."""
+    if is_size(node) and not _is_size(node):  # a type or a device
+        return False
     return node.op == 'placeholder' or any(map(_of_input, node.all_input_nodes))
 
 
 def _is_size(node):
-    sized = node.target == 'size' or node.target is getattr and node.args[1] == 'shape'
+    sized = is_size(node) and (node.target == 'size' or node.args[1:] == ('shape',))
     return sized or bool(node.op != 'call_module' and node.all_input_nodes) and all(
         map(_is_size, node.all_input_nodes))
 

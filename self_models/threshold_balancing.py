@@ -213,16 +213,18 @@ def _balance_plain(model, images, timesteps, percentile, progress):
     it, by the part of the network between them."""
     ways, lifs, weight = segments(model), model.lifs, weight_of(model)
     model.timesteps = 1
-    shapes = {record.name: tuple(record.current.shape[2:])
-              for record in model.record(images[:1].to(weight.device, weight.dtype))}
-    shapes['input'] = tuple(images.shape[1:])
-    values = [math.prod(shapes[name]) + sum(math.prod(shapes[source]) for source in way.sources)
+    currents = {record.name: record.current.shape
+                for record in model.record(images[:1].to(weight.device, weight.dtype))}
+    shapes = {name: tuple(shape[2:]) for name, shape in currents.items()} | {'input': tuple(images.shape[1:])}
+    # of an image, which the network may cut into several samples
+    sizes = {name: math.prod(shape[1:]) for name, shape in currents.items()} | {'input': math.prod(images.shape[1:])}
+    values = [sizes[name] + sum(sizes[source] for source in way.sources)
               for name, way in zip(model.layer_names, ways)]
     groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
     stores, worth, thresholds = {}, {}, []
     encoding = ENCODINGS[model.encoding]
     if not encoding.constant:
-        stores['input'] = SpikeStore(timesteps, math.prod(shapes['input']))
+        stores['input'] = SpikeStore(timesteps, sizes['input'])
         for group in groups:
             for t in range(timesteps):
                 spikes = encoding.fires(images[group], t, model.input_layer.rate)
@@ -249,8 +251,7 @@ def _balance_plain(model, images, timesteps, percentile, progress):
                 return found.to(torch.promote_types(found.dtype, torch.float32)).expand(stop - first, -1, -1)
 
             needed = {source for later in ways[number + 1:] for source in later.sources}
-            size = math.prod(shapes[name])
-            output = SpikeStore(timesteps, size, model.delay) if name in needed else None
+            output = SpikeStore(timesteps, sizes[name], model.delay) if name in needed else None
             block = max(1, CHUNK_BYTES[weight.device.type] // (groups[0].stop * weight.itemsize * values[number]))
             pieces = Pieces(groups, [(i, min(i + block, timesteps)) for i in range(0, timesteps, block)])
             guess = partial(likely_threshold, current, pieces)

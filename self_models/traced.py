@@ -53,6 +53,8 @@ VIEWS = {*RESHAPES, *PERMUTES, operator.getitem, 'contiguous', 'to', 'float', 'd
          *(getattr(torch, name) for name in ('flatten', 'unflatten', 'chunk', 'split', 'squeeze', 'unsqueeze', 'narrow',
                                              'transpose'))}
 FREE = {'clone', torch.clone, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle}
+# leave the number of channels as it is
+KEEPERS = {'contiguous', 'clone', 'to', 'float', 'double', 'half', 'bfloat16', 'type_as', F.pad, F.interpolate}
 REMEDIES = {  # of what is refused: what to put in its place
     'activation': 'put nn.ReLU or QCFS in its place',
     'norm': 'put batch norm in its place',
@@ -64,7 +66,7 @@ _PRODUCTS = re.compile('ttention|matmul|bmm|einsum|LSTM|GRU|RNN|ransformer|iline
 _NORMS = re.compile('Norm|norm|LRN')
 _ACTIVATIONS = re.compile('LU|lu$|lu6|igmoid|anh|[sS]hrink|ish$|clamp|clip|[sS]ign|hreshold|oftplus|^abs$|^exp|sqrt$|'
                           'square|pow$|^max|^min|^amax|^amin|^heaviside')
-_RANDOM = re.compile('rand|bernoulli|normal|multinomial|poisson')
+_RANDOM = re.compile('rand|bernoulli|normal(?!ize)|multinomial|poisson')
 # what a node of the graph gives: what depends on the input's values; a tensor that does not; a number that does not, or
 # that counts the samples; a shape that begins with that count
 VALUE, WEIGHT, SIZE, COUNT, SHAPE = 'value', 'weight', 'size', 'count', 'shape'
@@ -74,8 +76,24 @@ class Refused(ValueError):
     """A network that cannot become a spiking one; the text names the module and what to put in its place."""
 
 
+class _Proxy(fx.Proxy):
+    """Records x += y and its like as calls that change x; torch.fx takes them for x + y."""
+
+
+def _recorded(function):
+    return lambda self, other: self.tracer.create_proxy('call_function', function, (self, other), {})
+
+
+for _function in IN_PLACE:
+    setattr(_Proxy, f'__{_function.__name__}__', _recorded(_function))
+
+
 class _Tracer(fx.Tracer):
     """Takes a module for one call if its own forward is torch's, or this project's activation or layer."""
+    proxy_buffer_attributes = True  # what is computed from a buffer is computed anew in each forward
+
+    def proxy(self, node):
+        return _Proxy(node, self)
 
     def is_leaf_module(self, module, name):
         if isinstance(module, (nn.Sequential, nn.ModuleList)):
@@ -126,6 +144,9 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     name = type(ann).__name__
     if ann._forward_hooks or ann._forward_pre_hooks:
         raise Refused(f'{name} has hooks of its own, which a copy of its calls does not run: remove them')
+    if 'forward' in vars(ann):
+        raise Refused(f"{name} has a forward of its own beside that of its class, which a copy of its calls does not "
+                      'run: put it into the class')
     try:
         parameters = inspect.signature(ann.forward).parameters
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
@@ -142,6 +163,15 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
             setattr(tree, key, value)
+    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # an argument's default is a tuple, a list or a dict
+        graph.set_codegen(fx.graph.CodeGen())
+        output = next(reversed(graph.nodes))
+        if len(output.args[0]) == 1:
+            output.args = tuple(output.args[0])
+    for node in graph.nodes:
+        if node.op in ('call_function', 'call_method') and node.target in SPELLINGS:
+            node.kwargs = {{'axis': 'dim', 'keepdims': 'keepdim'}.get(key, key): each
+                           for key, each in node.kwargs.items()}
     modules = dict(tree.named_modules())
     read_in_order(graph, modules)
     further = [node for node in graph.nodes if node.op == 'placeholder'][len(parameters) - len(defaults):]
@@ -183,6 +213,8 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
+        if node.target in IN_PLACE and is_number(source_of(node)):
+            node.target = IN_PLACE[node.target]  # a number has no place
         if not writes_to_input(node, modules):
             continue
         written, changed = source_of(node), node.kwargs.get('out')
@@ -197,7 +229,7 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if changed is not None or any(alias is not written for alias, _ in later) or any(
                 alias.op == 'get_attr' for alias in aliases):
             raise Refused(f'{owner_of(node, modules) or "the network"}: {said(node, modules)[1]} changes in place what '
-                          'is read elsewhere, too: leave out its inplace=True, or its _, or its out=')
+                          'is read elsewhere, too: leave out its inplace=True, or its _, or its out=, or its +=')
         for _, user in later:
             user.replace_input_with(written, node)
         node.meta['changes'] = bool(later)
@@ -308,8 +340,14 @@ def owner_of(node: fx.Node, modules: dict[str, nn.Module]) -> str:
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node asks for a shape, a type or a device."""
-    return node.target in ('size', 'dim') or node.target is getattr and node.args[1] in ('shape', 'ndim', 'dtype',
-                                                                                        'device')
+    return node.op == 'call_method' and node.target in ('size', 'dim') or (
+        node.target is getattr and node.args[1] in ('shape', 'ndim', 'dtype', 'device'))
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node gives a shape or what is computed from its numbers."""
+    return is_size(node) or getattr(node.target, '__module__', '') == '_operator' and bool(node.all_input_nodes) and (
+        all(map(is_number, node.all_input_nodes)))
 
 
 def kind_of(node: fx.Node, kinds: dict, ranks: dict, refuse: Callable) -> str:
@@ -519,14 +557,13 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     """How many channels (dimension 1) a node gives, as the layers before it say; None if they do not."""
     module = modules.get(node.target) if node.op == 'call_module' else None
     for name in ('out_channels', 'out_features', 'num_features'):
-        if isinstance(getattr(module, name, None), int):
+        if isinstance(getattr(module, name, None), int) and getattr(module, name) > 0:  # 0: of a lazy layer
             return getattr(module, name)
     if node.target in (torch.cat, torch.concat, torch.concatenate):
         found = [channels_of(each, modules) for each in source_of(node)]
         return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
     if module is None:
-        keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | {'contiguous', 'clone', F.pad, F.interpolate} or (
-            is_pool(node.target))
+        keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | KEEPERS or is_pool(node.target)
     else:
         keeps = not isinstance(module, (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle))
     found = [channels_of(each, modules) for each in node.all_input_nodes] if keeps else []

@@ -105,6 +105,27 @@ def arithmetic(n, x):
     return F.linear(F.avg_pool2d(x, x.shape[2:]).flatten(1), n.fc.weight, n.fc.bias) @ n.turn
 
 
+def frames(n, x):
+    x = F.relu(n.conv0(x.view(-1, 1, 8, 8)))  # each channel is a sample
+    return n.fc(F.relu(n.fc0(F.relu(n.conv1(x)).view(-1, 288))))
+
+
+def names(n, x):
+    raw = also = n.conv0(x)
+    raw += 0.1  # which changes `also`
+    y = F.relu(n.dim(F.relu(raw + also)).to(x.dtype) * (2 * n.mask))
+    y = torch.cat([n.repeat(y), raw * torch.ones(1, 4, 1, 1, device=x.device, dtype=x.dtype)], axis=1)
+    count = x.size(1)
+    count *= 2
+    y = F.relu(n.size(y)).mean(axis=(2, 3)) * (count / x.size(1))
+    return F.linear(y, F.normalize(n.fc.weight), n.fc.bias)
+
+
+def with_mask(net):
+    net.register_buffer('mask', torch.tensor([0.7, 0.5, 1.0, 0.8]).view(4, 1, 1))
+    return net
+
+
 def with_tensors(net):
     net.register_buffer('mean', torch.tensor([0.2, -0.1]).view(1, 2, 1, 1))
     net.register_buffer('std', torch.tensor([0.5, 2.0]).view(1, 2, 1, 1))
@@ -180,6 +201,10 @@ OWN = {
                             fc=nn.Linear(2, 5)),
     'arithmetic': lambda: with_tensors(Net(arithmetic, conv0=nn.Conv2d(2, 4, 3, padding=1),
                                            conv1=nn.Conv2d(4, 4, 3, padding=1), fc=nn.Linear(4, 5))),
+    'frames': lambda: Net(frames, conv0=nn.Conv2d(1, 4, 3, padding=1), conv1=nn.Conv2d(4, 4, 3), fc0=nn.Linear(288, 8),
+                          fc=nn.Linear(8, 5)),
+    'names': lambda: with_mask(Net(names, conv0=nn.Conv2d(2, 4, 3, padding=1), dim=nn.Conv2d(4, 4, 3, padding=1),
+                                   repeat=nn.Conv2d(4, 4, 1), size=nn.Conv2d(8, 4, 3), fc=nn.Linear(4, 5))),
     'mobile': mobile, 'pooled': pooled, 'max pooled': max_pooled, 'one dimension': one_dimension,
     'same twice': same_twice, 'dropped': dropped}
 
@@ -485,6 +510,29 @@ def test_a_network_is_refused_for_its_hooks():
     refused(net, 'Net has hooks')
 
 
+def test_a_forward_beside_that_of_the_class_is_refused(narrow):
+    net = own('residual')
+    net.forward = lambda x: 2 * Net.forward(net, x)
+    refused(net, 'Net has a forward of its own beside that of its class')
+    net = quantize(published('VGG5'))
+    net.forward = lambda x: 2 * VGG.forward(net, x)
+    with pytest.raises(ValueError, match='VGG has a forward of its own'):
+        convert(net, 2)
+
+
+def test_an_unknown_encoding_is_refused_in_words():
+    with pytest.raises(ValueError, match="unknown encoding 'rate'"):
+        spiking(own('residual'), 4, encoding='rate')
+
+
+def test_a_buffer_counts_as_it_is_when_the_network_runs():
+    ann, x = own('names'), torch.rand(3, *SHAPE, dtype=torch.float64)
+    for net in (quantize(ann, 100), spiking(ann, 4, default_threshold=0.1, **DIRECT)):
+        before = net(x)
+        net.load_state_dict({**net.state_dict(), 'mask': torch.zeros(4, 1, 1)})
+        assert not torch.allclose(net(x), before)
+
+
 def test_a_network_that_mixes_samples_after_all_is_found_when_it_runs():
     net = Net(lambda n, x: n.fc(F.relu(n.conv(x)).view(-1, 512)), conv=nn.Conv2d(2, 4, 3, padding=1),
               fc=nn.Linear(512, 5))
@@ -750,8 +798,8 @@ def test_an_activation_in_place_whose_output_is_not_taken():
 # -- balancing --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('encoding, delay', [('direct', 0), ('direct', 1), ('poisson', 0), ('poisson', 1)])
-@pytest.mark.parametrize('name', ['residual', 'in place', 'dense', 'stem', 'views', 'arithmetic', 'same twice',
-                                  'pooled'])
+@pytest.mark.parametrize('name', ['residual', 'in place', 'dense', 'stem', 'views', 'frames', 'names', 'arithmetic',
+                                  'same twice', 'pooled'])
 def test_thresholds_of_own_networks(name, encoding, delay, monkeypatch):
     ann, x = own(name), ternary((20, *SHAPE), 1)
     snn = spiking(ann, 3, encoding=encoding, delay=delay, initial_potential=0.5, leak=0.9)
@@ -1089,9 +1137,9 @@ class Optional(nn.Module):
         self.relu, self.middle, self.fc = nn.ReLU(), nn.Linear(128, 8), nn.Linear(8, 5)  # the neurons come first
         self.factor = torch.tensor(2.0, dtype=torch.float64)
 
-    def forward(self, x, mask=None, scale=2.0, more=False, *, kind='a'):
+    def forward(self, x, mask=None, scale=2.0, more=False, sizes=(8, [1]), *, kind='a'):
         b = x.size(0)
-        self.seen = [self.relu(self.middle(x.reshape(b, -1)))]
+        self.seen = [self.relu(self.middle(x.reshape(b, 16 * sizes[0])))]
         x = self.seen[0] * scale * self.factor * torch.tensor([0.25], dtype=torch.float64)
         if kind == 'b':
             x = x + 1
