@@ -81,6 +81,10 @@ class Pass(fx.Interpreter):
     def module_of(self, node: fx.Node) -> nn.Module | None:
         return self.submodules[node.target] if node.op == 'call_module' else None
 
+    def function_of(self, node: fx.Node) -> object:
+        """The function, or the name of the method, that a node calls; None of a module, which may be called as one."""
+        return node.target if node.op in ('call_function', 'call_method') else None
+
     def layer_of(self, node: fx.Node) -> str | None:
         """The name of the LIF layer that a call is, or None."""
         if node.target is neurons:

@@ -18,7 +18,7 @@ from self_models.conversion import folded_layer
 from self_models.layers import Scale
 from self_models.plain import HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
-from self_models.traced import MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of
+from self_models.traced import MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
@@ -56,13 +56,13 @@ class Nodes(BlankPass):
             return self.add('output', self.nir.Output({'output': np.array(shape)}), shape, *names)
         if not isinstance(value, torch.Tensor):
             self.refuse(node)
-        module, way = self.module_of(node), before[0]
+        module, way, function = self.module_of(node), before[0], self.function_of(node)
         source = next(each for each in node.all_input_nodes if each in self.found)
         given, shape = tuple(self.env[source].shape[1:]), tuple(value.shape[1:])
         name = node.target if module is not None else node.name
         if layer := self.layer_of(node):
             return self.neurons(layer, module, way)
-        if isinstance(module, (HeldDropout, Repeat, nn.Identity, nn.Flatten)) or node.target in SHAPED:
+        if isinstance(module, (HeldDropout, Repeat, nn.Identity, nn.Flatten)) or function in SHAPED:
             return way if shape == given else self.flattened(node, name, way, given, shape)
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return self.synapse(node, module, way, given)
@@ -73,14 +73,14 @@ class Nodes(BlankPass):
             return {self.scale(name, factor * values(module.factor).reshape(-1), *names): ONE}
         others = [self.env[each] if isinstance(each, fx.Node) else each for each in (*node.args, *node.kwargs.values())
                   if not isinstance(each, fx.Node) or each not in self.found]
-        if node.target in PRODUCTS and len(before) == 1 == len(others) and isinstance(others[0], (int, float)):
-            return times(way, 1 / others[0] if node.target in QUOTIENTS else others[0])
+        if function in PRODUCTS and len(before) == 1 == len(others) and isinstance(others[0], (int, float)):
+            return times(way, 1 / others[0] if function in QUOTIENTS else others[0])
         alike = not others and not node.kwargs and all(self.env[each].shape[1:] == shape for each in node.args)
-        if node.target in SUMS and alike:
+        if function in SUMS and alike:
             return self.sum(node)
-        if node.target in CATS and argument(node, 1, 'dim', 0) in (1, -len(shape)) and (
-                all(each in self.found for each in node.args[0])):
-            return self.side_by_side(name, [self.found[each] for each in node.args[0]], shape[0])
+        if function in CATS and argument(node, 1, 'dim', 0) in (1, -len(shape)) and (
+                all(each in self.found for each in source_of(node))):
+            return self.side_by_side(name, [self.found[each] for each in source_of(node)], shape[0])
         return self.pool(node, name, module, way, given, shape)
 
     # -- what a call becomes ------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class Nodes(BlankPass):
         if module is None and function in POOLS:
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             module = POOLS[function](*args[1:], **{key: each for key, each in kwargs.items() if key != 'input'})
-        if node.target in ('mean', torch.mean) and len(given) == 3:
+        if self.function_of(node) in ('mean', torch.mean) and len(given) == 3:
             dims = argument(node, 1, 'dim')
             if {d % 4 for d in (dims if isinstance(dims, (tuple, list)) else (dims,))} == {2, 3}:
                 module = nn.AdaptiveAvgPool2d(1)
@@ -202,8 +202,8 @@ class Nodes(BlankPass):
 
     def add(self, name: str, node, shape: Sequence[int], *sources: str) -> str:
         """Add a node of that name, or with a number behind it if there is one; returns its name."""
-        same = {name, *(f'{name}_{i}' for i in range(len(self.nodes)))} & self.nodes.keys()
-        name = f'{name}_{len(same)}' if same else name
+        free = (name, *(f'{name}_{i}' for i in range(1, len(self.nodes) + 1)))
+        name = next(each for each in free if each not in self.nodes)
         self.nodes[name], self.shapes[name] = node, tuple(int(size) for size in shape)
         self.edges.extend((source, name) for source in sources)
         return name

@@ -309,7 +309,7 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
                 behind[node] = True
                 continue
             check(node, module, what, kinds, ranks, refuse)
-            if isinstance(module, SYNAPSES) or node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS:
+            if isinstance(module, SYNAPSES) or module is None and node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS:
                 behind[node] = False
     if not calls:
         raise Refused(f'{name} has no ReLU and no QCFS that could become spiking neurons')

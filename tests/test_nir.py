@@ -270,6 +270,20 @@ class Line(nn.Module):
         return self.way(x.flatten(2))
 
 
+class Named(nn.Module):
+    """Modules with names that torch, or a second call of another one, may have, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.sub, self.mean = nn.Conv2d(1, 4, 3, padding=1), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)
+        self.add, self.fc_1, self.fc, self.last = nn.Conv2d(4, 4, 1), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.sub(F.relu(self.squeeze(x)))
+        x = self.mean(torch.cat(tensors=[x, F.relu(self.add(x))], axis=1)).flatten(1)
+        return self.last(F.relu(self.fc(F.relu(self.fc_1(x)))))
+
+
 def own(build=Own, channels=False, **options):
     """The spiking network of one's own in float64, its batch norms as training leaves them, eval mode."""
     ann = fill(build(), 1).double()
@@ -289,7 +303,7 @@ def own(build=Own, channels=False, **options):
     return model.double().eval()
 
 
-@pytest.mark.parametrize('build', [Own, Line])
+@pytest.mark.parametrize('build', [Own, Line, Named])
 @pytest.mark.parametrize('options', [
     {'encoding': 'direct', 'delay': 0}, {'leak': 0.9, 'initial_potential': 0.25}, {'channels': True}])
 def test_the_file_of_a_network_of_ones_own_is_the_network(build, options, tmp_path):

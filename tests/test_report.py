@@ -522,6 +522,30 @@ def test_a_network_of_ones_own_by_hand():
     assert column('ann_additions') == [0, 12, 12, 12, 0, 5]
 
 
+class Cut(nn.Module):
+    """For images (1, 2, 2), each row of which becomes a sample, with a padding that is no 0; all weights are 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.sub, self.conv, self.fc = nn.Identity(), nn.Conv2d(1, 1, 1, bias=False), nn.Linear(8, 5, bias=False)
+        for p in self.parameters():
+            nn.init.ones_(p)
+
+    def forward(self, x):
+        return self.fc(F.relu(self.conv(F.pad(self.sub(x).view(-1, 1, 1, 2), (1, 1), value=-1.0))).view(-1, 8))
+
+
+def test_a_network_that_cuts_an_image_into_samples_by_hand():
+    model = self_models.spiking(Cut(), 2, default_threshold=0.5, delay=0).eval()
+    layers, connections = counted(model, torch.ones(1, 1, 2, 2))  # every pixel spikes at each of the two steps
+    # 4 neurons of a pixel each fire at both steps; the 4 of the padding, -1, never do
+    assert [(layer.neurons, layer.spikes.tolist()) for layer in layers] == [(4, [4, 4]), (8, [4, 4])]
+    rows = {row['name']: row for row in numbers.operation_numbers(connections.values(), 1)['connections']}
+    assert [row['synaptic_operations'] for row in rows.values()] == [2 * 4, 2 * 4 * 5]
+    assert [row['ann_macs'] for row in rows.values()] == [4, 8 * 5]
+    assert [row['ann_macs_with_padding'] for row in rows.values()] == [8, 8 * 5]
+
+
 @pytest.mark.parametrize('pool, shape, want', [
     (nn.AvgPool2d(2), (3, 4), [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]),
     (nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), (3, 3), [[1, 2, 1], [2, 4, 2], [1, 2, 1]]),

@@ -153,6 +153,15 @@ def test_each_seed_may_start_from_an_ann_of_its_own(written):
     assert row['seeds'] == '2' and 'pretrained_ann' not in row
     other = written('other', epochs(0.5, 0.5), seed=1, pretrained_ann='ann_seed11.pth')  # that of another seed
     assert [row['pretrained_ann'] for row in table([*paths, other])[0][0]] == ['ann_seed*.pth', 'ann_seed11.pth']
+    # one ANN, named after a seed, for several seeds
+    paths = [written(f't{seed}', epochs(0.5, 0.5), seed=seed, pretrained_ann='x/ann_seed0.pth') for seed in (0, 1, 2)]
+    (row,), = table(paths)[0]
+    assert row['seeds'] == '3'
+    paths.append(written('u', epochs(0.5, 0.7), seed=1, pretrained_ann='y/ann_seed0.pth'))
+    shown = summary.narrow_table(list(map(summary.read, paths)), ['pretrained_ann', 'seeds'])
+    assert [line.split() for line in shown.splitlines()[1:]] == [['x/ann_seed0.pth', '3'], ['y/ann_seed0.pth', '1']]
+    with pytest.raises(UserError, match='none of these runs tried scaling factors'):
+        summary.narrow_table(list(map(summary.read, paths)), ['timesteps', '0.7'])
 
 
 def test_a_setting_that_some_runs_do_not_have(written):

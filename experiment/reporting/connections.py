@@ -17,6 +17,7 @@ from self_models.plain import HeldDropout
 from self_models.spiking_network import SpikingNetwork
 
 PASSED = (HeldDropout, Scale, NORMS)  # modules that change values, not the number of spikes
+CONSTANTS = {F.pad, torch.cat, torch.concat, torch.concatenate}  # which may put values beside the spikes
 CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
 ROWS = 64  # of a pool's input that are processed at once
 
@@ -40,10 +41,11 @@ class Layer:
 class Connection:
     """The connections from one layer to another, and sums over images of what went through them.
 
-    fan_out: (1, ...) connections of each input, after pools. macs: of an image at one step; additions: of a plain
-    identity in the ANN. biases: neurons that a bias is added to at each of bias_steps steps. constant: direct input, no
-    spikes. mac_steps: at how many steps its MACs are computed: 0 for spikes, 1 for direct input, all for the output of
-    another synapse. nonzero_operations: of each input that is not 0, however many spikes are in it.
+    fan_out: (k, ...) connections of each input, after pools, of the k samples that an image is cut into, most often 1.
+    macs: of an image at one step; additions: of a plain identity in the ANN. biases: neurons that a bias is added to at
+    each of bias_steps steps. constant: direct input, no spikes. mac_steps: at how many steps its MACs are computed: 0
+    for spikes, 1 for direct input, all for the output of another synapse. nonzero_operations: of each input that is not
+    0, however many spikes are in it.
     """
     name: str
     kind: str
@@ -109,13 +111,13 @@ class Walk(Pass):
 
     def behind(self, node, layer, value, before):
         """The Flow behind a call that is no source."""
-        flow, module = joined(before), self.module_of(node)
+        flow, module, function = joined(before), self.module_of(node), self.function_of(node)
         if layer or node.op == 'output':
             return self.arrive(layer or node.target, flow)
-        if node.target is identity:
+        if function is identity:
             self.meet(node.args[1], 'identity', flow, lambda x: x)
             return flow._replace(spikes=nothing(value), sources={})
-        if isinstance(module, traced.SYNAPSES) or node.target in traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS:
+        if isinstance(module, traced.SYNAPSES) or function in traced.FUNCTION_SYNAPSES | traced.MATRIX_PRODUCTS:
             return self.synapse(node, module, flow, value)
         return self.passed(node, module, flow, value, before)
 
@@ -146,18 +148,20 @@ class Walk(Pass):
         name = f'{name} ({self.calls[name]})' if self.calls[name] > 1 else name
         kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
         turned = 'ranspose' in str(node.target if module is None else type(module))
-        per_weight = flow.spikes if turned or node.target in traced.MATRIX_PRODUCTS else value
-        self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight[0].numel())
+        matrix_behind = self.function_of(node) in traced.MATRIX_PRODUCTS and node.args[0] in self.found
+        per_weight = flow.spikes if turned or matrix_behind else value
+        self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight.numel())
         return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
     def passed(self, node, module, flow, value, before):
         """The Flow behind a call that passes spikes on."""
-        def call(x=None):
+        def call(x=None, blank=False):
             def given(each):
                 if each not in self.found:
                     return self.env[each]
                 spikes = self.found[each].spikes if x is None else x
-                return spikes.float() if getattr(spikes, 'dtype', None) == torch.bool else spikes
+                spikes = spikes.float() if getattr(spikes, 'dtype', None) == torch.bool else spikes
+                return torch.zeros_like(spikes) if blank else spikes
             return self.replay(node, given)
 
         def others():
@@ -165,23 +169,26 @@ class Walk(Pass):
             given = [each for each in (*node.args, node.kwargs.get('other')) if each is not None]
             return [self.env.get(each, each) for each in given if each not in self.found]
 
-        spikes, biased = flow.spikes, flow.biased
-        if isinstance(module, PASSED) or node.target in CASTS:
+        spikes, biased, function = flow.spikes, flow.biased, self.function_of(node)
+        if isinstance(module, PASSED) or function in CASTS:
             biased |= isinstance(module, NORMS)
-        elif node.target in traced.SUMS:
+        elif function in traced.SUMS:
             there = [each.spikes for each in before if each.sources] or [spikes]
             spikes = there[0] if len(there) == 1 else sum(each.float() for each in there)
             spikes, biased = spikes.broadcast_to(len(spikes), *value.shape[1:]), biased or bool(others())
-        elif node.target in traced.PRODUCTS:
+        elif function in traced.PRODUCTS:
             spikes = math.prod([torch.as_tensor(each, device=spikes.device) != 0 for each in others()], start=spikes)
-        elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(node.target):
+        elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(function):
             spikes = add_up(call, spikes) if flow.real else call()
-        elif isinstance(module, (*traced.POOLS, nn.Upsample)) or node.target is F.interpolate or (
-                traced.is_average_pool(getattr(node.target, '__name__', ''))):
+        elif isinstance(module, (*traced.POOLS, nn.Upsample)) or function is F.interpolate or (
+                traced.is_average_pool(getattr(function, '__name__', ''))):
             spikes = add_up(call, spikes)
+        elif isinstance(module, nn.modules.padding._ConstantPadNd) or function in CONSTANTS:
+            constants = call(blank=True)  # no spikes
+            spikes, biased = call() - constants, biased or bool(constants.any())
         else:
             spikes = call()
-            if node.target in ('mean', torch.mean):
+            if function in ('mean', torch.mean):
                 spikes = spikes * (flow.spikes.numel() / spikes.numel())
         return flow._replace(spikes=spikes, biased=biased)
 
@@ -200,12 +207,12 @@ class Outline(Walk, BlankPass):
 
     def source(self, layer, value, node):
         threshold, leak = self.parameters.get(layer, (None, None))
-        self.layers[layer] = Layer(layer, value[0].numel(), threshold, leak=leak)
+        self.layers[layer] = Layer(layer, value.numel(), threshold, leak=leak)
         constant = self.constant and layer == 'input'
         return Flow(torch.ones_like(value), {layer: None}, constant, constant)
 
     def meet(self, name, kind, flow, connect, padded_macs=0):
-        plain, spikes, steps = kind == 'identity', flow.spikes[:1].double(), self.network.timesteps
+        plain, spikes, steps = kind == 'identity', flow.spikes.double(), self.network.timesteps
         with torch.enable_grad():
             ones = torch.ones_like(spikes, requires_grad=True)
             fan_out, = torch.autograd.grad(connect(ones).sum(), ones)
@@ -220,7 +227,7 @@ class Outline(Walk, BlankPass):
         if flow.biased:  # two biases that meet at a neuron count as one
             through = [self.connections[name] for name in flow.through or [f'{layer}.identity']]
             own = [each for each in through if each.constant == flow.constant]
-            (own or through)[0].biases += flow.spikes[0].numel()
+            (own or through)[0].biases += flow.spikes.numel()
 
 
 def nothing(value: torch.Tensor) -> torch.Tensor:

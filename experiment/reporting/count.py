@@ -102,14 +102,15 @@ class PlainCount(Walk):
         connection.steps, connection.bias_steps = max(0, start + steps - connection.first_step), steps
         if connection.mac_steps:
             return
-        batch = len(self.images)
+        batch = len(self.images) * len(connection.fan_out)  # samples
         spikes = flow.spikes[:connection.steps * batch]
 
         def operations(of):
             total = torch.zeros_like(of[:batch], dtype=torch.float32)
             for step in of.split(batch):  # some ten times as fast as sum(0)
                 total += step
-            return (total.sum(0, dtype=torch.float64) * connection.fan_out).sum().item()
+            total = total.unflatten(0, (len(self.images), -1)).sum(0, dtype=torch.float64)
+            return (total * connection.fan_out).sum().item()
 
         connection.spikes += sum(each[:connection.steps].nansum().item() for each in flow.sources.values())
         connection.operations += operations(spikes)

@@ -9,6 +9,7 @@ import re
 import statistics
 import warnings
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ class Run(NamedTuple):
     factor: float | None  # the scaling factor that --scaling_factor auto chose, and
     scan: dict[float, float]  # {factor: accuracy} of those that it tried, on
     scanned_on: str | None  # train or validation images
+    pretrained: dict  # {flag: file} of the network that it began with; in settings without the run's seed
 
 
 def read(path: str | Path) -> Run:
@@ -83,7 +85,7 @@ def _numbers(values):
 
 
 def _settings(args, seed):
-    """(a run's arguments that make it the experiment that it is, the folder of its pictures or None)."""
+    """(a run's arguments that make it the experiment that it is, Run.folder, Run.pretrained)."""
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # only pictures in folders are told apart by their place
     data, folder = settings.pop('dataset', None), os.path.expanduser(settings.pop('data_dir', ''))
@@ -99,15 +101,15 @@ def _settings(args, seed):
     settings = {key: value for key, value in settings.items() if key not in unknown or value != unknown[key]}
     if 'lr_reduce' in settings:  # an int in files of former versions
         settings['lr_reduce'] = float(settings['lr_reduce'])
-    for key in ('pretrained_ann', 'pretrained_snn'):  # each seed may start from a network of that seed
-        if settings.get(key):
-            settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
-    return settings, folder
+    pretrained = {key: settings[key] for key in ('pretrained_ann', 'pretrained_snn') if settings.get(key)}
+    for key in pretrained:  # each seed may start from a network of that seed
+        settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
+    return settings, folder, pretrained
 
 
 def _run(path, args, machine, epochs):
     seed = int(args['seed'])
-    settings, folder = _settings(args, seed)
+    settings, folder, pretrained = _settings(args, seed)
     chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
     chosen = f'{chosen_on}_accuracy'
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
@@ -126,19 +128,28 @@ def _run(path, args, machine, epochs):
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
         factor=float(start['scaling_factor']) if 'scan' in start else None,
-        scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'))
+        scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'), pretrained=pretrained)
 
 
 def rows(runs: Iterable[Run]) -> list[list[Run]]:
     """Lists of runs with the same settings, whose best epoch was chosen on the same set. Raises UserError."""
+    def key(run, settings):
+        return run.chosen_on, run.folder, json.dumps(settings, sort_keys=True)
+
     found = {}
     for run in runs:
-        row = found.setdefault((run.chosen_on, run.folder, json.dumps(run.settings, sort_keys=True)), [])
-        for other in row:
+        found.setdefault(key(run, run.settings), []).append(run)
+    for place, (run, *others) in list(found.items()):
+        # a single run of a seed's own network belongs to the runs of other seeds that start from that network, too
+        settings = {**run.settings, **run.pretrained}
+        if not others and (shared := key(run, settings)) != place and shared in found:
+            found[shared].append(run._replace(settings=settings))
+            del found[place]
+    for row in found.values():
+        for run, other in combinations(row, 2):
             if other.seed == run.seed:
-                raise UserError(f'{other.path} and {run.path} are of the same settings and seed, which would count '
+                raise UserError(f'{run.path} and {other.path} are of the same settings and seed, which would count '
                                 'twice; leave one out')
-        row.append(run)
     return list(found.values())
 
 
@@ -249,6 +260,8 @@ def narrow_table(runs: list[Run], chosen: list[str], as_markdown: bool = False) 
     row_list, scanned = rows(runs), any(_number(name)[0] for name in chosen)
     if scanned:
         row_list = [row for row in row_list if any(run.scan for run in row)]
+        if not row_list:
+            raise UserError('--columns: none of these runs tried scaling factors, as --scaling_factor auto does')
     elif len({row[0].chosen_on for row in row_list}) > 1:
         raise UserError('--columns: some of these runs chose their best epoch on test images, others on validation '
                         'images; summarize the two separately')
@@ -262,8 +275,12 @@ def narrow_table(runs: list[Run], chosen: list[str], as_markdown: bool = False) 
         keys.append(found[0])
     settings = [key for key in heading[:heading.index('seeds')] if key != 'images']
     telling, seen, shown = [key for key in keys if key in settings], {}, []
+    files = {line[key] for line in table for key in keys if key.startswith('pretrained')}
+    stems = [Path(file).stem for file in files]
+    short = {file: stem for file, stem in zip(files, stems) if stems.count(stem) == 1}
     for line in table:
-        shown.append({key: Path(line[key]).stem if key.startswith('pretrained') else line[key] for key in keys})
+        shown.append({key: short.get(line[key], line[key]) if key.startswith('pretrained') else line[key]
+                      for key in keys})
         other = seen.setdefault(tuple(shown[-1][key] for key in telling), line)
         if differ := [key for key in settings if line[key] != other[key]]:
             raise UserError(f'--columns: some rows differ only in {", ".join(differ)}; add these columns')
