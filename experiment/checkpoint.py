@@ -264,8 +264,6 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
-    if isinstance(model, LayerByLayer):
-        model.carried = None  # the weights of a file carry its thresholds already, which may have been learned
     try:
         model.threshold_update(1.0, settings['thresholds'])
         if leaks and settings['leaks']:

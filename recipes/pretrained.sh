@@ -26,25 +26,38 @@ digits() {
 
 cifar10=(--architecture examples/network.py:quick "${data[@]}" --validation_fraction 0.04)
 sgd=(--activation QCFS --optimizer SGD --weight_decay 5e-4 --batch_size 64)
-tuned=(--activation Linear --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1 --train_samples 6400
-       --crop 2)
+tuned=(--activation Linear --gamma 1 --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1)
 
-quick() {  # T = 4: an ANN of four levels
+quick() {  # T = 4: an ANN of four levels, and an epoch of fine-tuning
     python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 12 \
                   --crop 2 --name quick_qcfs
-    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name quick_4 \
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --crop 2 --timesteps 4 --name quick_4 \
                   --pretrained_ann trained_models/ann/quick_qcfs.pth
-    python recipes/slim.py trained_models/snn/quick_4.pth "$folder/quick_cifar10_4.pth"
+}
+
+longer() {  # T = 4: that ANN trained further, and an epoch of fine-tuning
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 18 \
+                  --cutout 8 --pretrained_ann trained_models/ann/quick_qcfs.pth --name quick_longer
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name quick_longer_4 \
+                  --pretrained_ann trained_models/ann/quick_longer.pth
+    python recipes/slim.py trained_models/snn/quick_longer_4.pth "$folder/quick_cifar10_4.pth"
+}
+
+two_steps() {  # T = 2: the ANN of `longer` trained further with two levels
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 2 --learning_rate 0.05 --epochs 6 \
+                  --pretrained_ann trained_models/ann/quick_longer.pth --name quick_two_levels
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 2 --name quick_longer_2 \
+                  --pretrained_ann trained_models/ann/quick_two_levels.pth
 }
 
 one_step() {  # T = 1: that ANN trained further with one level
     python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 9 \
-                  --pretrained_ann trained_models/ann/quick_qcfs.pth --name quick_one_level
-    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name quick_1 \
+                  --pretrained_ann trained_models/ann/quick_two_levels.pth --name quick_one_level
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name quick_longer_1 \
                   --pretrained_ann trained_models/ann/quick_one_level.pth
-    python recipes/slim.py trained_models/snn/quick_1.pth "$folder/quick_cifar10_1.pth"
+    python recipes/slim.py trained_models/snn/quick_longer_1.pth "$folder/quick_cifar10_1.pth"
 }
 
-for each in ${@:-digits quick one_step}; do
+for each in ${@:-digits quick longer two_steps one_step}; do
     "$each"
 done

@@ -138,12 +138,13 @@ def parameter_gradients(grad: torch.Tensor, potentials: torch.Tensor,
         lambda   sum_k g[k+1] (p[k] - [delay 0] theta s[k])                             + F theta g[0]
     """
     p = parameters.detached()
-    own = grad[-1] @ potentials[-1]  # sum_k (g[k] - lambda g[k+1]) p[k]
-    carried = spiked = grad.new_zeros(())  # sum_k g[k+1] p[k], sum_k g[k+1] s[k]
-    for row, later, potential in zip(grad[:-1].unbind(), grad[1:].unbind(), potentials.unbind(), strict=False):
-        own = own + (row - p.leak * later) @ potential
-        carried, spiked = carried + later @ potential, spiked + later @ (potential > p.threshold).to(later.dtype)
-    first = p.initial_potential * grad[0].sum()
-    threshold = -own / p.threshold - (p.reset_by / p.threshold) * spiked + p.leak * first
-    leak = carried - (0 if p.delay else p.threshold) * spiked + p.threshold * first
-    return threshold, leak
+    with torch.autocast(grad.device.type, enabled=False):
+        own = grad[-1] @ potentials[-1]  # sum_k (g[k] - lambda g[k+1]) p[k]
+        carried = spiked = grad.new_zeros(())  # sum_k g[k+1] p[k], sum_k g[k+1] s[k]
+        for row, later, potential in zip(grad[:-1].unbind(), grad[1:].unbind(), potentials.unbind(), strict=False):
+            own = own + (row - p.leak * later) @ potential
+            carried, spiked = carried + later @ potential, spiked + later @ (potential > p.threshold).to(later.dtype)
+        first = p.initial_potential * grad[0].sum()
+        threshold = -own / p.threshold - (p.reset_by / p.threshold) * spiked + p.leak * first
+        leak = carried - (0 if p.delay else p.threshold) * spiked + p.threshold * first
+        return threshold, leak

@@ -1,7 +1,8 @@
 """An LIF layer with its synapses over all time steps, and its gradient.
 
 A layer's spikes at all steps depend only on the layer before it, so it runs as one convolution over T * B images and a
-scan over time. Samples go through in chunks, so that no float tensor of T * B images is ever in memory.
+scan over time. Samples go through in chunks, so that its forward makes no float tensor of T * B images but what
+training keeps.
 
 Spikes are bytes, but autograd needs floats. So spikes are outside of autograd, and the proxy of their train, a tensor
 of the same shape without data, stands for them in its graph:

@@ -331,6 +331,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
         if len(output) != self.timesteps * len(x):
             raise ValueError(f'the network gives {len(output)} outputs for {len(x)} images at {self.timesteps} time '
                              'steps: its forward mixes samples')
+        output = output.to(torch.promote_types(output.dtype, x.dtype))  # a sum in autocast's bfloat16 would be rounded
         return output.view(self.timesteps, len(x), *output.shape[1:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

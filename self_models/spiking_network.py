@@ -193,9 +193,15 @@ class LayerByLayer(SpikingNetwork):
         initialize(self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
+        whole = f'{prefix}thresholds' in state_dict
         for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
             state_dict.setdefault(prefix + what, getattr(self, what))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.carried:  # the weights are those of a network like this one, or of an ANN
+            self.carried = self.thresholds.tolist() if whole else None
+
+    def __getstate__(self):
+        return {**self.__dict__, '_numbers': {}}  # the tensors of a copy count their changes anew
 
     @property
     def balanced(self) -> int:
@@ -235,7 +241,9 @@ class LayerByLayer(SpikingNetwork):
         return LIFParameters(threshold, leak, self.surrogate, self.backend, self.delay, self.initial_potential)
 
     def _as_numbers(self, what, values):
-        """A fixed 1-D tensor as a list, read again only when it changes: reading waits for a GPU."""
+        """A fixed 1-D tensor as a list. A GPU's is read again only when it changes, but for .data, as reading waits."""
+        if values.device.type == 'cpu':
+            return values.tolist()
         version = None if values.is_inference() else values._version
         known, known_version, numbers = self._numbers.get(what, (None, None, None))
         if known is not values or version is None or version != known_version:

@@ -1,5 +1,7 @@
 """T of 1 to 8: direct input, neurons without delay, learned thresholds and leaks, QCFS, and their conversion."""
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -398,6 +400,31 @@ def test_its_own_state_can_be_loaded_after_thresholds_were_learned(architecture)
     weights = {key: value.clone() for key, value in snn.state_dict().items()}
     checkpoint.load_snn(snn, {'state_dict': weights, **checkpoint.snn_state(snn)}, 'own.pth')
     assert all(torch.equal(value, weights[key]) for key, value in snn.state_dict().items())
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET12'])
+def test_thresholds_can_be_scaled_again_after_a_state_was_loaded(architecture):
+    snn = convert(trained_like(architecture, levels=2), timesteps=2)
+    thresholds, state = snn.thresholds.tolist(), {key: value.clone() for key, value in snn.state_dict().items()}
+    snn.threshold_update(0.5, thresholds)
+    want = {key: value.clone() for key, value in snn.state_dict().items()}
+    snn.load_state_dict(state)
+    snn.threshold_update(0.5, thresholds)
+    for key, value in snn.state_dict().items():
+        assert torch.allclose(value, want[key], rtol=1e-12), key
+
+
+@pytest.mark.parametrize('updates', range(4))
+def test_a_copy_runs_at_its_own_thresholds(updates):
+    snn = network('VGG5', dataset='DIGITS', timesteps=8)
+    for _ in range(updates):
+        snn.threshold_update(1.0, [0.5] * 5)
+    snn.lif_parameters(0)
+    for each in (copy.deepcopy(snn), pickle.loads(pickle.dumps(snn))):
+        each.threshold_update(1.0, [7.0] * 5)
+        assert each.lif_parameters(0).threshold == 7
+    snn.thresholds.data.fill_(3)
+    assert snn.lif_parameters(0).threshold == 3
 
 
 class IntegrateAndFire(nn.Module):
