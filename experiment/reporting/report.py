@@ -56,7 +56,8 @@ def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
         'conversion': conversion,
         'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
         **numbers.summary(model, layers, connections, len(data.test)), 'training': training,
-        'in_units_of_bounds': numbers.in_units_of_bounds(model)}
+        # a network from scratch has no bounds
+        'in_units_of_bounds': bool(args.pretrained_ann or args.pretrained_snn) and numbers.in_units_of_bounds(model)}
     drawn = {'accuracy': plots.draw_accuracy(report), 'activity': plots.draw_activity(report),
              'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report),
              **({'training': plots.draw_training(training)} if training else {})}
