@@ -264,6 +264,8 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
+    if isinstance(model, LayerByLayer) and model.carried:  # the weights of the file carry its thresholds
+        model.carried = [*settings['thresholds'], *model.carried[len(settings['thresholds']):]]
     try:
         model.threshold_update(1.0, settings['thresholds'])
         if leaks and settings['leaks']:

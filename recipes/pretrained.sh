@@ -2,7 +2,8 @@
 # The networks in pretrained/: train, convert and fine-tune them, and write them there.
 #
 #     bash recipes/pretrained.sh digits             # two minutes on two cores
-#     bash recipes/pretrained.sh quick one_step     # CIFAR-10, T = 4: 42 minutes on two cores; then T = 1: 30 more
+#     bash recipes/pretrained.sh quick              # CIFAR-10, T = 4: 42 minutes
+#     bash recipes/pretrained.sh quick longer two_steps one_step  # the better ones at T = 4, 2 and 1: two hours more
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh quick
 #
 # If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs, such as
@@ -28,14 +29,15 @@ cifar10=(--architecture examples/network.py:quick "${data[@]}" --validation_frac
 sgd=(--activation QCFS --optimizer SGD --weight_decay 5e-4 --batch_size 64)
 tuned=(--activation Linear --gamma 1 --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1)
 
-quick() {  # T = 4: an ANN of four levels, and an epoch of fine-tuning
+quick() {  # T = 4 in 42 minutes: an ANN of four levels, and 6,400 images of fine-tuning
     python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 12 \
                   --crop 2 --name quick_qcfs
-    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --crop 2 --timesteps 4 --name quick_4 \
-                  --pretrained_ann trained_models/ann/quick_qcfs.pth
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --gamma 0.3 --train_samples 6400 --crop 2 \
+                  --timesteps 4 --name quick_4 --pretrained_ann trained_models/ann/quick_qcfs.pth
+    python recipes/slim.py trained_models/snn/quick_4.pth "$folder/quick_cifar10_4.pth"
 }
 
-longer() {  # T = 4: that ANN trained further, and an epoch of fine-tuning
+longer() {  # T = 4, better: that ANN trained further, and a whole epoch of fine-tuning
     python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 18 \
                   --cutout 8 --pretrained_ann trained_models/ann/quick_qcfs.pth --name quick_longer
     python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name quick_longer_4 \
@@ -43,7 +45,7 @@ longer() {  # T = 4: that ANN trained further, and an epoch of fine-tuning
     python recipes/slim.py trained_models/snn/quick_longer_4.pth "$folder/quick_cifar10_4.pth"
 }
 
-two_steps() {  # T = 2: the ANN of `longer` trained further with two levels
+two_steps() {  # T = 2, no file: the ANN of `longer` trained further with two levels
     python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 2 --learning_rate 0.05 --epochs 6 \
                   --pretrained_ann trained_models/ann/quick_longer.pth --name quick_two_levels
     python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 2 --name quick_longer_2 \
@@ -51,7 +53,7 @@ two_steps() {  # T = 2: the ANN of `longer` trained further with two levels
 }
 
 one_step() {  # T = 1: that ANN trained further with one level
-    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 9 \
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 7 \
                   --pretrained_ann trained_models/ann/quick_two_levels.pth --name quick_one_level
     python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name quick_longer_1 \
                   --pretrained_ann trained_models/ann/quick_one_level.pth

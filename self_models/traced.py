@@ -39,7 +39,7 @@ QUOTIENTS = {operator.truediv, torch.div, torch.divide, torch.true_divide, 'div'
 PRODUCTS = {operator.mul, torch.mul, torch.multiply, 'mul', 'multiply', *QUOTIENTS, *MATRIX_PRODUCTS}
 SUMS = {operator.add, operator.sub, operator.neg, torch.add, torch.sub, torch.subtract, torch.neg, 'add', 'sub', 'neg'}
 IN_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
-            operator.itruediv: operator.truediv, operator.imatmul: operator.matmul}
+            operator.itruediv: operator.truediv}  # a tensor has no @= of its own
 DIMENSIONS = {  # of a function or method: the position of its dimensions, their names, and their default
     'flatten': (1, ('start_dim',), 0), 'unflatten': (1, ('dim',), None), 'cat': (1, ('dim',), 0),
     'concat': (1, ('dim',), 0), 'concatenate': (1, ('dim',), 0), 'mean': (1, ('dim',), None),
@@ -90,7 +90,11 @@ for _function in IN_PLACE:
 
 class _Tracer(fx.Tracer):
     """Takes a module for one call if its own forward is torch's, or this project's activation or layer."""
-    proxy_buffer_attributes = True  # what is computed from a buffer is computed anew in each forward
+
+    def __init__(self, buffers=True):
+        """buffers: whether what is computed from a buffer is computed anew in each forward; else it is a constant."""
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -151,8 +155,10 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
         parameters = inspect.signature(ann.forward).parameters
         defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         tree = copy.deepcopy(ann)
-        traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
-        graph = _Tracer().trace(traced, concrete_args=defaults or None)
+        try:
+            traced, graph = _followed(ann, defaults, buffers=True)
+        except Exception:  # its code may need a buffer's value, as for a condition
+            traced, graph = _followed(ann, defaults, buffers=False)
     except Refused:
         raise
     except Exception as error:  # tracing runs the network's own code
@@ -185,6 +191,11 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             owner, dropout = owner_of(node, modules), FUNCTION_DROPOUTS[node.target](argument(node, 1, 'p', 0.5))
             replace(graph, node, put(tree, Call(node, owner, None), dropout.train(modules[owner].training), used))
     return tree, graph
+
+
+def _followed(ann, defaults, buffers):
+    traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
+    return traced, _Tracer(buffers).trace(traced, concrete_args=defaults or None)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -223,10 +234,13 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             alias = waiting.pop()
             if alias not in aliases:
                 aliases.add(alias)
-                waiting += [user for user in alias.users if shares_memory(user, modules)]
+                waiting += [user for user in alias.users if source_of(user) is alias and shares_memory(user, modules)]
                 waiting += [source_of(alias)] if shares_memory(alias, modules) else []
         later = [(alias, user) for alias in aliases for user in alias.users if order[alias] < order[node] < order[user]]
-        if changed is not None or any(alias is not written for alias, _ in later) or any(
+        counts = not node.users and not later and all(  # a buffer that nothing here reads
+            alias.op != 'get_attr' or alias.target.rpartition('.')[2] in getattr(
+                modules.get(alias.target.rpartition('.')[0]), '_buffers', ()) for alias in aliases)
+        if changed is not None or any(alias is not written for alias, _ in later) or not counts and any(
                 alias.op == 'get_attr' for alias in aliases):
             raise Refused(f'{owner_of(node, modules) or "the network"}: {said(node, modules)[1]} changes in place what '
                           'is read elsewhere, too: leave out its inplace=True, or its _, or its out=, or its +=')
@@ -566,7 +580,8 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
         keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | KEEPERS or is_pool(node.target)
     else:
         keeps = not isinstance(module, (nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle))
-    found = [channels_of(each, modules) for each in node.all_input_nodes] if keeps else []
+    inputs = [source_of(node)] if module is None and node.target in KEEPERS else node.all_input_nodes
+    found = [channels_of(each, modules) for each in inputs] if keeps else []
     return max((each for each in found if each is not None), default=None)
 
 

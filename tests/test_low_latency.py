@@ -398,7 +398,10 @@ def test_its_own_state_can_be_loaded_after_thresholds_were_learned(architecture)
     with torch.no_grad():
         snn.thresholds *= torch.linspace(0.5, 2, len(snn.thresholds)).to(snn.thresholds)
     weights = {key: value.clone() for key, value in snn.state_dict().items()}
-    checkpoint.load_snn(snn, {'state_dict': weights, **checkpoint.snn_state(snn)}, 'own.pth')
+    state = {'state_dict': weights, **checkpoint.snn_state(snn)}
+    with torch.no_grad():
+        snn.thresholds *= 1.5  # a later epoch
+    checkpoint.load_snn(snn, state, 'own.pth')
     assert all(torch.equal(value, weights[key]) for key, value in snn.state_dict().items())
 
 

@@ -510,6 +510,50 @@ def test_a_network_is_refused_for_its_hooks():
     refused(net, 'Net has hooks')
 
 
+def branches(n, x):
+    y = n.first(x)
+    y += n.second(x)  # each ends in an activation in place
+    s = n.conv1(x)
+    s *= 0.5
+    y += s
+    total = 0
+    for branch in (n.first, n.second):
+        total += branch(y)
+    return n.fc(F.relu(n.conv2(total)).flatten(1))
+
+
+def with_values(n, x):
+    n.calls += 1
+    n.seen.add_(1)
+    x = F.relu(n.conv1(x)) if n.flag and n.size.shape[0] == 3 else x
+    for _ in range(int(n.twice)):
+        x = F.relu(n.conv1(x))
+    return n.fc(x.flatten(1))
+
+
+def matrix(n, x):
+    h = F.relu(n.conv1(x)).flatten(1)
+    y = h
+    y @= n.turn  # a new tensor, as PyTorch has no such call in place
+    return n.fc(F.relu(y) + h)
+
+
+@pytest.mark.parametrize('way', [branches, with_values, matrix])
+def test_assignments_with_a_sign_and_buffers_as_values(way):
+    torch.manual_seed(0)
+
+    first, second, conv1, conv2 = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
+    ann = Net(way, first=chain(first, nn.ReLU(inplace=True)), second=chain(second, nn.ReLU(inplace=True)), conv1=conv1,
+              conv2=conv2, fc=nn.Linear(128, 5))
+    for name, value in {'calls': 0, 'seen': 0, 'flag': 1, 'twice': 2, 'size': [0, 0, 0]}.items():
+        ann.register_buffer(name, torch.tensor(value))
+    ann.turn = nn.Parameter(torch.randn(128, 128) / 10)
+    ann, x = ann.double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    want = ann(x)
+    assert torch.allclose(quantize(ann, 10 ** 7, bound=100.0)(x), want, atol=1e-4)
+    agrees(made(ann, x, 4, **DIRECT), ann, x, silent=True)
+
+
 def test_a_forward_beside_that_of_the_class_is_refused(narrow):
     net = own('residual')
     net.forward = lambda x: 2 * Net.forward(net, x)

@@ -148,7 +148,7 @@ class Walk(Pass):
         name = f'{name} ({self.calls[name]})' if self.calls[name] > 1 else name
         kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
         turned = 'ranspose' in str(node.target if module is None else type(module))
-        matrix_behind = self.function_of(node) in traced.MATRIX_PRODUCTS and node.args[0] in self.found
+        matrix_behind = self.function_of(node) in traced.MATRIX_PRODUCTS and traced.source_of(node) in self.found
         per_weight = flow.spikes if turned or matrix_behind else value
         self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight.numel())
         return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
@@ -161,7 +161,7 @@ class Walk(Pass):
                     return self.env[each]
                 spikes = self.found[each].spikes if x is None else x
                 spikes = spikes.float() if getattr(spikes, 'dtype', None) == torch.bool else spikes
-                return torch.zeros_like(spikes) if blank else spikes
+                return fx.node.map_aggregate(spikes, torch.zeros_like) if blank else spikes
             return self.replay(node, given)
 
         def others():
