@@ -4,6 +4,7 @@ import io
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
@@ -205,7 +206,8 @@ class _Loader(DataLoader):
     """Yields make([index, ...]) for each of the batches, so a batch is cut out and augmented at once."""
 
     def __init__(self, batches, make, sizes=(), **options):
-        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make), **options)
+        super().__init__(batches, batch_size=None, collate_fn=partial(_error_as_value, make),
+                         worker_init_fn=_say_no_lost_connections, **options)
         self.sizes = sizes
 
     def __iter__(self):
@@ -218,6 +220,12 @@ class _Loader(DataLoader):
             if died := dead_worker(error):
                 raise died from error
             raise
+
+
+def _say_no_lost_connections(_):
+    """Of a worker whose run ends while it hands over a batch: Python would print a traceback beside the run's error."""
+    hook = sys.excepthook
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else hook(kind, *error)
 
 
 def _batch(dataset, seeds, indices):

@@ -329,3 +329,12 @@ def test_an_output_that_fails_as_an_earlier_run_is_set_aside_costs_neither(monke
     run(ann, *SMALL, '--seed', 1, '--epochs', 2, '--resume')
     for path, content in before.items():
         assert path.with_name(f'previous.1.{path.name}').read_bytes() == content
+
+
+def test_a_worker_whose_run_ends_says_no_lost_connections(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, 'excepthook', lambda kind, *error: seen.append(kind))
+    data._say_no_lost_connections(0)
+    for error in (ConnectionResetError(), ValueError()):
+        sys.excepthook(type(error), error, None)
+    assert seen == [ValueError]
