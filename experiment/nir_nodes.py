@@ -6,6 +6,7 @@ layer. So a factor of channels goes into the weights behind it, or becomes a con
 import math
 import operator
 from collections.abc import Sequence
+from itertools import count
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -18,12 +19,11 @@ from self_models.conversion import folded_layer
 from self_models.layers import Scale
 from self_models.plain import HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
-from self_models.traced import MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of, source_of
+from self_models.traced import CATS, MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
           'clone', torch.clone, 'to', 'float', 'double', 'type', 'type_as'}  # keep the order of values
-CATS = (torch.cat, torch.concat, torch.concatenate)
 MINUS, NEGATIVE = {operator.sub, torch.sub, torch.subtract, 'sub'}, {operator.neg, torch.neg, 'neg'}
 POOLS = {'avg_pool2d': nn.AvgPool2d, 'adaptive_avg_pool2d': nn.AdaptiveAvgPool2d}
 ONE = np.ones(())
@@ -202,7 +202,7 @@ class Nodes(BlankPass):
 
     def add(self, name: str, node, shape: Sequence[int], *sources: str) -> str:
         """Add a node of that name, or with a number behind it if there is one; returns its name."""
-        free = (name, *(f'{name}_{i}' for i in range(1, len(self.nodes) + 1)))
+        free = (f'{name}_{i}' if i else name for i in count())
         name = next(each for each in free if each not in self.nodes)
         self.nodes[name], self.shapes[name] = node, tuple(int(size) for size in shape)
         self.edges.extend((source, name) for source in sources)

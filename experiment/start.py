@@ -166,8 +166,8 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
         return said
     _settle(args, QUANTIZED)
     said += [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
-            'less accurate than its ANN until it is fine-tuned'
-            for key, value in QUANTIZED.items() if getattr(args, key) != value]
+             'less accurate than its ANN until it is fine-tuned'
+             for key, value in QUANTIZED.items() if getattr(args, key) != value]
     levels, steps = layers['levels'], args.timesteps
     if levels and steps < levels:
         said.append(f'--timesteps {steps}: the ANN was trained with {levels} levels; with {steps + 1} rates for its '

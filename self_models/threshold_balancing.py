@@ -218,8 +218,7 @@ def _balance_plain(model, images, timesteps, percentile, progress):
     shapes = {name: tuple(shape[2:]) for name, shape in currents.items()} | {'input': tuple(images.shape[1:])}
     # of an image, which the network may cut into several samples
     sizes = {name: math.prod(shape[1:]) for name, shape in currents.items()} | {'input': math.prod(images.shape[1:])}
-    values = [sizes[name] + sum(sizes[source] for source in way.sources)
-              for name, way in zip(model.layer_names, ways)]
+    values = [sizes[name] + sum(sizes[source] for source in way.sources) for name, way in zip(model.layer_names, ways)]
     groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
     stores, worth, thresholds = {}, {}, []
     encoding = ENCODINGS[model.encoding]

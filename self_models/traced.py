@@ -48,13 +48,15 @@ DIMENSIONS = {  # of a function or method: the position of its dimensions, their
 SPELLINGS = {*DIMENSIONS, *(getattr(torch, name) for name in DIMENSIONS)}
 RESHAPES = {'view', 'reshape', torch.reshape}
 PERMUTES = {'permute', torch.permute}
-VIEWS = {*RESHAPES, *PERMUTES, operator.getitem, 'contiguous', 'to', 'float', 'double', 'half', 'bfloat16', 'type',
-         'type_as', 'expand_as', 'requires_grad_', *(name for name in DIMENSIONS if name not in ('mean', 'sum', 'cat')),
+CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type_as'}
+CATS = {torch.cat, torch.concat, torch.concatenate}
+VIEWS = {*RESHAPES, *PERMUTES, *CASTS, operator.getitem, 'contiguous', 'type', 'expand_as', 'requires_grad_',
+         *(name for name in DIMENSIONS if name not in ('mean', 'sum', 'cat')),
          *(getattr(torch, name) for name in ('flatten', 'unflatten', 'chunk', 'split', 'squeeze', 'unsqueeze', 'narrow',
                                              'transpose'))}
 FREE = {'clone', torch.clone, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle}
 # leave the number of channels as it is
-KEEPERS = {'contiguous', 'clone', 'to', 'float', 'double', 'half', 'bfloat16', 'type_as', F.pad, F.interpolate}
+KEEPERS = {*CASTS, 'contiguous', 'clone', F.pad, F.interpolate}
 REMEDIES = {  # of what is refused: what to put in its place
     'activation': 'put nn.ReLU or QCFS in its place',
     'norm': 'put batch norm in its place',
@@ -117,6 +119,15 @@ class _Tracer(fx.Tracer):
         graph = super().trace(*args, **options)
         if draws != _draws():
             raise Refused(f'{type(self.root).__name__} draws random numbers in evaluation: leave them out')
+        if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # an argument's default is a tuple, a list or a dict
+            graph.set_codegen(fx.graph.CodeGen())
+            output = next(reversed(graph.nodes))
+            if len(output.args[0]) == 1:
+                output.args = tuple(output.args[0])
+        for node in graph.nodes:
+            if node.op in ('call_function', 'call_method') and node.target in SPELLINGS:
+                node.kwargs = {{'axis': 'dim', 'keepdims': 'keepdim'}.get(key, key): each
+                               for key, each in node.kwargs.items()}
         return graph
 
 
@@ -169,15 +180,6 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
             setattr(tree, key, value)
-    if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # an argument's default is a tuple, a list or a dict
-        graph.set_codegen(fx.graph.CodeGen())
-        output = next(reversed(graph.nodes))
-        if len(output.args[0]) == 1:
-            output.args = tuple(output.args[0])
-    for node in graph.nodes:
-        if node.op in ('call_function', 'call_method') and node.target in SPELLINGS:
-            node.kwargs = {{'axis': 'dim', 'keepdims': 'keepdim'}.get(key, key): each
-                           for key, each in node.kwargs.items()}
     modules = dict(tree.named_modules())
     read_in_order(graph, modules)
     further = [node for node in graph.nodes if node.op == 'placeholder'][len(parameters) - len(defaults):]
@@ -237,11 +239,9 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                 waiting += [user for user in alias.users if source_of(user) is alias and shares_memory(user, modules)]
                 waiting += [source_of(alias)] if shares_memory(alias, modules) else []
         later = [(alias, user) for alias in aliases for user in alias.users if order[alias] < order[node] < order[user]]
-        counts = not node.users and not later and all(  # a buffer that nothing here reads
-            alias.op != 'get_attr' or alias.target.rpartition('.')[2] in getattr(
-                modules.get(alias.target.rpartition('.')[0]), '_buffers', ()) for alias in aliases)
-        if changed is not None or any(alias is not written for alias, _ in later) or not counts and any(
-                alias.op == 'get_attr' for alias in aliases):
+        held = [alias for alias in aliases if alias.op == 'get_attr']
+        counter = not node.users and not later and all(is_buffer(alias, modules) for alias in held)  # nothing reads it
+        if changed is not None or any(alias is not written for alias, _ in later) or held and not counter:
             raise Refused(f'{owner_of(node, modules) or "the network"}: {said(node, modules)[1]} changes in place what '
                           'is read elsewhere, too: leave out its inplace=True, or its _, or its out=, or its +=')
         for _, user in later:
@@ -250,6 +250,12 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
         if node.op == 'call_method' and node.target not in RELUS:
             node.target = node.target.removesuffix('_')
         node.target = IN_PLACE.get(node.target, node.target)
+
+
+def is_buffer(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Whether a node reads a buffer of a module."""
+    owner, _, name = node.target.rpartition('.')
+    return name in getattr(modules.get(owner), '_buffers', ())
 
 
 def source_of(node: fx.Node) -> fx.Node:
@@ -573,7 +579,7 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     for name in ('out_channels', 'out_features', 'num_features'):
         if isinstance(getattr(module, name, None), int) and getattr(module, name) > 0:  # 0: of a lazy layer
             return getattr(module, name)
-    if node.target in (torch.cat, torch.concat, torch.concatenate):
+    if node.target in CATS:
         found = [channels_of(each, modules) for each in source_of(node)]
         return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
     if module is None:

@@ -541,7 +541,6 @@ def matrix(n, x):
 @pytest.mark.parametrize('way', [branches, with_values, matrix])
 def test_assignments_with_a_sign_and_buffers_as_values(way):
     torch.manual_seed(0)
-
     first, second, conv1, conv2 = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(4))
     ann = Net(way, first=chain(first, nn.ReLU(inplace=True)), second=chain(second, nn.ReLU(inplace=True)), conv1=conv1,
               conv2=conv2, fc=nn.Linear(128, 5))

@@ -17,8 +17,8 @@ from self_models.plain import HeldDropout
 from self_models.spiking_network import SpikingNetwork
 
 PASSED = (HeldDropout, Scale, NORMS)  # modules that change values, not the number of spikes
-CONSTANTS = {F.pad, torch.cat, torch.concat, torch.concatenate}  # which may put values beside the spikes
-CASTS = {'to', 'float', 'double', 'half', 'bfloat16', 'type', 'type_as'}
+CONSTANTS = {F.pad, *traced.CATS}  # which may put values beside the spikes
+CASTS = {*traced.CASTS, 'type'}
 ROWS = 64  # of a pool's input that are processed at once
 
 
