@@ -84,7 +84,9 @@ def main(args):
 
     device = setup.set_up_device(args)
     if args.predict:
-        print('\n'.join(predict.lines(args, device)))
+        lines = predict.lines(args, device)
+        if distributed.is_main():
+            print('\n'.join(lines))
         return
     if args.export_nir:
         nir_export.check(args.export_nir)

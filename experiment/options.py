@@ -82,10 +82,11 @@ def devices(text: str) -> str:
 
 def name(text: str) -> str:
     """A part of file names; no other run's files can have the same names."""
-    taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded'))
+    taken = text.startswith(('.', 'previous.')) or text.endswith(('.last', '.folded', '.log', '.jsonl'))
     if not text.isprintable() or '/' in text or taken or not 0 < len(text.encode()) <= 200:
         raise argparse.ArgumentTypeError(f"{text!r} does not serve as a file name: 1 to 200 bytes, no '/', not "
-                                         "beginning with '.' or 'previous.', not ending in '.last' or '.folded'")
+                                         "beginning with '.' or 'previous.', not ending in '.last', '.folded', '.log' "
+                                         "or '.jsonl'")
     return text
 
 

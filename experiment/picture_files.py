@@ -91,7 +91,11 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
                 image = _rgb(opened)
     except UserError as error:
         raise UserError(f'{file}: {error}') from error
+    except MemoryError:  # no fault of the file
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno:  # nor is this
+            raise UserError(f'{file}: cannot be read ({error.strerror}); make it readable') from error
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
     return torch.from_numpy(np.atleast_3d(np.array(prepare(image)))).permute(2, 0, 1)
@@ -134,7 +138,7 @@ def _eight_bits(image, tags):
     values = np.array(image)
     if image.mode == 'F' and ((values >= 0) & (values <= 1)).all():
         levels = np.rint(values * 255)
-    elif image.mode.startswith('I;16') or image.format == 'PPM':  # its integers have 16 bits at most
+    elif image.mode.startswith('I;16') or image.mode == 'I' and image.format == 'PPM':  # of 16 bits at most
         values[values == image.info.get('transparency', -1)] = 0
         levels = values // (16 if tags.get(258) == (12,) else 256)  # BitsPerSample
     else:

@@ -108,8 +108,13 @@ def build_snn(args: Namespace, data: Data, state: dict | None = None) -> Spiking
     neurons['default_threshold'] = args.default_threshold or 1.0  # None if all thresholds come from the checkpoint
     if options.is_own_network(args.architecture) or args.keep_batch_norm:
         ann = build_ann(args, data, **{**checkpoint.ann_layers(state), 'levels': 1})
-        with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
-            return self_models.spiking(ann, **neurons)
+        try:
+            if state and any(isinstance(module, self_models.QCFS) for module in ann.modules()):
+                ann = self_models.quantize(ann, 1)  # an SNN's file does not say that ReLUs beside a QCFS became QCFS
+            with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
+                return self_models.spiking(ann, **neurons)
+        except ValueError as error:
+            raise UserError(f'--architecture {args.architecture}: {error}') from error
     scale = state is not None and checkpoint.has_scales(state) or args.balance_blocks
     resnet = partial(self_models.RESNET_SNN_STDB, scale=scale)
     return _build(self_models.VGG_SNN_STDB, resnet, args, data, **neurons,

@@ -209,6 +209,8 @@ def drop_idle(args: Namespace, start: Start | None = None) -> list[str]:
     """
     idle, said = options.without_effect(vars(args)), []
     before = start.state['args'] if start and start.resumed else {}
+    if 'balance_blocks' in before and before['balance_blocks'] != args.balance_blocks:
+        idle.setdefault('balance_blocks', 'conversions of ResNets, and this network is converted already')
     for flag, of in sorted(idle.items()):
         if flag in args.given:
             said.append(f'--{flag} has no effect here: it belongs to {of}')
@@ -242,6 +244,10 @@ def _open(kind, args):
         if source:
             keep(args, state, path, ['pretrained_ann'])
         said += take_network(args, state, path)
+    made_by = state['args'].get('architecture')
+    if source and options.is_own_network(args.architecture) and isinstance(made_by, str) and (
+            os.path.realpath(made_by) != os.path.realpath(args.architecture)):
+        said.append(f'{path}: was trained as {made_by}, and goes on as {args.architecture}')
     return Start(start, path, state, name, paths, held, said + repaired)
 
 

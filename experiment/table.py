@@ -29,9 +29,11 @@ class Results:
         self.lines = [('ANN', found['ann_accuracy'])] if found else []
         self.curve = None
         begun = progress.history[0] if progress.history else {}
-        if 'ann_accuracy' in begun and not run.args.test_only:  # a resumed run also shows what it began with
+        if begun.get('epoch') == 0 and not run.args.test_only:  # a resumed run also shows what it began with
             self.found = {key: begun[key] for key in MEASURED if key in begun}
-            self.lines = [('ANN', begun['ann_accuracy']), ('converted SNN', begun[f'{self.chosen_on}_accuracy'])]
+            what = WHAT['ann' if run.args.pretrained_ann else 'snn']
+            accuracies = {'ANN': begun.get('ann_accuracy'), f'{what} SNN': begun.get(f'{self.chosen_on}_accuracy')}
+            self.lines = [(what, accuracy) for what, accuracy in accuracies.items() if accuracy is not None]
 
     def time_steps(self, points: int) -> list[int]:
         return sorted({max(1, self.run.args.timesteps * i // points) for i in range(1, points + 1)})

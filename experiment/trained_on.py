@@ -31,7 +31,7 @@ def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = N
     """The trainings of a run's network, this run's included. state: of the checkpoint that it began with."""
     before = trainings(state) if state else []
     last = _training({**vars(args), 'seed': args.split_seed}, images.full_train_size)
-    return before if last in before else [*before, last]
+    return before if before[-1:] == [last] else [*before, last]
 
 
 def _training(args, count):

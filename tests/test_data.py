@@ -414,6 +414,26 @@ def test_pictures_without_a_known_range_are_refused(tmp_path, bits, content, opt
     assert reason in text and 'save it' in text
 
 
+@pytest.mark.parametrize('value', [-0.1, 255, math.nan])
+def test_a_pfm_without_a_known_range_is_refused(tmp_path, value):
+    (tmp_path / 'a.pfm').write_bytes(b'Pf\n2 1\n-1.0\n' + struct.pack('<2f', 0.5, value))
+    assert 'floats that are not from 0 to 1' in refusal(tmp_path / 'a.pfm')
+    (tmp_path / 'a.pfm').write_bytes(b'Pf\n2 1\n-1.0\n' + struct.pack('<2f', 0.5, 1))
+    assert row(tmp_path / 'a.pfm') == [128, 255]
+
+
+def test_a_picture_without_memory_or_rights_is_not_called_damaged(tmp_path, monkeypatch):
+    def fails(error):
+        def opened(*_, **__):
+            raise error
+        return opened
+    monkeypatch.setattr(Image, 'open', fails(PermissionError(errno.EACCES, 'Permission denied')))
+    assert refusal(tmp_path / 'a.png') == 'cannot be read (Permission denied); make it readable'
+    monkeypatch.setattr(Image, 'open', fails(MemoryError()))
+    with pytest.raises(MemoryError):
+        picture_files.read(tmp_path / 'a.png', lambda image: image)
+
+
 def test_grey_pictures_keep_their_levels(tmp_path):
     levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16)
     Image.fromarray(levels.numpy()).save(tmp_path / 'a.png')

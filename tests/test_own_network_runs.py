@@ -2,6 +2,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import warnings
@@ -136,6 +137,11 @@ def quits():
 def four_levels():
     from self_models import QCFS
     return mlp(QCFS(4), nn.Linear(8, 10))
+
+
+def some_levels():
+    from self_models import QCFS
+    return nn.Sequential(mlp(QCFS(4), nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 10))
 
 
 made = for_seven()
@@ -412,6 +418,31 @@ def test_its_own_quantized_activations_are_of_the_levels_that_the_flags_say(caps
     run(snn, *of('four_levels', '--pretrained_ann', 'trained_models/ann/ann_nets_four_levels_digits.pth', '--timesteps',
                  4, '--test_only'))
     assert 'the ANN was trained with' not in capsys.readouterr().out  # T = 4 is that of 4 levels
+
+
+def test_relus_beside_quantized_activations_become_such(capsys):
+    run(ann, *of('some_levels', *QUANTIZED, '--epochs', 1))
+    own = of('some_levels', '--timesteps', 4, '--activation', 'Linear')
+    run(snn, *own, '--pretrained_ann', 'trained_models/ann/ann_nets_some_levels_digits.pth', '--epochs', 1)
+    path = 'trained_models/snn/snn_nets_some_levels_digits_4.pth'
+    capsys.readouterr()
+    run(snn, *own, '--pretrained_snn', path, '--test_only')
+    assert accuracy_of(capsys.readouterr().out, 'loaded SNN') == round(100 * load(path)['accuracy'], 2)
+    run(snn, *own, '--epochs', 2, '--resume')
+    assert load(path.replace('.pth', '.last.pth'))['epoch'] == 2
+    fails(snn, 'some of its activations are QCFS, others ReLU', *own, '--epochs', 1, '--name', 'scratch')
+
+
+def test_going_on_with_another_file_of_the_same_weights_is_said(capsys):
+    for folder in ('one', 'two'):
+        Path(folder).mkdir()
+        shutil.copy('nets.py', folder)
+    run(ann, *DIGITS, '-a', 'one/nets.py:chain', '--epochs', 1, '--name', 'c')
+    capsys.readouterr()
+    run(ann, *DIGITS, '-a', 'two/nets.py:chain', '--epochs', 2, '--name', 'c', '--resume')
+    assert 'was trained as one/nets.py:chain, and goes on as two/nets.py:chain' in capsys.readouterr().out
+    run(ann, *DIGITS, '-a', './two/nets.py:chain', '--epochs', 3, '--name', 'c', '--resume')
+    assert 'goes on as' not in capsys.readouterr().out
 
 
 # -- several runs, several processes ----------------------------------------------------------------------------------

@@ -522,6 +522,29 @@ def test_a_network_of_ones_own_by_hand():
     assert column('ann_additions') == [0, 12, 12, 12, 0, 5]
 
 
+def test_the_image_itself_at_neurons_by_hand():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(1, 1, 1, bias=False), nn.Linear(4, 5, bias=False)
+
+        def forward(self, x):
+            return self.fc(F.relu(self.conv(x) + x).flatten(1))
+
+    model = self_models.spiking(Direct(), 3, default_threshold=0.5, delay=0, encoding='direct').eval()
+    with torch.no_grad():
+        model.conv.weight.fill_(1)
+    layers, connections = counted(model, torch.ones(1, 1, 2, 2))  # each of the 4 neurons fires at each of the 3 steps
+    found = numbers.operation_numbers(connections.values(), 1)
+    # 4 products and 4 additions of the image, once or at each step; 4 * 3 spikes, each with 5 connections
+    assert [(row['name'], row['macs'], row['bias_additions'], row['bias_additions_every_step'],
+             row['synaptic_operations'], row['input_spikes_per_neuron']) for row in found['connections']] == [
+        ('conv', 4, 0, 0, 0, None), ('relu.identity', 0, 4, 12, 0, None), ('fc', 0, 0, 0, 60, 3)]
+    assert found['energy_uj']['snn_exact'] == pytest.approx((4 * 4.6 + 64 * 0.9) / 1e6)
+    assert found['energy_uj']['snn_exact_every_step'] == pytest.approx((12 * 4.6 + 72 * 0.9) / 1e6)
+    assert found['energy_uj']['ann'] == pytest.approx(((4 + 20) * 4.6 + 4 * 0.9) / 1e6)
+
+
 class Cut(nn.Module):
     """For images (1, 2, 2), each row of which becomes a sample, with a padding that is no 0; all weights are 1."""
 
@@ -754,6 +777,3 @@ def test_direct_input_costs_macs_once_an_image_and_a_bias_an_addition(architectu
     assert first['bias_additions'] == 64 * 8 * 8 and first['bias_additions_every_step'] == 64 * 8 * 8 * first['steps']
     assert others[-1]['bias_additions'] == 10 * steps
     assert found['layers'][0]['firing_rate'] is None and found['layers'][1]['firing_rate'] is not None
-    energy, total = found['operations']['energy_uj'], found['operations']['total']
-    assert energy['snn_exact'] == pytest.approx((first['macs'] * 4.6 + 0.9 * (
-        total['synaptic_operations'] + total['bias_additions'])) / 1e6)

@@ -395,9 +395,11 @@ KINDS = {  # of runs: the script, the flags of the network that it begins with, 
     'ann': (ann, None, []), 'ann, QCFS': (ann, None, QCFS), 'ann, idle flags': (ann, None, ['--image_size', 9]),
     'ann from ann': (ann, (ann, []), []), 'ann from QCFS': (ann, (ann, QCFS), ['--levels', 2]),
     'snn from ann': (snn, (ann, []), [*STEPS, '--default_threshold', 0.3]),
+    'snn from ann, blocks': (snn, (ann, []), [*STEPS, '--balance_blocks']),
     'snn from ann, auto': (snn, (ann, []), [*STEPS, '--scaling_factor', 'auto', '--encoding', 'direct', '--delay', 0]),
     'snn from ann, plain': (snn, (ann, []), [*STEPS, '--output', 'mean', '--threshold_percentile', 99]),
     'snn from QCFS': (snn, (ann, QCFS), ['--timesteps', 2]),
+    'snn from QCFS, blocks': (snn, (ann, QCFS), ['--timesteps', 2, '--balance_blocks']),
     'snn from QCFS, learning': (snn, (ann, QCFS), ['--timesteps', 2, *LEARN]),
     'snn from snn': (snn, (snn, STEPS), ['--timesteps', 9, '--leak', 0.9]),
     'snn from snn, learning': (snn, (snn, [*STEPS, *LEARN]), ['--no-learn_leak']),
@@ -424,6 +426,44 @@ def test_a_resumed_run_records_what_an_unbroken_one_does(kind, architecture, mon
         recorded[-1]['trained_on'] = last['trained_on']
     assert recorded[0] == recorded[1] == recorded[2]
     assert (recorded[0]['architecture'], recorded[0]['dataset']) == (architecture, 'DIGITS')
+
+
+def test_blocks_are_balanced_at_conversion_or_never(monkeypatch, capsys):
+    network = ['-a', 'RESNET6', '--dataset', 'DIGITS', *SMALL[4:]]
+    run(ann, *network, '--epochs', 1, '--name', 'b')
+    run(snn, *SMALL[4:], *STEPS, '--pretrained_ann', 'trained_models/ann/b.pth', '--epochs', 1, '--name', 'r')
+    capsys.readouterr()
+    run(snn, *SMALL[4:], '--epochs', 2, '--name', 'r', '--resume', '--balance_blocks')
+    assert '--balance_blocks has no effect here' in capsys.readouterr().out
+    assert metrics_of('logs/snn/r.jsonl')[0]['args']['balance_blocks'] is False
+
+
+def test_a_resumed_run_shows_what_it_began_with(capsys):
+    run(snn, *SPIKING, '--epochs', 1, '--name', 'a')
+    capsys.readouterr()
+    flags = [*SMALL, '--pretrained_snn', 'trained_models/snn/a.pth', '--epochs']
+    run(snn, *flags, 2, '--name', 'whole')
+    table = last_table(capsys)
+    assert len(table) == 2 and table[0].startswith('loaded SNN')
+    run(snn, *flags, 1, '--name', 'b')
+    capsys.readouterr()
+    run(snn, *flags, 2, '--name', 'b', '--resume')
+    assert last_table(capsys) == table
+
+
+def test_a_run_that_returns_to_former_images_resumes(tmp_path):
+    for name, count in (('A', 4), ('B', 6)):
+        pictures(tmp_path / name, 256, count)
+    flags = ['-a', 'VGG5', '--dataset', 'FOLDER', '--image_size', 8, '--no-gpu', '--num_workers', 0]
+    before = []
+    for number, name in enumerate('ABA'):
+        run(ann, *flags, '--data_dir', tmp_path / name, *before, '--epochs', 1, '--name', number)
+        before = ['--pretrained_ann', f'trained_models/ann/{number}.pth']
+    assert [entry['images'] for entry in load('trained_models/ann/2.pth')['trained_on']] == [4, 6, 4]
+    fails(ann, 'was trained on a set of 4 images, and here are 6', *flags, '--data_dir', tmp_path / 'B', '--epochs', 2,
+          '--name', 2, '--resume')
+    run(ann, *flags, '--data_dir', tmp_path / 'A', '--epochs', 2, '--name', 2, '--resume')
+    assert load('trained_models/ann/2.last.pth')['epoch'] == 2
 
 
 def test_what_a_published_snn_does_not_say_is_not_recorded():
@@ -651,10 +691,10 @@ def test_a_network_of_other_classes_is_said_to_be_and_does_not_go_on(trained, ca
 
 # -- cached thresholds ------------------------------------------------------------------------------------------------
 
-def pictures(folder, top):
+def pictures(folder, top, count=8):
     draw = np.random.default_rng(0)
     for part in ('train', 'test'):
-        for number in range(8):
+        for number in range(count):
             path = folder / part / 'ab'[number % 2] / f'{number}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray((draw.random((16, 16, 3)) * top).astype(np.uint8)).save(path)

@@ -153,6 +153,12 @@ def test_each_seed_may_start_from_an_ann_of_its_own(written):
     assert row['seeds'] == '2' and 'pretrained_ann' not in row
     other = written('other', epochs(0.5, 0.5), seed=1, pretrained_ann='ann_seed11.pth')  # that of another seed
     assert [row['pretrained_ann'] for row in table([*paths, other])[0][0]] == ['ann_seed*.pth', 'ann_seed11.pth']
+    # each of two ANNs, named after seeds, with each of two seeds
+    grid = [written(f'g{number}{seed}', epochs(0.5, 0.6 + number / 10), seed=seed, pretrained_ann=f'g_seed{number}.pth')
+            for number in (0, 1) for seed in (0, 1)]
+    rows = table(grid)[0][0]
+    assert [(row['pretrained_ann'], row['seeds'], row[ON_TEST]) for row in rows] == [
+        ('g_seed0.pth', '2', '60.00 ± 0.00'), ('g_seed1.pth', '2', '70.00 ± 0.00')]
     # one ANN, named after a seed, for several seeds
     paths = [written(f't{seed}', epochs(0.5, 0.5), seed=seed, pretrained_ann='x/ann_seed0.pth') for seed in (0, 1, 2)]
     (row,), = table(paths)[0]
@@ -404,10 +410,17 @@ def test_the_figure_over_time_steps(written, capsys):
     anns, spiking = summary.kinds(summary.rows(map(summary.read, paths)))
     assert list(anns) == ['ANN, QCFS'] and {name: sorted(at) for name, at in spiking.items()} == {
         'low latency': [1, 4], 'published': [75]}
+    fewer = written('fewer', epochs(0.6, 0.9), activation='QCFS', levels=4, pretrained_ann=None)
+    more = written('more', epochs(0.6, 0.9), activation='QCFS', levels=8, pretrained_ann=None)
+    assert list(summary.kinds(summary.rows(map(summary.read, [fewer, more, *paths[:1]])))[0]) == [
+        'ANN, QCFS of 4 levels', 'ANN, QCFS of 8 levels']
     axes, = figures.draw_over_time_steps(anns, spiking).axes
     lines = {line.get_label(): line for line in axes.lines}
     assert lines['ANN, QCFS'].get_ydata()[0] == 95
     assert axes.containers[0].lines[0].get_xydata() == pytest.approx(np.array([(1, 70), (4, 85)]))  # 80 and 90
+    (first, second), = [bars.get_segments() for bars in axes.containers[0].lines[2]]
+    assert len(first) == 0  # one run has no spread
+    assert second == pytest.approx(np.array([(4, 85 - 50 ** 0.5), (4, 85 + 50 ** 0.5)]))
     snn_script.main(['--summarize', *paths, '--over_timesteps', 'made.png'])
     Image.open('made.png').verify()
     paths.append(written('again', [converted(0.5, 0.9), *epochs(0.6, 0.9)], timesteps=4, learning_rate=1, **low))

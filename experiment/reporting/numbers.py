@@ -72,16 +72,17 @@ def operation_numbers(connections: Iterable[Connection], images: int) -> dict:
     """Operations and energy of an image, of each connection and in all."""
     rows = []
     for c in connections:
-        per_neuron = None if c.mac_steps else c.spikes / images / c.neurons
+        per_neuron = None if c.mac_steps or c.constant else c.spikes / images / c.neurons
+        direct = c.additions if c.constant else 0  # of the image itself, to neurons without a layer between
         rows.append({
             'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
             'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
             'nonzero_inputs': c.nonzero_operations / images,
-            'estimate': 0.0 if c.mac_steps else per_neuron * (c.macs_with_padding + c.additions),
+            'estimate': 0.0 if per_neuron is None else per_neuron * (c.macs_with_padding + c.additions),
             'macs': c.macs * c.mac_steps, 'macs_with_padding': c.macs_with_padding * c.mac_steps,
             'macs_every_step': c.macs * c.steps if c.mac_steps else 0,
-            'bias_additions': c.biases * (1 if c.constant else c.bias_steps),
-            'bias_additions_every_step': c.biases * c.bias_steps,
+            'bias_additions': direct + c.biases * (1 if c.constant else c.bias_steps),
+            'bias_additions_every_step': direct * c.steps + c.biases * c.bias_steps,
             'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})
     total = {key: sum(row[key] for row in rows) for key in (
         'synaptic_operations', 'nonzero_inputs', 'estimate', 'macs', 'macs_with_padding', 'macs_every_step',

@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 from pathlib import Path
@@ -40,7 +41,7 @@ class Run(NamedTuple):
     ann: float | None  # accuracy on those, as the next
     converted: float | None
     epochs: dict[int, float]  # {epoch: accuracy}, 0: an SNN's before training
-    curve: dict[float, float]  # {time steps: accuracy} of epoch 0
+    curve: dict[float, float]  # {time steps: accuracy} of a network that was converted, before training
     accuracy: float | None  # of the best epoch, on the test set
     done: int  # epochs
     asked: int
@@ -123,7 +124,7 @@ def _run(path, args, machine, epochs):
         path, settings, seed, chosen_on, folder,
         ann=float(start['ann_accuracy']) if start else None, converted=float(start[chosen]) if start else None,
         epochs={int(epoch['epoch']): float(epoch[chosen]) for epoch in epochs},
-        curve={key: value for epoch in epochs for key, value in _numbers(epoch.get('curve', {})).items()},
+        curve=_numbers(start.get('curve', {})),
         accuracy=accuracy,
         done=max((int(epoch['epoch']) for epoch in epochs), default=0), asked=int(args['epochs']),
         seconds=[float(epoch['seconds']) for epoch in epochs if 'seconds' in epoch], machine=str(machine or '-'),
@@ -133,18 +134,16 @@ def _run(path, args, machine, epochs):
 
 def rows(runs: Iterable[Run]) -> list[list[Run]]:
     """Lists of runs with the same settings, whose best epoch was chosen on the same set. Raises UserError."""
-    def key(run, settings):
-        return run.chosen_on, run.folder, json.dumps(settings, sort_keys=True)
+    def key(run):
+        return run.chosen_on, run.folder, json.dumps(run.settings, sort_keys=True)
 
-    found = {}
-    for run in runs:
-        found.setdefault(key(run, run.settings), []).append(run)
-    for place, (run, *others) in list(found.items()):
-        # a single run of a seed's own network belongs to the runs of other seeds that start from that network, too
-        settings = {**run.settings, **run.pretrained}
-        if not others and (shared := key(run, settings)) != place and shared in found:
-            found[shared].append(run._replace(settings=settings))
-            del found[place]
+    runs = list(runs)
+    exact = [run._replace(settings={**run.settings, **run.pretrained}) for run in runs]
+    count, found = Counter(map(key, exact)), {}
+    for run, itself in zip(runs, exact):
+        # runs that start from one file are a row; of the others, those that each start from their own seed's network
+        run = itself if count[key(itself)] > 1 else run
+        found.setdefault(key(run), []).append(run)
     for row in found.values():
         for run, other in combinations(row, 2):
             if other.seed == run.seed:
@@ -192,7 +191,11 @@ def names(row_list: list[list[Run]]) -> list[str]:
     """For a legend: the settings in which rows differ; of a single row, all that the table shows."""
     found = settings_of(row_list)
     telling = [key for key in found[0] if len({settings[key] for settings in found}) > 1] or found[0]
-    return [', '.join(settings[key] if key in ('data', 'architecture') else f'{key} {Path(settings[key]).name}'
+
+    def short(key, text):
+        files = {settings[key] for settings in found if Path(settings[key]).name == Path(text).name}
+        return Path(text).name if len(files) == 1 else text
+    return [', '.join(settings[key] if key in ('data', 'architecture') else f'{key} {short(key, settings[key])}'
                       for key in telling if settings[key] != '-') for settings in found]
 
 
@@ -321,17 +324,20 @@ def kinds(row_list: list[list[Run]]) -> tuple[dict[str, list[Run]], dict[str, di
     """Rows for figures.draw_over_time_steps: ({name: row} of ANNs, {name: {T: row}} of spiking networks).
 
     A spiking network is called published (Poisson input, a step of delay a layer), low latency (direct input, none), or
-    what else its input and delay are, with its data and architecture if there are several. Raises UserError for two
-    rows of one kind and T.
+    what else its input and delay are, with its data and architecture if there are several; an ANN by its activation,
+    with the levels of QCFS if they differ. Raises UserError for two rows of one kind and T.
     """
     called = {('poisson', 1): 'published', ('direct', 0): 'low latency'}
     several = [key for key in ('data', 'architecture') if len({row[0].settings.get(key) for row in row_list}) > 1]
-    anns, spiking = {}, {}
+    anns, spiking, quantized = {}, {}, [row[0].settings.get('levels') for row in row_list
+                                        if row[0].settings.get('activation') == 'QCFS']
     for row in row_list:
         settings = row[0].settings
         timesteps, neuron = settings.get('timesteps'), (settings.get('encoding'), settings.get('delay'))
         name = f'ANN, {settings["activation"]}' if timesteps is None else called.get(
             neuron, '{}, delay {}'.format(*neuron))
+        if settings.get('activation') == 'QCFS' and len(set(quantized)) > 1:
+            name += f' of {settings.get("levels")} levels'
         name = ', '.join([name, *(settings.get(key, '-') for key in several)])
         known, place = (anns, name) if timesteps is None else (spiking.setdefault(name, {}), timesteps)
         if place in known:
