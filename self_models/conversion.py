@@ -94,6 +94,9 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
         raise LayoutError('some activations of the ANN are QCFS, others ReLU')
     bounds = [checked_bound(module) for module in quantized]
     factors = [module.factor for module in snn.modules() if isinstance(module, Scale)]
+    if bounds and any(synapse is None for stage in snn.stages() for _, synapse in stage.inputs):
+        raise LayoutError('the ANN has bounds, but the plain identities of the spiking network have no factors for '
+                          'them: build it with scale=True')
     if any(bound.dim() for bound in bounds) and not all(factor.dim() for factor in factors):
         raise LayoutError("the ANN has bounds of channels, but the spiking network has no factors for them: build it "
                           "with scale='channel'")
@@ -118,7 +121,7 @@ def fold_channels(snn: SpikingNetwork, bounds: list[torch.Tensor]) -> None:
     """Divide a layer's input by the bounds of its channels and multiply its output by them, so that its threshold is 1:
     each row of its W is divided by theta, each column of the next W multiplied."""
     last = [Stage(((len(bounds) - 1, snn.classifier[-1]),))]
-    for stage, bound in zip([*snn.stages(), *last], [*bounds, torch.ones(())]):
+    for stage, bound in zip([*snn.stages(), *last], [*bounds, bounds[0].new_ones(())]):
         for source, synapse in stage.inputs:
             if isinstance(synapse, Scale):
                 synapse.factor.copy_((bounds[source] / bound).view(-1, 1, 1))

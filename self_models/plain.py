@@ -345,7 +345,10 @@ class PlainNetwork(Graphed, SpikingNetwork):
         (B, ...) float images; at: whole numbers in ascending order, from 1 to timesteps. Raises ValueError for others.
         """
         at = self.checked_curve(at)
-        return self.over_time(x).cumsum(0)[[steps - 1 for steps in at]]
+        output = self.over_time(x)
+        # in 16 bits a running sum would be rounded at each step
+        total = output.cumsum(0, dtype=torch.promote_types(output.dtype, torch.float32))
+        return total[[steps - 1 for steps in at]].to(output.dtype)
 
     @torch.no_grad()
     def record(self, x: torch.Tensor) -> Iterator[PlainRecord]:

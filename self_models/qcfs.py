@@ -7,6 +7,7 @@ from torch import nn
 
 SMALLEST = 1e-4  # the least value of a learned bound, threshold or leak
 BLOCK = 2 ** 17  # values that are processed together, so that they stay in a CPU's cache
+LARGEST = 2 ** 30  # of them on a GPU, as torch.dot takes fewer than 2 ** 31
 
 
 class QCFS(nn.Module):
@@ -43,9 +44,9 @@ class QCFS(nn.Module):
 
 
 def blocks(*tensors):
-    """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU a piece each."""
+    """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU of LARGEST."""
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
-    size = max(1, tensors[0].numel()) if tensors[0].is_cuda else BLOCK
+    size = LARGEST if tensors[0].is_cuda else BLOCK
     return zip(*(tensor.split(size) for tensor in flat), strict=True)
 
 

@@ -96,6 +96,8 @@ class SpikeTimeDependent(Surrogate, name='STDB'):
         return (-self.beta * delta_t).exp()
 
     def multiply(self, grad, state, start):
+        if type(self).factor is not SpikeTimeDependent.factor:
+            return super().multiply(grad, state, start)
         # without an exponential for each neuron and step: with s the spikes
         # f[k] = exp(-beta) max(f[k-1], s[k-1]),   f[0] = exp(-beta (start + 999))
         import torch

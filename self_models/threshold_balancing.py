@@ -367,7 +367,7 @@ def write_block(step_currents: torch.Tensor, group: slice, first: int, neuron: L
 
 def current_percentile(current: Callable, pieces: Pieces, percentile: float, bar: tqdm) -> float:
     """A percentile of the currents, by nearest rank and to 2 / BINS of the largest; 0 if it is not above 0."""
-    counts, top, total = torch.zeros(BINS, dtype=torch.float64), 0.0, 0  # of currents in 0 ... top
+    counts, top, total = torch.zeros(BINS, dtype=torch.float64, device='cpu'), 0.0, 0  # of currents in 0 ... top
     for group in pieces.groups:
         for block in pieces.blocks:
             values = current(group, *block).flatten()

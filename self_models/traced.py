@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -138,7 +139,9 @@ def _surroundings():
 
 def _draws():
     """What changes with every random number that is drawn."""
-    return torch.get_rng_state().tolist(), random.getstate()
+    _, keys, *place = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [each.tolist() for each in (torch.get_rng_state(), *cuda, keys)], place, random.getstate()
 
 
 class Call(NamedTuple):
@@ -633,15 +636,25 @@ class Graphed:
         return self._run(self._space, x)
 
     def __getstate__(self):
-        state = self.__dict__.copy()
+        state, holder = self.__dict__.copy(), nn.Module()
         del state['_run']
-        state['_graph'] = fx.GraphModule(self._space, self._graph)  # which can be pickled
+        holder.tree = self._space  # in which no name can be one of GraphModule's own
+        state['_graph'] = fx.GraphModule(holder, _renamed(self._graph, 'tree.{}'.format))  # which can be pickled
         return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__dict__['_graph'] = state['_graph'].graph
+        self.__dict__['_graph'] = _renamed(state['_graph'].graph, lambda path: path.removeprefix('tree.'))
         self._compile()
+
+
+def _renamed(graph, name):
+    """A copy of a graph whose modules, parameters and buffers have other paths."""
+    graph = copy.deepcopy(graph)
+    for node in graph.nodes:
+        if node.op in ('call_module', 'get_attr'):
+            node.target = name(node.target)
+    return graph
 
 
 class Traced(Graphed, nn.Module):
@@ -673,7 +686,7 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
         call.node.meta.get('changes') or names.count(id(modules[call.target])) > 1 for call in calls)
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
-    modules, used = dict(tree.named_modules()), set()
+    modules, used = {**modules, **dict(tree.named_modules())}, set()  # with the dropouts that trace() made
     first = weight_of(tree)
     for call, module in [(call, modules.get(call.target)) for call in calls]:
         if isinstance(module, QCFS):

@@ -24,6 +24,7 @@ SNN = {
     'leaky': ([], ['--timesteps', 20, '--default_threshold', '0.3', '--leak', '0.95', '--learn_threshold',
                    '--learn_leak', *CALIBRATION]),
     'low latency': (QCFS, ['--timesteps', 2, '--activation', 'Linear']),
+    'bounds of channels': ([*QCFS, '--bounds', 'channel'], ['--timesteps', 2, '--activation', 'Linear']),
 }
 
 

@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 
+import numpy as np  # noqa: F401  for a text that is evaluated
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ import step_by_step
 from conftest import network, ternary
 from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
-from self_models.conversion import LayoutError
+from self_models.conversion import LayoutError, fold_channels
 from self_models.layers import Scale
 from self_models.threshold_balancing import DeadLayerError
 
@@ -450,7 +451,8 @@ REFUSED_CALLS = {
         'x.view(x.size(0) // 2, -1)', 'x + torch.arange(x.shape[0]).view(-1, 1, 1, 1)', 'x.view(-1, x.size(0))',
         'F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))', 'n.fc.weight @ x.flatten(1)'],
     'rounds': ['torch.div(x, 2, rounding_mode="floor")', 'x.to(torch.int64)', 'x.type(torch.uint8)'],
-    'random numbers': ['x + torch.randn(x.shape)', 'x + torch.randn(1)'],
+    'random numbers': ['x + torch.randn(x.shape)', 'x + torch.randn(1)',
+                       'x + torch.from_numpy(np.random.randn(4, 1, 1))'],
     'in place': ['n.w.weight.mul_(2) + x[:, :, :3, :3]', 'over_a_view(n.w(x))', 'after_a_view(n.w(x))',
                  'torch.add(x, x, out=x)'],
     'depends on values': ['x if x.sum() > 0 else -x', 'sum(row for row in x)'],
@@ -911,12 +913,13 @@ def test_a_layer_without_a_threshold_is_named(spoil, words):
 # -- a module like any other ------------------------------------------------------------------------------------------
 
 NAMES = ('layers', 'stages', 'activation', 'encoding', 'thresholds', 'timesteps', 'record', 'depth', 'leak', 'notes',
-         'input_layer', 'delay', 'initial_leak', 'lifs', 'run')
+         'input_layer', 'delay', 'initial_leak', 'lifs', 'run', 'graph', 'code', 'meta', 'tree')
 
 
 def named_badly():
     """Whose children are named as what a spiking network has itself."""
     modules = {name: nn.Linear(6, 6) if i % 2 else nn.ReLU() for i, name in enumerate(NAMES)}
+    modules['code'] = chain(nn.ReLU())
 
     def forward(n, x):
         x = n.first(x.flatten(1))
@@ -935,14 +938,19 @@ def some(name='residual', timesteps=4, **options):
 def test_children_named_as_the_attributes_of_a_spiking_network():
     ann, snn, x = some('named badly', **LEARNED)
     agrees(snn, ann, x, silent=True)
-    assert isinstance(snn.timesteps, int) and snn.depth == 9 and snn.encoding == 'direct'
+    assert isinstance(snn.timesteps, int) and snn.depth == 11 and snn.encoding == 'direct'
     snn.network_update(7, 1.0)
     snn.encoding, snn.notes = 'direct', []
     assert snn.timesteps == 7 and all(lif.timesteps == 7 for lif in snn.lifs)
     find_thresholds(snn, x, 5)
     assert snn.timesteps == 7 and copy.deepcopy(snn).timesteps == 7 and snn.curve(x, [1, 7]).shape == (2, 3, 5)
     again = pickle.loads(pickle.dumps(snn))
-    assert torch.equal(again(x), snn(x)) and len(list(again.record(x))) == 9
+    assert torch.equal(again(x), snn(x)) and len(list(again.record(x))) == 11
+    traced = quantize(ann)
+    assert type(traced).__name__ == 'Traced'
+    for copied in (copy.deepcopy(traced), pickle.loads(pickle.dumps(traced)), spiking(traced, 2)):
+        assert copied(x).shape == (3, 5)
+    assert torch.equal(copy.deepcopy(traced)(x), traced(x))
     assert set(snn.state_dict()) - set(ann.state_dict()) == {
         f'{name}.{value}' for name in snn.layer_names for value in ('threshold', 'leak')}
     assert 'layers' in dict(snn.named_children()) and 'timesteps' in str(snn)
@@ -1399,6 +1407,40 @@ def test_dropouts_of_an_ann_stay_as_they_are(narrow):
     ann.features[5] = nn.Dropout(0.9)
     snn = convert(ann, 2)
     assert [module.p for module in snn.modules() if isinstance(module, nn.Dropout)] == [0.9, 0.5, 0.5]
+
+
+@pytest.mark.parametrize('bounds', ['layer', 'channel'])
+def test_bounds_need_factors_at_plain_identities(narrow, bounds):
+    ann = published('RESNET6', activation='QCFS', bounds=bounds)
+    snn = network('RESNET6', input_shape=(2, 16, 16), **DIRECT).double()
+    before = {name: value.clone() for name, value in snn.state_dict().items()}
+    with pytest.raises(LayoutError, match='scale=True'):
+        copy_weights(ann, snn)
+    assert all(torch.equal(value, before[name]) for name, value in snn.state_dict().items())
+
+
+def test_bounds_of_channels_are_folded_on_any_device():
+    # tensors of another device without values show what would meet a tensor of the CPU
+    for architecture, scale in (('VGG5', {}), ('RESNET6', {'scale': 'channel'})):
+        ann = published(architecture, activation='QCFS', bounds='channel')
+        snn = network(architecture, input_shape=(2, 16, 16), bias=True, **DIRECT, **scale).to('meta')
+        with torch.no_grad():
+            fold_channels(snn, [module.bound.to('meta') for module in ann.modules() if isinstance(module, QCFS)])
+
+
+def test_channels_behind_a_dropout_that_is_a_function():
+    def way(n, x):
+        return n.fc(n.relu(F.dropout2d(n.conv(x), 0.3, n.training)).flatten(1))
+    net = quantize(Net(way, conv=nn.Conv2d(2, 4, 1), relu=nn.ReLU(), fc=nn.Linear(256, 5)), channels=True)
+    assert net.relu.bound.shape == (4,)
+
+
+def test_a_running_sum_of_sixteen_bits_is_not_rounded_at_each_step():
+    snn = spiking(Net(lambda n, x: n.fc(F.relu(n.conv(x)).flatten(1)), conv=nn.Conv2d(2, 4, 1), fc=nn.Linear(256, 5)),
+                  300, default_threshold=0.1, **DIRECT).bfloat16().eval()
+    x = torch.rand(2, *SHAPE).bfloat16()
+    want = snn.over_time(x).float().sum(0)
+    assert torch.allclose(snn.curve(x, [300])[0].float(), want, rtol=2 ** -8, atol=0)
 
 
 def test_channels_that_a_network_has_no_factors_for(narrow):
