@@ -50,11 +50,12 @@ piece() {  # name, command
 published() {  # train NETWORK's ANN, convert it and fine-tune it at T
     set -euo pipefail
     eval "data=(${DATA})"
+    name=gpu_published_$NETWORK
     python ann.py -a "$NETWORK" "${data[@]}" --validation_fraction 0.04 -lr 0.05 --lr_schedule cosine --cutout 8 \
-                  --seed 1 --name gpu_published --resume auto $ANN
+                  --seed 1 --name "$name" --resume auto $ANN
     python snn.py -a "$NETWORK" "${data[@]}" --validation_fraction 0.04 --timesteps "$T" -lr 2e-5 --dropout 0 \
-                  --lr_schedule cosine --scaling_factor auto --seed 1 --name gpu_published --resume auto \
-                  --pretrained_ann trained_models/ann/gpu_published.pth $SNN
+                  --lr_schedule cosine --scaling_factor auto --seed 1 --name "$name" --resume auto \
+                  --pretrained_ann "trained_models/ann/$name.pth" $SNN
 }
 export -f published
 

@@ -7,7 +7,8 @@
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh quick
 #
 # If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs, such as
-# EXTRA=--amp on a processor with bfloat16.
+# EXTRA=--amp on a processor with bfloat16. What ran to its end with other flags is not run again: move trained_models
+# away first.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder

@@ -128,6 +128,10 @@ def test_without_locks_runs_run(tmp_path, monkeypatch, missing):
     else:
         monkeypatch.setattr(files.fcntl, 'lockf', lockf)
     assert files.lock(files.Paths(tmp_path / 'x.pth', tmp_path / 'x.last.pth', tmp_path / 'x.jsonl')) is None
+    monkeypatch.chdir(tmp_path)
+    run(ann, *SMALL, '--epochs', 1, '--name', 'k')
+    assert {path.name for path in Path('trained_models/ann').iterdir()} - {'.k.lock'} == {'k.pth', 'k.last.pth'}
+    assert [path.name for path in Path('logs/ann').iterdir()] == ['k.jsonl']
 
 
 # -- processes that load data -----------------------------------------------------------------------------------------

@@ -501,6 +501,14 @@ def test_the_low_latency_recipe_takes_it(tmp_path):
     assert [args.architecture for args in found] == [own] * 6
     names = [args.name for args in found]
     assert names[0] == 'net_small_qcfs_seed0' and len(set(names)) == 6
+    (tmp_path / 'seen').unlink()
+    look = {'FURTHER': '1', 'EXTRA': '--train_samples 64'}  # what it leaves is not taken for the whole runs'
+    subprocess.run(['bash', ROOT / 'recipes/low_latency.sh'], check=True, capture_output=True, env={
+        **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(tmp_path / 'seen'), 'ARCHITECTURE': own,
+        'SEEDS': '0', **look})
+    looked = re.findall(r'--name\n(.*)', (tmp_path / 'seen').read_text())
+    assert looked[0] == 'net_small_train_samples_64_qcfs_seed0' and not {*looked} & {*names}
+    assert looked[-1] == 'net_small_train_samples_64_low_latency_1_1_seed0'
 
 
 def test_two_processes_train_it_as_one_does_with_twice_the_batch(anns, tmp_path, capsys):

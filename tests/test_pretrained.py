@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import snn
-from conftest import ROOT, fails, run
+from conftest import ROOT, SPIKING, fails, load, run
 from experiment import checkpoint, data
 from recipes import slim
 
@@ -49,6 +49,21 @@ def test_a_file_holds_a_network_and_nothing_of_its_makers(path):
 
 def test_all_together_take_six_megabytes_at_most():
     assert 0 < sum(path.stat().st_size for path in FILES) <= 6e6
+
+
+def test_slim_rounds_the_weights_and_leaves_out_the_training():
+    run(snn, *SPIKING, '--data_dir', '/home/me/x', '--epochs', 1, '--name', 'k')
+    whole = load('trained_models/snn/k.pth')
+    slim.main('trained_models/snn/k.pth', 's.pth')
+    small = torch.load('s.pth')
+    assert whole.keys() - small.keys() >= {'optimizer', 'history', 'best'}
+    assert small['args']['data_dir'] == '~/Datasets' and whole['args']['data_dir'] == '/home/me/x'
+    kinds = set()
+    for name, value in whole['state_dict'].items():
+        wanted = value.half() if value.dim() > 1 else value  # a convolution or linear layer; a vector or number
+        assert torch.equal(small['state_dict'][name], wanted) and small['state_dict'][name].dtype == wanted.dtype
+        kinds.add(value.dim() > 1)
+    assert True in kinds and small['thresholds'] == whole['thresholds']
 
 
 def test_slim_keeps_what_a_network_gives(capsys):
