@@ -43,9 +43,7 @@ def main(args):
         if not args.test_only:
             engine.load_optimizer(optimizer, start.state, start.path)
     elif start.state:
-        new = checkpoint.load_weights(model, start.state, start.path, may_differ=checkpoint.last_layer(model))
-        start.said.append(f'weights from {start.path}' + (
-            f'; its {" and ".join(new)} is for other classes and starts from new weights' if new else ''))
+        start.said.append(setup.load_ann(model, start, data, args))
     run = open_run('ann', args, start, data, model, device, engine.cross_entropy)
 
     if args.test_only:

@@ -184,7 +184,8 @@ def measure_ann(ann: nn.Module, state: dict, data: Data, run: Run) -> dict:
     run.say(f'ANN {run.args.pretrained_ann}: {chosen_on} accuracy {accuracy:.2%}')
     if chance := at_chance(accuracy, images.labels, len(data.classes)):
         run.say(f'this ANN is hardly better than chance ({chance:.2%} for the commonest class), nor will the converted '
-                'network be: stop here and train it further, or with another --learning_rate')
+                'network be: stop here and train it further, or with another --learning_rate; if it was trained '
+                'elsewhere, it needs the pixels that it was trained with')
     return {'ann_accuracy': accuracy, 'ann_accuracy_on': chosen_on}
 
 

@@ -4,6 +4,7 @@ import sys
 import warnings
 from argparse import Namespace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,11 @@ from experiment.data import Data
 from self_models import cpu
 from self_models.spiking_network import SpikingNetwork
 from self_models.surrogate import FLAGS
+
+if TYPE_CHECKING:
+    from experiment.start import Start
+
+FOR_BOUNDS = 128  # training images that the bounds of QCFS are fitted to
 
 
 def set_up_device(args: Namespace) -> torch.device:
@@ -132,6 +138,28 @@ def _build(vgg, resnet, args, data, **options):
         raise UserError(str(error)) from error
 
 
+def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace) -> str:
+    """Load the weights that a training of an ANN starts from; returns a line to say. Raises UserError.
+
+    If they were trained with ReLU and the model has QCFS, its bounds are fitted to training images.
+    """
+    state, line = start.state, f'weights from {start.path}'
+    quantizes = args.activation != checkpoint.ann_layers(state)['activation']
+    if quantizes:
+        new = {f'{name}.bound': module.bound for name, module in model.named_modules()
+               if isinstance(module, self_models.QCFS)}
+        state = {**state, 'state_dict': {**state['state_dict'], **new}}
+    last = checkpoint.load_weights(model, state, start.path, may_differ=checkpoint.last_layer(model))
+    if last:
+        line += f'; its {" and ".join(last)} is for other classes and starts from new weights'
+    if quantizes:
+        some = data.train.sample(FOR_BOUNDS, args.seed, like=data.test)
+        images, _ = some.batch(list(range(len(some))))
+        self_models.fit_bounds(model, images.to(next(model.parameters()).device))
+        line += f'; QCFS takes the place of its ReLU, with bounds fitted to {len(images)} training images'
+    return line
+
+
 def check_levels(model: torch.nn.Module, args: Namespace) -> None:
     """Raise UserError if the code of your own network has QCFS of other levels than the flags say."""
     wanted = args.levels if args.activation == 'QCFS' else None
@@ -152,5 +180,6 @@ def too_few_steps(model: SpikingNetwork) -> str | None:
     """What to say if no spike can reach the output of a spiking network, else None."""
     if model.timesteps > model.latency:
         return None
-    return (f'--timesteps {model.timesteps}: each of the {model.depth} spiking layers delays by one step, so no spike '
-            f'reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more')
+    return (f'--timesteps {model.timesteps}: on the shortest way each of {model.depth} spiking layers delays by one '
+            f'step, so no spike reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more, '
+            'or --delay 0')

@@ -63,23 +63,27 @@ class Progress:
 
 def find_ann(args: Namespace) -> Start:
     """The Start of a run of ann.py; settles its arguments. Raises UserError."""
-    start = _open('ann', args)
+    start, quantizes = _open('ann', args), False
     if start.kind == 'scratch' and args.test_only:
         raise UserError('--test_only: name the network with --pretrained_ann or --resume')
     if start.state:  # the names of its weights say what the layers are
         layers = checkpoint.ann_layers(start.state)
         if options.is_own_network(args.architecture):
             del layers['batch_norm']  # its own code decides
+        quantizes = start.kind == 'ann' and (args.activation, layers['activation']) == ('QCFS', 'ReLU')
+        if quantizes:  # QCFS takes the place of ReLU
+            del layers['activation'], layers['bounds']
         for flag in layers.keys() - {'levels'}:
             if flag in args.given and getattr(args, flag) != layers[flag]:
                 raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
                                 f'{layers[flag]}; leave the flag out, or train a new one')
-        if layers['activation'] == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
+        if layers.get('activation') == 'QCFS' and not layers['levels'] and 'levels' not in args.given:
             raise UserError(f'{start.path}: does not say how many levels its QCFS has; give the number with --levels')
         _settle(args, {key: value for key, value in layers.items() if value is not None})
     said = drop_idle(args, start) + start.said
     flags = ('activation', 'levels', 'bounds', 'batch_norm')
-    return _checked(start, args, said, {flag: getattr(args, flag) for flag in flags})
+    layers = {flag: getattr(args, flag) for flag in flags}
+    return _checked(start, args, said, layers | ({'activation': 'ReLU'} if quantizes else {}))
 
 
 def find_snn(args: Namespace, device: torch.device) -> Start:

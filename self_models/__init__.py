@@ -7,9 +7,9 @@ _HOMES = {
     'Encoding': 'encoding', 'LIF': 'plain', 'LIFParameters': 'lif', 'LayerRecord': 'spiking_network',
     'LinearSpike': 'published', 'NEVER': 'surrogate', 'PoissonGenerator': 'published', 'QCFS': 'qcfs',
     'RESNET_SNN_STDB': 'resnet_spiking', 'ResNet': 'resnet', 'ResNet6': 'resnet', 'ResNet12': 'resnet',
-    'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'published', 'Scale': 'layers',
-    'Surrogate': 'surrogate', 'VGG': 'vgg', 'VGG_SNN_STDB': 'vgg_spiking', 'convert': 'conversion',
-    'copy_weights': 'conversion', 'find_thresholds': 'threshold_balancing', 'quantize': 'traced', 'spiking': 'plain'}
+    'ResNet20': 'resnet', 'ResNet34': 'resnet', 'STDB': 'published', 'Scale': 'layers', 'Surrogate': 'surrogate',
+    'VGG': 'vgg', 'VGG_SNN_STDB': 'vgg_spiking', 'convert': 'conversion', 'copy_weights': 'conversion',
+    'find_thresholds': 'threshold_balancing', 'fit_bounds': 'qcfs', 'quantize': 'traced', 'spiking': 'plain'}
 
 __all__ = ['ARCHITECTURES', 'INPUT_SHAPES', *_HOMES]
 

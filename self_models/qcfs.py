@@ -43,6 +43,37 @@ class QCFS(nn.Module):
         return f'levels={self.levels}'
 
 
+@torch.no_grad()
+def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
+    """Set the bounds of a network whose weights were trained with ReLU, before it is trained further with QCFS.
+
+    images: (B, ...), some training images. Of 16 parts of the largest input of a layer, or of its channel, the one is
+    taken with which QCFS is nearest to ReLU, in the mean of squares. Layers are set in the order of their calls.
+    """
+    def set_bound(module, given):
+        x = given[0]
+        others = [d for d in range(x.dim()) if d != 1 or not module.bound.dim()]
+        bounds, errors = [], []
+        for part in range(1, 17):
+            module.bound.copy_(x.amax(others) * part / 16)
+            module.constrain()
+            bounds.append(module.bound.clone())
+            errors.append((module.forward(x) - x.relu()).square().mean(others))
+        best = torch.stack(errors).argmin(0, keepdim=True)
+        module.bound.copy_(torch.stack(bounds).gather(0, best)[0])
+
+    trained, hooks = ann.training, []
+    for module in ann.modules():
+        if isinstance(module, QCFS):
+            hooks.append(module.register_forward_pre_hook(set_bound))
+    try:
+        ann.eval()(images)
+    finally:
+        ann.train(trained)
+        for hook in hooks:
+            hook.remove()
+
+
 def blocks(*tensors):
     """The tensors, of one shape and layout, cut alike into flat pieces of BLOCK values; on a GPU of LARGEST."""
     flat = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]

@@ -24,6 +24,7 @@ from self_models import (
     convert,
     copy_weights,
     find_thresholds,
+    fit_bounds,
 )
 from self_models.lif import lif_forward
 from self_models.plain import LIF
@@ -98,6 +99,15 @@ def test_a_neuron_without_delay_by_hand():
         lif_forward(current, spikes, neuron, potentials=h)
         assert h.flatten().tolist() == pytest.approx([1.15, 0.975, 1.3875])
         assert spikes.flatten().tolist() == [True, False, True]
+
+
+def test_bounds_are_fitted_by_hand():
+    net = nn.Sequential(QCFS(1), nn.Flatten(), QCFS(4, channels=2)).train()
+    images = torch.tensor([[[1.0], [-1.0]]] * 15 + [[[4.0], [-1.0]]])  # (B, C, 1)
+    fit_bounds(net, images)
+    # a bound b up to 2 makes b of fifteen 1 and a 4: 15 (1 - b)^2 + (4 - b)^2 is least at 19 / 16; of quarters at 5 / 4
+    assert net[0].bound.item() == 1.25 and net.training and not net[0]._forward_pre_hooks
+    assert net[2].bound.tolist() == pytest.approx([1.25, 1e-4])  # what comes is 1.25 alone, and nothing
 
 
 @pytest.mark.parametrize('timesteps', [1, 2, 5, 16])

@@ -100,6 +100,30 @@ def test_levels_of_0_are_no_levels(capsys):
         snn.get_args_parser().parse_args(['--initial_potential', '1'])
 
 
+@pytest.mark.parametrize('architecture, flags', [('VGG5', []), ('RESNET6', ['--bounds', 'channel'])])
+def test_an_ann_of_relu_is_trained_further_with_qcfs(architecture, flags, capsys):
+    network = ['-a', architecture, '--dataset', 'DIGITS', '--no-gpu', '--num_workers', 0, '--test_samples', 100]
+    adam = ['--optimizer', 'Adam', '-lr', 1e-3, '--batch_size', 16, '--batch_norm']
+    run(ann, *network, *adam, '--train_samples', 600, '--epochs', 2, '--name', 'relu')
+    capsys.readouterr()
+    start = ['--pretrained_ann', 'trained_models/ann/relu.pth', '--activation', 'QCFS', *flags]
+    accuracies = []
+    for levels in (1, 64):  # of many levels it is nearly the ANN of ReLU
+        run(ann, *network, *start, '--levels', levels, '--test_only')
+        out = capsys.readouterr().out
+        accuracies.append(float(re.findall(r'test accuracy ([\d.]+)%', out)[-1]))
+    assert 'QCFS takes the place of its ReLU, with bounds fitted to 128 training images' in out
+    trained = 100 * load('trained_models/ann/relu.pth')['accuracy']
+    assert trained > 50 and abs(accuracies[1] - trained) <= 3 and accuracies[0] < trained - 3
+    run(ann, *network, *adam[:-1], *start, '--levels', 4, '--train_samples', 64, '--epochs', 1, '--name', 'q')
+    state = load('trained_models/ann/q.pth')
+    bounds = [value for name, value in state['state_dict'].items() if name.endswith('.bound')]
+    assert state['args']['levels'] == 4 and {value.dim() for value in bounds} == {int(bool(flags))}
+    run(snn, *network, '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 2, '--test_only')
+    fails(ann, '--activation QCFS: the network in .* has activation ReLU', *network, '--activation', 'QCFS', '--resume',
+          '--name', 'relu', '--epochs', 5)
+
+
 def test_layers_that_a_checkpoint_has_not(quantized):
     fails(ann, r'--activation ReLU: the network in .*q.pth has activation QCFS', *SMALL, '--pretrained_ann', quantized,
           '--activation', 'ReLU')
