@@ -11,7 +11,7 @@ CIFAR's shape it compares, if they are installed:
     plain                spiking() of the ANN, Linear; of the row `network` compared with ann, spikingjelly and limit
     ann                  the ANN of the same layers; ann_qcfs: with QCFS and batch norm
     step_by_step         tests/step_by_step.py, the equations one time step after another, as the published code does
-    spikingjelly         SpikingJelly, multi-step mode; on CUDA with its Triton or CuPy backend if installed
+    spikingjelly         SpikingJelly, multi-step mode, with the kernels that it chooses; potentials in float32
     spikingjelly_memopt  the same with its memopt (level 1, bit-compressed spikes); in training only
     snntorch             snnTorch
     limit                the arithmetic of ours as large matrix products at the machine's rate, measured next to it
@@ -119,6 +119,8 @@ def work(args):
         networks.name_scans()
     elif task != 'growth':
         times = math.ceil(RUN_SECONDS / machine.timed(job.run, 1, wait)['wall'])
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()  # the others are on the same GPU
     print('ready', flush=True)
     for _ in sys.stdin:
         if device.type == 'cuda':
@@ -130,7 +132,7 @@ def work(args):
             found = machine.timed(job.run, times, wait)
         found['wall'], found['cpu'] = found['wall'] * job.scale, found['cpu'] * job.scale
         if device.type == 'cuda':
-            torch.cuda.empty_cache()  # the others are on the same GPU
+            torch.cuda.empty_cache()
         print(json.dumps(found | {'parts': parts}), flush=True)
 
 
@@ -187,6 +189,7 @@ def measure(row, task, names, args):
             runs = {name: workers[name].run() for name in group}
             for name in [name for name, run in runs.items() if run is None]:
                 print(f'{name} failed on {task} of {row}', file=sys.stderr)
+                args.failed.append(name)
                 workers.pop(name).close()
             if names[0] not in workers:
                 raise SystemExit(f'{names[0]} failed, which the others are compared with')
@@ -341,6 +344,7 @@ def main():
     for name in args.implementations or IMPLEMENTATIONS:
         if not installed(name):
             print(f'{name}: not installed')
+    args.failed = []
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
                   'rows': {}}
     for row in args.rows:
@@ -355,8 +359,8 @@ def main():
             found[task] = run_task(task, at, args)
             if args.json:  # also if something failed later
                 Path(args.json).write_text(json.dumps(everything, indent=1))
-    return None
+    return f'failed: {", ".join(args.failed)}' if args.failed else None
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

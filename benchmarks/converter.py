@@ -28,6 +28,7 @@ from self_models.conversion import is_quantized  # noqa: E402
 
 STEPS = (1, 2, 4, 8, 16, 32)
 IMAGES = 512  # training images for SpikingJelly's calibration
+EPOCHS = 50  # passes over them of its local threshold balancing, in batches of 32
 
 
 class OverTime(nn.Module):
@@ -42,10 +43,11 @@ class OverTime(nn.Module):
         from spikingjelly.activation_based import functional
         functional.reset_net(self.net)
         total, outputs = 0, []
-        for step in range(1, at[-1] + 1):
-            total = total + self.net(x)
-            if step in at:
-                outputs.append(total)
+        with torch.autocast(x.device.type, enabled=False):  # under which its potentials and sums would have 16 bits
+            for step in range(1, at[-1] + 1):
+                total = total + self.net(x)
+                if step in at:
+                    outputs.append(total)
         return torch.stack(outputs)
 
 
@@ -81,7 +83,10 @@ def main(args):
         raise UserError('SpikingJelly is not here: pip install spikingjelly') from error
     ann, data, device = open_ann(args)
     relu = relu_of(ann)
-    images = next(iter(epoch_loader(data.train, IMAGES, seed=args.seed, shuffle=True)))
+    images, labels = next(iter(epoch_loader(data.train, IMAGES, seed=args.seed, shuffle=True)))
+    images = [images, labels]
+    # each batch of it moves the thresholds on a little
+    updates = [list(part) for part in zip(*(each.split(IMAGES // 16) for each in images))] * EPOCHS
 
     def row(name, *accuracies):
         print(f'{name:20}' + ''.join(f'{accuracy:9.2%}' for accuracy in accuracies), flush=True)
@@ -98,7 +103,7 @@ def main(args):
             ('SpikingJelly max', ann2snn.RateCodingRecipe([images], mode='Max')),
             ('SpikingJelly 99.9%', ann2snn.RateCodingRecipe([images], mode='99.9%', channel_wise=True,
                                                             half_threshold=True)),
-            ('SpikingJelly local', ann2snn.LocalThresholdBalancingRecipe([images]))):
+            ('SpikingJelly local', ann2snn.LocalThresholdBalancingRecipe(updates))):
         row(name, *over_time(OverTime(ann2snn.Converter(recipe).convert(copy.deepcopy(relu)).eval())))
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What is to be seen on a GPU, in pieces that each end within four minutes; the output of each goes to
-# results/gpu/PIECE.txt.
+# results/gpu/PIECE.txt. First: pip install -r requirements.txt -r tests/requirements.txt -r tests/compare.txt
 #
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash benchmarks/gpu.sh   # all; without DATA: CIFAR10
 #     bash benchmarks/gpu.sh low_latency_VGG16 train_1                                    # these
@@ -71,7 +71,7 @@ done
 piece published bash -c published
 for i in "${!rows[@]}"; do
     piece "shares_$((i + 1))" python benchmarks/compare.py --rows "${rows[i]}" --tasks kernels shares growth \
-          --repeats $repeats --device $device --json "$folder/shares_$((i + 1)).json"
+          --repeats $repeats --device $device --amp --json "$folder/shares_$((i + 1)).json"
 done
 for file in "${tests[@]}"; do
     piece "$(basename "$file" .py)" python -m pytest -rs "$file"

@@ -5,10 +5,8 @@ potential of half a threshold; else all but the ANN have Poisson input and begin
 """
 import contextlib
 import functools
-import importlib.util
 import math
 import re
-import sys
 from typing import NamedTuple
 
 import torch
@@ -88,21 +86,20 @@ def plain_layers(model):
 def if_node(threshold, gradient=None):
     """SpikingJelly's IF neuron with soft reset; gradient: its surrogate, in place of Linear's triangle."""
     from spikingjelly.activation_based import neuron, surrogate
-    return neuron.IFNode(threshold, v_reset=None, detach_reset=True,
-                         surrogate_function=gradient or surrogate.PiecewiseQuadratic(1 / threshold))
+
+    class Node(neuron.IFNode):
+        def forward(self, x):  # its potentials are of the type of x, and in bfloat16 its quick kernels do not run
+            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+    return Node(threshold, v_reset=None, detach_reset=True,
+                surrogate_function=gradient or surrogate.PiecewiseQuadratic(1 / threshold))
 
 
-def prepare_if_nodes(net, model, device):
-    """Set SpikingJelly's multi-step mode and quickest backend; returns the function that starts all potentials anew."""
+def prepare_if_nodes(net, model):
+    """Set SpikingJelly's multi-step mode; returns the function that starts all potentials anew."""
     from spikingjelly.activation_based import functional, neuron
     functional.set_step_mode(net, 'm')
     neurons = [module for module in net.modules() if isinstance(module, neuron.IFNode)]
-    if device.type == 'cuda':
-        for backend in ('triton', 'cupy'):
-            if importlib.util.find_spec(backend):
-                functional.set_backend(net, backend, neuron.IFNode)
-                break
-        print('spikingjelly backend:', neurons[0].backend, file=sys.stderr)
 
     def reset():
         functional.reset_net(net)
@@ -148,8 +145,8 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
         blocks[-1].append(new)
         if isinstance(new, neuron.IFNode):
             blocks.append([])
-    net = nn.Sequential(*(Block(*block) for block in blocks)).to(device)
-    reset = prepare_if_nodes(net, model, device)
+    net = nn.Sequential(*(Block(*block) for block in blocks)).to(device, memory_format=torch.channels_last)
+    reset = prepare_if_nodes(net, model)
 
     def encode(images):
         if model.encoding == 'direct':
@@ -167,7 +164,7 @@ def build_spikingjelly(model, device, memopt=False, shape=(3, 32, 32)):
         def example(current):
             reset()
             with torch.no_grad():
-                current(encode(torch.rand(1, *shape, device=device)))
+                current(encode(torch.rand(1, *shape, device=device) * 2 - 1))  # Poisson spikes of both signs
         memopt.optimize_memory(net, Block, example, level=1, compress=True)
     return forward, net
 
@@ -185,12 +182,17 @@ class Steps(nn.Module):
 
 def build_spikingjelly_resnet(model, row, device):
     """The ANN's ResNet with an IFNode of SpikingJelly for each ReLU, and our thresholds; returns (forward, network)."""
+    from spikingjelly.activation_based import layer
     net, thresholds = build_ann(row, device, dropout=0.3), iter(model.thresholds.tolist())
     for parent in list(net.modules()):
         for name, module in parent.named_children():
+            if isinstance(module, nn.Conv2d):
+                module.__class__ = nn.Conv2d  # torch's own, not cpu.py's
             if isinstance(module, nn.ReLU):
                 setattr(parent, name, Steps(if_node(next(thresholds)), model.timesteps).to(device))
-    reset = prepare_if_nodes(net, model, device)
+            elif isinstance(module, nn.Dropout):
+                setattr(parent, name, Steps(layer.Dropout(module.p), model.timesteps))
+    reset = prepare_if_nodes(net, model)
 
     def forward(images):
         reset()
@@ -203,11 +205,13 @@ def build_snntorch(model, device):
     """The same layers in snnTorch, one time step after another; returns (forward, network)."""
     import snntorch
     from snntorch import surrogate
-    thresholds, modules = iter(model.thresholds.tolist()), []
+    thresholds, modules, begins = iter(model.thresholds.tolist()), [], {}
     for module in plain_layers(model):
         if isinstance(module, nn.ReLU):
-            module = snntorch.Leaky(beta=1.0, threshold=next(thresholds), spike_grad=surrogate.atan(),
+            threshold = next(thresholds)
+            module = snntorch.Leaky(beta=1.0, threshold=threshold, spike_grad=surrogate.atan(),
                                     reset_mechanism='subtract')
+            begins[module] = model.initial_potential * threshold  # a number, for which a GPU need not wait
         modules.append(module)
     net = nn.Sequential(*modules).to(device)
 
@@ -217,7 +221,7 @@ def build_snntorch(model, device):
                 x = module(x)
                 continue
             if module not in state:
-                state[module] = torch.full_like(x, model.initial_potential * module.threshold.item())
+                state[module] = torch.full_like(x, begins[module])
             x, state[module] = module(x, state[module])
         return x
 

@@ -37,6 +37,7 @@ def test_commands_parse(name):
     parsers = {'ann.py': ann.get_args_parser(), 'snn.py': snn.get_args_parser(),
                'ann_script.py': sweep.get_args_parser('ann', ann.get_args_parser()),
                'snn_script.py': sweep.get_args_parser('snn', snn.get_args_parser())}
+    parsed = 0
     for language, block in FENCED.findall((ROOT / name).read_text()):
         for line in block.replace('\\\n', ' ').splitlines() if language == 'bash' else ():
             words = shlex.split(line, comments=True)
@@ -44,6 +45,8 @@ def test_commands_parse(name):
                 words = words[1:]
             if words and '...' not in words:
                 parsers[words[0]].parse_args(words[1:])
+                parsed += 1
+    assert parsed >= {'README.md': 6, 'docs/own_network.md': 5, 'docs/sweeps.md': 3}.get(name, 0)
 
 
 @pytest.mark.parametrize('script', [ann, snn])
