@@ -274,7 +274,6 @@ def without_effect(settings: dict) -> dict[str, str]:
         ('a conversion or a balancing, which --default_threshold replaces', balances, CONVERSION),
         ('--encoding poisson', not (predict and get('encoding') == 'direct'), ['seed']),
         ('training', not get('test_only'), TRAINING),
-        ('training', not get('test_only') or 'timesteps' in settings, ['train_samples', 'validation_fraction']),
         ('runs that train or test', not predict, settings.keys() - PREDICTING)]
     return {flag: of for of, holds, flags in rules if not holds for flag in flags if flag in settings}
 

@@ -181,5 +181,5 @@ def too_few_steps(model: SpikingNetwork) -> str | None:
     if model.timesteps > model.latency:
         return None
     return (f'--timesteps {model.timesteps}: on the shortest way each of {model.depth} spiking layers delays by one '
-            f'step, so no spike reaches the output in fewer than {model.depth + 1}, and nothing is learned; take more, '
-            'or --delay 0')
+            f'step (none with --delay 0), so no spike reaches the output in fewer than {model.depth + 1}, and nothing '
+            'is learned; take more')
