@@ -122,7 +122,7 @@ class _Tracer(fx.Tracer):
             raise Refused(f'{type(self.root).__name__} draws random numbers in evaluation: leave them out')
         if isinstance(graph._codegen, fx.graph._PyTreeCodeGen):  # an argument's default is a tuple, a list or a dict
             graph.set_codegen(fx.graph.CodeGen())
-            output = next(reversed(graph.nodes))
+            output = next(iter(reversed(graph.nodes)))
             if len(output.args[0]) == 1:
                 output.args = tuple(output.args[0])
         for node in graph.nodes:
