@@ -184,8 +184,9 @@ def _open_temporary(path):
         # not truncated, as another process may be writing it
         file = open(name, 'wb', opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC, 0o666))
         if not _lock(file, wait=True):
+            if not os.fstat(file.fileno()).st_size:  # this call has made it
+                name.unlink(missing_ok=True)
             file.close()
-            name.unlink(missing_ok=True)  # no process writes a file of this name here
             break
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), name.stat()):

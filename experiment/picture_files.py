@@ -93,9 +93,9 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
         raise UserError(f'{file}: {error}') from error
     except MemoryError:  # no fault of the file
         raise
+    except PermissionError as error:  # nor is this
+        raise UserError(f'{file}: cannot be read ({error.strerror}); make it readable') from error
     except Exception as error:  # Pillow's decoders raise nearly anything
-        if isinstance(error, OSError) and error.errno:  # nor is this
-            raise UserError(f'{file}: cannot be read ({error.strerror}); make it readable') from error
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
     return torch.from_numpy(np.atleast_3d(np.array(prepare(image)))).permute(2, 0, 1)

@@ -146,8 +146,8 @@ def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace
     state, line = start.state, f'weights from {start.path}'
     quantizes = args.activation != checkpoint.ann_layers(state)['activation']
     if quantizes:
-        new = {f'{name}.bound': module.bound for name, module in model.named_modules()
-               if isinstance(module, self_models.QCFS)}
+        new = {f'{name}.bound': module.bound for name, module in model.named_modules(remove_duplicate=False)
+               if isinstance(module, self_models.QCFS)}  # some have several names
         state = {**state, 'state_dict': {**state['state_dict'], **new}}
     last = checkpoint.load_weights(model, state, start.path, may_differ=checkpoint.last_layer(model))
     if last:

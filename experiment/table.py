@@ -31,7 +31,7 @@ class Results:
         begun = progress.history[0] if progress.history else {}
         if begun.get('epoch') == 0 and not run.args.test_only:  # a resumed run also shows what it began with
             self.found = {key: begun[key] for key in MEASURED if key in begun}
-            what = WHAT['ann' if run.args.pretrained_ann else 'snn']
+            what = WHAT['ann' if 'ann_accuracy' in begun or run.args.pretrained_ann else 'snn']
             accuracies = {'ANN': begun.get('ann_accuracy'), f'{what} SNN': begun.get(f'{self.chosen_on}_accuracy')}
             self.lines = [(what, accuracy) for what, accuracy in accuracies.items() if accuracy is not None]
 

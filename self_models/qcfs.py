@@ -48,19 +48,20 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
     """Set the bounds of a network whose weights were trained with ReLU, before it is trained further with QCFS.
 
     images: (B, ...), some training images. Of 16 parts of the largest input of a layer, or of its channel, the one is
-    taken with which QCFS is nearest to ReLU, in the mean of squares. Layers are set in the order of their calls.
+    taken with which QCFS is nearest to ReLU, in the mean of squares. Layers are set in the order of their calls. If
+    none of its inputs is above 0, a bound stays as it is.
     """
     def set_bound(module, given):
         x = given[0]
         others = [d for d in range(x.dim()) if d != 1 or not module.bound.dim()]
-        bounds, errors = [], []
+        largest, before, bounds, errors = x.amax(others), module.bound.clone(), [], []
         for part in range(1, 17):
-            module.bound.copy_(x.amax(others) * part / 16)
+            module.bound.copy_(largest * part / 16)
             module.constrain()
             bounds.append(module.bound.clone())
             errors.append((module.forward(x) - x.relu()).square().mean(others))
         best = torch.stack(errors).argmin(0, keepdim=True)
-        module.bound.copy_(torch.stack(bounds).gather(0, best)[0])
+        module.bound.copy_(torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before))
 
     trained, hooks = ann.training, []
     for module in ann.modules():

@@ -6,6 +6,7 @@ T * B images unchanged. A network with anything else is refused by name before a
 import copy
 import inspect
 import operator
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -139,9 +140,9 @@ def _surroundings():
 
 def _draws():
     """What changes with every random number that is drawn."""
-    _, keys, *place = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [each.tolist() for each in (torch.get_rng_state(), *cuda, keys)], place, random.getstate()
+    numpy = pickle.dumps(np.random.get_state(legacy=False))  # whatever its generator
+    return [each.tolist() for each in (torch.get_rng_state(), *cuda)], numpy, random.getstate()
 
 
 class Call(NamedTuple):

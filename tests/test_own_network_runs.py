@@ -139,6 +139,19 @@ def four_levels():
     return mlp(QCFS(4), nn.Linear(8, 10))
 
 
+def named_twice():
+    return Twice(mlp(nn.ReLU()))
+
+
+class Twice(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.all = block, nn.Sequential(block, nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.all(x)
+
+
 def some_levels():
     from self_models import QCFS
     return nn.Sequential(mlp(QCFS(4), nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 10))
@@ -431,6 +444,13 @@ def test_relus_beside_quantized_activations_become_such(capsys):
     run(snn, *own, '--epochs', 2, '--resume')
     assert load(path.replace('.pth', '.last.pth'))['epoch'] == 2
     fails(snn, 'some of its activations are QCFS, others ReLU', *own, '--epochs', 1, '--name', 'scratch')
+
+
+def test_a_network_of_relu_whose_block_has_two_names_gets_bounds(capsys):
+    run(ann, *of('named_twice', '--epochs', 1, '--name', 'r'))
+    for flags in ([], ['--bounds', 'channel']):
+        run(ann, *of('named_twice', '--pretrained_ann', 'trained_models/ann/r.pth', *QUANTIZED, *flags, '--test_only'))
+    assert capsys.readouterr().out.count('QCFS takes the place of its ReLU') == 2
 
 
 def test_going_on_with_another_file_of_the_same_weights_is_said(capsys):
