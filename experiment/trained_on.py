@@ -71,17 +71,6 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resum
         args.split_seed = here[0]['seed'] if here else args.seed
 
 
-def _held_out(whole, seed, count):
-    """The numbers of the `count` images that are held out of a set of `whole`."""
-    return set(shuffled(whole, seed)[whole - count:].tolist())
-
-
-def _seen(here, whole):
-    """The numbers of the images that the trainings `here`, on a set of `whole`, have seen."""
-    counts = [entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction']) for entry in here]
-    return {number for entry, count in zip(here, counts) for number in shuffled(whole, entry['seed'])[:count].tolist()}
-
-
 def check_classes(images: Data, state: dict, path: str | Path, resumed: bool) -> list[str]:
     """Lines to say if the network of `state`, read from `path`, has other classes than the images.
 
@@ -104,16 +93,18 @@ def notes(args: argparse.Namespace, images: Data, state: dict, path: str | Path)
     """Lines to say of the images held out and the network of `state`, read from `path`."""
     if images.validation is None:
         return []
-    here, others, whole = [], [], images.full_train_size
+    whole, seeds, seen, others = images.full_train_size, [], set(), []
     for entry in trainings(state):
         if entry is None:
             others.append('it does not say all that it was trained on')
         elif _set(entry) == _set(vars(args)) and entry['images'] in (None, whole):
-            here.append(entry)
+            count = entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction'])
+            seeds.append(entry['seed'])
+            seen.update(shuffled(whole, entry['seed'])[:count].tolist())
         else:
             others.append(' '.join(['it was trained on other images, too, of', *filter(None, _set(entry).values())]))
-    held = _held_out(whole, args.split_seed, len(images.validation))
-    as_before = f'as in the training of {path} ' if args.split_seed in [entry['seed'] for entry in here] else ''
+    held = set(shuffled(whole, args.split_seed)[whole - len(images.validation):].tolist())
+    as_before = f'as in the training of {path} ' if args.split_seed in seeds else ''
     line = (f'{len(held)} images are held out, {as_before}by seed {args.split_seed}; {path} was trained on '
-            f'{len(held & _seen(here, whole))} of them')
+            f'{len(held & seen)} of them')
     return [line + ''.join(f', as far as is known: {why}' for why in others[:1])]
