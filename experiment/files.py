@@ -54,9 +54,9 @@ def paths(kind: str, name: str) -> Paths:
     return Paths(folder / f'{name}.pth', folder / f'{name}.last.pth', Path('logs', kind, f'{name}.jsonl'))
 
 
-def is_own(source: Path | str | None, files: Paths) -> bool:
+def is_own(source: Path | str, files: Paths) -> bool:
     """Whether the checkpoint `source` is the run's own last checkpoint."""
-    return source is not None and os.path.realpath(source) == os.path.realpath(files.last)
+    return os.path.realpath(source) == os.path.realpath(files.last)
 
 
 def probe(folder: Path | str) -> None:

@@ -27,7 +27,7 @@ def trainings(state: dict) -> list[dict | None]:
     return [*before, _training(args, None)]
 
 
-def all_trainings(args: argparse.Namespace, images: Data, state: dict | None = None) -> list[dict | None]:
+def all_trainings(args: argparse.Namespace, images: Data, state: dict | None) -> list[dict | None]:
     """The trainings of a run's network, this run's included. state: of the checkpoint that it began with."""
     before = trainings(state) if state else []
     last = _training({**vars(args), 'seed': args.split_seed}, images.full_train_size)
@@ -56,7 +56,7 @@ def _is_whole(entry):
             and type(entry.get('validation_fraction')) in (int, float) and 0 <= entry['validation_fraction'] < 1)
 
 
-def choose_split_seed(args: argparse.Namespace, state: dict | None = None, resumed: bool = False) -> None:
+def choose_split_seed(args: argparse.Namespace, state: dict | None, resumed: bool) -> None:
     """Set args.split_seed, the seed that orders the training set.
 
     It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
