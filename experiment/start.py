@@ -231,22 +231,17 @@ def _open(kind, args):
     name = _name(kind, args)
     paths = files.paths(kind, name)
     held, source, repaired = _take(kind, args, paths)
-    if source:
-        start, path, state = 'resume', source, checkpoint.load_training(source, kind)
-    elif kind == 'snn' and args.pretrained_snn:
-        start, path, state = 'snn', args.pretrained_snn, checkpoint.load(args.pretrained_snn, 'snn')
-    elif args.pretrained_ann:
-        start, path, state = 'ann', args.pretrained_ann, checkpoint.load(args.pretrained_ann, 'ann')
-    else:
+    start, path = ('resume', source) if source else _pretrained(args)
+    if not path:
         return Start('scratch', None, None, name, paths, held, [])
-    done = f'after epoch {state["epoch"]}' if source else ''
+    state = checkpoint.load_training(path, kind) if source else checkpoint.load(path, start)
     if 'timesteps' in state:  # an SNN's
         line = adopt(args, state, path, resumed=bool(source))
-        said = [f'resumed {done}; {line}' if source else line]
+        said = [f'resumed after epoch {state["epoch"]}; {line}' if source else line]
     else:
-        said = [f'resumed from {path}, {done}'] if source else []
         if source:
             keep(args, state, path, ['pretrained_ann'])
+        said = [f'resumed from {path}, after epoch {state["epoch"]}'] if source else []
         said += take_network(args, state, path)
     made_by = state['args'].get('architecture')
     if source and options.is_own_network(args.architecture) and isinstance(made_by, str) and (
@@ -255,16 +250,18 @@ def _open(kind, args):
     return Start(start, path, state, name, paths, held, said + repaired)
 
 
+def _pretrained(args):
+    """('snn' or 'ann', the path of the network that the flags name to start from); 'ann' and None without one."""
+    snn = getattr(args, 'pretrained_snn', None)  # ann.py has no such flag
+    return ('snn', snn) if snn else ('ann', args.pretrained_ann)
+
+
 def _name(kind, args):
     """The name of a run, by its flags or the checkpoint that it begins with. Raises UserError.
 
     The file is read only if needed: the one that a resumed run began with may be gone.
     """
-    path, of = getattr(args, 'pretrained_snn', None), kind
-    if args.resume not in (None, 'auto', 'last'):
-        path = args.resume
-    elif not path:
-        path, of = args.pretrained_ann, 'ann'
+    of, path = _pretrained(args) if args.resume in (None, 'auto', 'last') else (kind, args.resume)
     asked = {'architecture', 'dataset', *(['timesteps'] if of == 'snn' else [])} - args.given
     if path and asked and not args.name:
         state, args = checkpoint.load(path, of), Namespace(**vars(args))
