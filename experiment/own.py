@@ -3,6 +3,7 @@ import copy
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,10 +113,8 @@ def _refuse(architecture, why='', error=None):
 
 def _said(error, path):
     """An error of the user's code as one line, with the number of the line that it came from."""
-    trace, line, text = error.__traceback__, None, str(error)
-    while trace:
-        line = trace.tb_lineno if Path(trace.tb_frame.f_code.co_filename) == path else line
-        trace = trace.tb_next
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if Path(frame.f_code.co_filename) == path]
+    line, text = lines[-1] if lines else None, str(error)
     if isinstance(error, SyntaxError) and error.filename == str(path):
         line, text = error.lineno, error.msg
     if isinstance(error, ImportError) and 'relative import' in text:
