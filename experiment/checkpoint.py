@@ -45,11 +45,10 @@ def load(path: Path | str, kind: str) -> dict:
         state = {'state_dict': state}
     if not isinstance(state, dict) or not isinstance(state.get('state_dict'), dict):
         raise UserError(f"{path}: is not a checkpoint of {kind}.py, as it has no 'state_dict'; give another file")
-    is_snn = 'timesteps' in state
-    if is_snn != (kind == 'snn'):
-        other = 'snn' if is_snn else 'ann'
-        raise UserError(f'{path}: holds an {other.upper()}, not an {kind.upper()}; '
-                        f'give it to snn.py with --pretrained_{other}')
+    holds = 'snn' if 'timesteps' in state else 'ann'
+    if holds != kind:
+        raise UserError(f'{path}: holds an {holds.upper()}, not an {kind.upper()}; '
+                        f'give it to snn.py with --pretrained_{holds}')
     return former.checkpoint(state)
 
 
@@ -99,8 +98,7 @@ def copy(source: Path, target: Path) -> None:
 def read(path: Path | str) -> object:
     """What torch.save wrote to `path`, on the CPU, tensors only. Raises UserError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # torch's advice on other kinds of files does not apply
+        with warnings.catch_warnings(action='ignore'):  # torch's advice on other kinds of files does not apply
             return unpickling.load(path)
     except (pickle.UnpicklingError, TypeError) as error:
         raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
