@@ -116,7 +116,7 @@ def main(args):
     if start.kind == 'ann':
         found = convert(model, start.state, balances, data, run)
     elif balances:
-        from_ann.set_thresholds(model, from_ann.balanced_thresholds(model, data, run), args.scaling_factor)
+        from_ann.scale_thresholds(model, from_ann.balanced_thresholds(model, data, run), data, run)
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
         run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
 

@@ -208,15 +208,11 @@ def scale_thresholds(model: SpikingNetwork, thresholds: list[float], data: Data,
         run.say(f'scaling factors on {found["scanned_on"]} images: ' + ', '.join(
             f'{factor}: {accuracy:.2%}' for factor, accuracy in scan.items())
             + f'; taken: {found["scaling_factor"]}')
-    set_thresholds(model, thresholds, found['scaling_factor'])
-    return found
-
-
-def set_thresholds(model: SpikingNetwork, thresholds: list[float], factor: float) -> None:
     try:
-        model.threshold_update(factor, thresholds)
+        model.threshold_update(found['scaling_factor'], thresholds)
     except ValueError as error:
-        raise UserError(f'--scaling_factor {factor}: {error}') from error
+        raise UserError(f'--scaling_factor {found["scaling_factor"]}: {error}') from error
+    return found
 
 
 def fit_output(model: SpikingNetwork, ann: nn.Module, data: Data, run: Run) -> dict:
