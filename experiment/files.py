@@ -85,16 +85,15 @@ def lock(files: Paths) -> IO | None:
     """
     file = open(files.best.with_name(f'.{files.best.stem}.lock'), 'a+')  # not 'w': it may be another run's
     try:
-        locked = _lock(file, wait=False)
+        if not _lock(file, wait=False):
+            file.close()
+            return None
     except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         holder = file.read().strip() or 'just started'
         file.close()
         raise UserError(f'{files.best}: another run writes it ({holder}); let it end, or give this run '
                         'another name with --name') from error
-    if not locked:
-        file.close()
-        return None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
     file.flush()
@@ -189,7 +188,7 @@ def _open_temporary(path):
             file.close()
             break
         with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), name.stat()):
+            if os.path.samefile(file.fileno(), name):
                 file.truncate(0)
                 return file, name
         file.close()  # it was another process's, which has replaced `path` with it
