@@ -125,7 +125,7 @@ def plain_name(key: object) -> str:
 
 
 def fitting(model: nn.Module, state: dict, path: Path | str,
-            may_differ: Sequence[str] = ()) -> tuple[dict[str, torch.Tensor], list[str]]:
+            may_differ: Sequence[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """({name: weight} of a checkpoint, as a model calls them, [names of those left out]).
 
     may_differ: names of weights that are left out if their shapes differ. Any other missing, surplus or misshapen

@@ -89,7 +89,7 @@ def load_data(args: Namespace) -> Data:
 
 
 def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_norm: bool,
-              bounds: str = 'layer') -> torch.nn.Module:
+              bounds: str) -> torch.nn.Module:
     """The ANN that the flags ask for, for this data. Raises UserError if the two do not go together, and for
     your own network if it cannot become a spiking one."""
     if options.is_own_network(args.architecture):
@@ -149,8 +149,7 @@ def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace
         new = {f'{name}.bound': module.bound for name, module in model.named_modules(remove_duplicate=False)
                if isinstance(module, self_models.QCFS)}  # some have several names
         state = {**state, 'state_dict': {**state['state_dict'], **new}}
-    last = checkpoint.load_weights(model, state, start.path, may_differ=checkpoint.last_layer(model))
-    if last:
+    if last := checkpoint.load_weights(model, state, start.path, may_differ=checkpoint.last_layer(model)):
         line += f'; its {" and ".join(last)} is for other classes and starts from new weights'
     if quantizes:
         some = data.train.sample(FOR_BOUNDS, args.seed, like=data.test)
