@@ -45,7 +45,7 @@ def open_run(kind: str, args: Namespace, start: Start, data: Data, model: torch.
     others = trained_on.check_classes(
         data, start.state, start.path, start.resumed and not args.test_only) if start.state else []
     board = None if args.test_only else metrics.open_board(start.paths.events, args.tensorboard)
-    say = log.open_log(kind, start.name, args.log)
+    say = log.open_log(kind, start.paths.best.stem, args.log)
     say(log.header(args, model, device))
     notes = [*setup.notes(args, device, model), *start.said, *getattr(model, 'notes', ()), *data.notes, *others]
     if start.state and not start.resumed and not (args.test_only and kind == 'ann'):

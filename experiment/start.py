@@ -23,12 +23,11 @@ class Start(NamedTuple):
     """How a run starts.
 
     kind: 'scratch', 'ann' or 'snn' (from a pretrained network), or 'resume'. path, state: the checkpoint's path and
-    content; None from scratch. name, paths: of the run. lock: held as long as this object lives. said: lines to say.
+    content; None from scratch. paths: of the run. lock: held as long as this object lives. said: lines to say.
     """
     kind: str
     path: Path | str | None
     state: dict | None
-    name: str
     paths: files.Paths
     lock: list[IO | None]
     said: list[str]
@@ -228,12 +227,11 @@ def _open(kind, args):
 
     The name comes first, then its lock, then the checkpoint, which another run of the name may write until then.
     """
-    name = _name(kind, args)
-    paths = files.paths(kind, name)
+    paths = files.paths(kind, _name(kind, args))
     held, source, repaired = _take(kind, args, paths)
     start, path = ('resume', source) if source else _pretrained(args)
     if not path:
-        return Start('scratch', None, None, name, paths, held, [])
+        return Start('scratch', None, None, paths, held, [])
     state = checkpoint.load_training(path, kind) if source else checkpoint.load(path, start)
     if 'timesteps' in state:  # an SNN's
         line = adopt(args, state, path, resumed=bool(source))
@@ -247,7 +245,7 @@ def _open(kind, args):
     if source and options.is_own_network(args.architecture) and isinstance(made_by, str) and (
             os.path.realpath(made_by) != os.path.realpath(args.architecture)):
         said.append(f'{path}: was trained as {made_by}, and goes on as {args.architecture}')
-    return Start(start, path, state, name, paths, held, said + repaired)
+    return Start(start, path, state, paths, held, said + repaired)
 
 
 def _pretrained(args):
