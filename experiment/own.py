@@ -45,9 +45,9 @@ def build(architecture: str, labels: int, input_shape: tuple[int, int, int]) -> 
     make, name, refuse = find(architecture), architecture.rpartition(':')[2], partial(_refuse, architecture)
     known = {'labels': labels, 'input_shape': tuple(input_shape)}
     try:
-        parameters = inspect.signature(make).parameters.values()
-        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters)
-        given = {key: value for key, value in known.items() if takes_all or key in {each.name for each in parameters}}
+        parameters = inspect.signature(make).parameters
+        takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+        given = {key: value for key, value in known.items() if takes_all or key in parameters}
         network = make(**given)
     except (Exception, SystemExit) as error:
         refuse(error=error)
