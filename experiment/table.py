@@ -1,9 +1,7 @@
 """The results of snn.py: accuracy over time before training, and the table of accuracies at the end."""
-from collections.abc import Callable
 from pathlib import Path
 
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
 
 from experiment import UserError, checkpoint, distributed, engine
 from experiment.data import Data
@@ -38,19 +36,12 @@ class Results:
     def time_steps(self, points: int) -> list[int]:
         return sorted({max(1, self.run.args.timesteps * i // points) for i in range(1, points + 1)})
 
-    def over_time(self, model: SpikingNetwork, dataset: Dataset, say: Callable | None = None,
-                  ) -> tuple[engine.Metrics, list[float]]:
-        """(Metrics, accuracies after each of 100 time steps at most) on a set.
-
-        The curve takes no more time: logits after t steps are W times the spikes so far.
-        """
-        run = self.run
-        return engine.test_over_time(model, dataset, run.loss_function, run.device, run.args, say, self.time_steps(100))
-
     def test_start(self, model: SpikingNetwork, optimizer: Optimizer | None) -> None:
         """Test the network before training. If it is trained then, this is epoch 0."""
         run, what, at = self.run, WHAT[self.start.kind], self.time_steps(100)
-        tested, self.curve = self.over_time(model, getattr(self.data, self.chosen_on), run.test_say)
+        # the curve takes no more time than a test: logits after t steps are W times the spikes so far
+        tested, self.curve = engine.test_over_time(model, getattr(self.data, self.chosen_on), run.loss_function,
+                                                   run.device, run.args, run.test_say, at)
         self.lines.append((f'{what} SNN', tested.accuracy))
         run.say(f'{what} SNN: {self.chosen_on} accuracy {tested.accuracy:.2%} at T = {run.args.timesteps}, loss '
                 f'{tested.loss:.4f}')
@@ -100,7 +91,8 @@ class Results:
         run, tested, history, later = self.run, None, None, None
         if not run.args.test_only:
             tested, history = run.paths.best, self.progress.history
-            _, self.curve = self.over_time(model, self.data.test)
+            _, self.curve = engine.test_over_time(model, self.data.test, run.loss_function, run.device, run.args, None,
+                                                  self.time_steps(100))
         elif self.start.kind in ('snn', 'resume'):
             tested, history = self.start.path, self.start.state.get('history')
             try:  # the history of a best epoch's checkpoint ends at that epoch
