@@ -57,7 +57,7 @@ class Results:
 
     def lost_by_conversion(self, model: SpikingNetwork, accuracy: float) -> str | None:
         """A line on what the conversion lost and why, if that is more than a point of the ANN's accuracy, else None."""
-        lost = self.found.get('ann_accuracy', 0) - accuracy if self.start.kind == 'ann' else 0
+        lost = self.found.get('ann_accuracy', 0) - accuracy
         if lost <= 0.01:
             return None
         steps, args, why, remedies = self.run.args.timesteps, self.run.args, [], []
