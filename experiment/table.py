@@ -1,4 +1,5 @@
 """The results of snn.py: accuracy over time before training, and the table of accuracies at the end."""
+import contextlib
 from pathlib import Path
 
 from torch.optim import Optimizer
@@ -95,10 +96,8 @@ class Results:
                                                   self.time_steps(100))
         elif self.start.kind in ('snn', 'resume'):
             tested, history = self.start.path, self.start.state.get('history')
-            try:  # the history of a best epoch's checkpoint ends at that epoch
+            with contextlib.suppress(UserError):  # the history of a best epoch's checkpoint ends at that epoch
                 later = checkpoint.load_training(Path(tested).with_suffix('.last.pth'), 'snn')['history']
-            except UserError:
-                pass
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,
