@@ -133,9 +133,7 @@ class Meter:
         """Take up a batch (its number from 1, what it gave), and read the one before. Raises UserError."""
         hits, size = (logits.detach().argmax(1) == labels).sum(), (labels != NO_IMAGE).sum()
         numbers = torch.stack([loss, hits.to(loss.dtype), size.to(loss.dtype)]).to('cpu', non_blocking=True)
-        copied = torch.cuda.Event() if loss.is_cuda else None
-        if copied:
-            copied.record()
+        copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
         self.read()
         self.waiting = number, numbers, copied
 
