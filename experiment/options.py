@@ -44,7 +44,6 @@ def number(kind: type, low: float, high: float = math.inf, open_low: bool = Fals
 
 
 positive_int, natural_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
-image_size = number(int, 1, 4096)
 positive, non_negative = number(float, 0, open_low=True), number(float, 0)
 fraction, percentile = number(float, 0, 1, open_low=True), number(float, 0, 100, open_low=True)
 below_one = number(float, 0, 1, open_high=True)
@@ -192,7 +191,7 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
     add = parser.add_argument_group('data').add_argument
     add('--dataset', type=str.upper, default='CIFAR10', choices=list(INPUT_SHAPES), help='default %(default)s')
     add('--data_dir', default='~/Datasets', metavar='DIR', help='folder of the data sets; default %(default)s')
-    add('--image_size', type=image_size, default=32, metavar='PIXELS',
+    add('--image_size', type=number(int, 1, 4096), default=32, metavar='PIXELS',
         help='height and width to which FOLDER pictures are resized; default %(default)s')
     add('--num_workers', type=natural_int, default=2, metavar='N',
         help='processes that load data, 0 for none; default %(default)s')
