@@ -151,7 +151,7 @@ class OneLineParser(argparse.ArgumentParser):
             pass
 
     def exit(self, status=0, message=None):
-        output_fails()  # of --help
+        flush_output()  # of --help
         super().exit(status, message)
 
 
@@ -287,14 +287,12 @@ def prepare_streams() -> None:
             stream.reconfigure(errors='backslashreplace')  # for characters that the terminal cannot show
 
 
-def output_fails() -> bool:
-    """Whether the output cannot be written. If so, Python's flush at exit does not fail again."""
+def flush_output() -> None:
+    """Write what is printed. If the output cannot be written, Python's flush at exit does not fail again."""
     try:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def said(error: OSError) -> str:
@@ -325,7 +323,7 @@ def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -
     processes but the main one wait before they print. main_waits: the main process waits, too.
     """
     line = f'{script}: error: {" ".join(message.split())}'
-    output_fails()
+    flush_output()
     if several_processes():
         if main_waits or os.environ.get('RANK') != '0':
             _end_on_signals()

@@ -224,7 +224,7 @@ def main(module: ModuleType, published: list[str], argv: list[str] | None = None
     except UserError as error:
         options.fail(parser.prog, str(error))
     except BrokenPipeError:  # `| head` has read enough
-        options.output_fails()
+        options.flush_output()
     except OSError as error:
         options.fail(parser.prog, options.said(error))
 
@@ -253,7 +253,7 @@ def summarize(args: argparse.Namespace, prog: str) -> None:
         print(summary.narrow_table(runs, args.columns, args.markdown) if args.columns else
               summary.tables(runs, args.markdown), flush=True)
     except BrokenPipeError:  # the figure is still drawn
-        options.output_fails()
+        options.flush_output()
     if args.figure:
         summary.draw(runs, Path(args.figure))
     if args.over_timesteps:
