@@ -87,19 +87,18 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 def from_main(function: Callable) -> Any:
     """function() runs on the main process; all processes get its result, or the UserError that it raises."""
-    value = error = None
+    outcome = [None, None]  # the result, the error
     if is_main():
         try:
-            value = function()
-        except UserError as raised:
-            error = raised
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = error
     if _started():
-        both = [value, error]
-        dist.broadcast_object_list(both, 0)
-        value, error = both
+        dist.broadcast_object_list(outcome, 0)
+    result, error = outcome
     if error:
         raise error
-    return value
+    return result
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
