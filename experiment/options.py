@@ -119,8 +119,7 @@ class Switch(argparse.Action):
     WORDS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
     def __init__(self, option_strings, dest, default=False, help=None):
-        strings = list(option_strings)
-        strings += ['--no-' + s[2:] for s in option_strings if s.startswith('--')]
+        strings = [*option_strings, *('--no-' + s[2:] for s in option_strings if s.startswith('--'))]
         super().__init__(strings, dest, nargs='?', default=default, help=help, metavar='BOOL')
 
     def __call__(self, parser, namespace, value, option_string=None):
