@@ -59,11 +59,11 @@ def learning_rate_at(epoch: int, args: Namespace, part: float = 0.0) -> float:
         if done < WARM_UP:
             return args.learning_rate * (done + 1e-3) / (WARM_UP + 1e-3)
         return args.learning_rate * (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
-    # as decimals: the float 0.29 is a little less than 0.29, and times 100 less than 29
-    milestones = {int(Fraction(part) * args.epochs) for part in args.lr_interval.split()}
     rate = args.learning_rate
-    for _ in range(sum(1 < milestone <= epoch for milestone in milestones)):
-        rate /= args.lr_reduce
+    # as decimals: the float 0.29 is a little less than 0.29, and times 100 less than 29
+    for milestone in {int(Fraction(part) * args.epochs) for part in args.lr_interval.split()}:
+        if 1 < milestone <= epoch:
+            rate /= args.lr_reduce
     return rate
 
 
