@@ -103,11 +103,11 @@ def read(path: Path | str) -> object:
     except (pickle.UnpicklingError, TypeError) as error:
         raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
                         'code; save its state_dict and numbers alone with torch.save') from error
-    except MemoryError:
-        raise
     except PermissionError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); make the file readable or give another') from error
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
+        if isinstance(error, MemoryError) or 'allocate memory' in str(error):
+            raise
         raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy, or give a file that '
                         'ann.py or snn.py wrote') from error
 
@@ -140,7 +140,7 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
     kept = []
-    for key in wanted.keys() & weights.keys():
+    for key in (key for key in wanted if key in weights):
         if not is_dense(weights[key], wanted[key].is_floating_point()):
             kind = 'floats' if wanted[key].is_floating_point() else 'integers'
             problems.append(f'{key} is not a dense tensor of {kind}')

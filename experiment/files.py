@@ -164,7 +164,7 @@ def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
         cause = error
         while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
             cause = cause.__context__
-        reason = getattr(cause, 'strerror', None) or str(error).splitlines()[0]
+        reason = getattr(cause, 'strerror', None) or (str(error) or repr(error)).splitlines()[0]
         raise UserError(f'{path}: cannot be written ({reason}); the file that was there is untouched') from error
 
 

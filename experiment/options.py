@@ -74,8 +74,9 @@ def intervals(text: str) -> str:
 
 def devices(text: str) -> str:
     """'0' or '0,1': the CUDA devices by number."""
-    for part in text.split(','):
-        natural_int(part)
+    numbers = [natural_int(part) for part in text.split(',')]
+    if len(set(numbers)) < len(numbers):  # two processes cannot share a device: NCCL fails
+        raise argparse.ArgumentTypeError(f'{text!r} names a device twice')
     return text
 
 
@@ -289,7 +290,8 @@ def prepare_streams() -> None:
 def flush_output() -> None:
     """Write what is printed. If the output cannot be written, Python's flush at exit does not fail again."""
     try:
-        sys.stdout.flush()
+        if sys.stdout:  # else it is closed
+            sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -62,7 +62,8 @@ def _walk(top):
 
 def _endings():
     """The extensions of pictures that Pillow and its loaded plugins read, in lower case."""
-    from PIL import Image
+    with importing('pillow', 'pictures'):
+        from PIL import Image
     formats = Image.registered_extensions()  # this loads Pillow's own plugins
     readable = {*Image.OPEN, 'MPO'} - NO_PICTURES  # an MPO is opened as a JPEG
     return {ending for ending, kind in formats.items() if kind in readable}

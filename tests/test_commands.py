@@ -80,6 +80,12 @@ def test_outputs_that_are_closed(line):
     assert os.path.isfile('script.sh' if 'script' in line else 'trained_models/ann/x.pth')
 
 
+@pytest.mark.parametrize('line, status', [('{ann.py} --epochs 0', 2), ('{ann.py} --help', 0)])
+def test_an_output_that_is_closed_before_the_flags_are_read(line, status):
+    done = shell(f'{line} >&-')
+    assert done.returncode == status and 'Traceback' not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize('environment', [
     {'PYTHONIOENCODING': 'ascii'}, {'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}, {'COLUMNS': '1'}])
 def test_terminals_that_show_little(metrics, environment):

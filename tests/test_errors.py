@@ -143,6 +143,13 @@ def test_a_pillow_that_does_not_load_is_said(workers, broken):
         data._decode(['a.png'] * 2001, None, 8, workers)
 
 
+def test_a_pillow_that_does_not_load_is_said_before_a_folder_is_walked(broken):
+    for part in ('train', 'test'):
+        Path(f'pictures/{part}/cat').mkdir(parents=True)
+    broken('PIL', "ImportError('the _imaging extension was built for another version')")
+    fails(ann, 'pictures: needs pillow', '--dataset', 'FOLDER', '--data_dir', 'pictures', '--no-gpu', '--epochs', 1)
+
+
 # -- training that goes wrong -----------------------------------------------------------------------------------------
 
 def test_a_loss_that_is_not_finite():
