@@ -19,7 +19,7 @@ from self_models.conversion import folded_layer
 from self_models.layers import Scale
 from self_models.plain import HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
-from self_models.traced import CATS, MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, owner_of, source_of
+from self_models.traced import CATS, MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, said, source_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
@@ -247,11 +247,8 @@ class Nodes(BlankPass):
         return norm if synapse and isinstance(norm, NORMS) else None
 
     def refuse(self, node, how='', remedy=None):
-        module = self.module_of(node)
-        what = f'{getattr(node.target, "__name__", node.target)}()' if module is None else type(module).__name__
-        where = owner_of(node, self.submodules) if module is None else node.target
-        raise UserError(f'--export_nir: {where or "the network"}: NIR does not know {what}{how}: '
-                        f'{remedy or "leave --export_nir out"}')
+        where, what = said(node, self.submodules)
+        raise UserError(f'--export_nir: {where}: NIR does not know {what}{how}: {remedy or "leave --export_nir out"}')
 
 
 def times(way: dict, number) -> dict:
