@@ -47,18 +47,15 @@ class Nodes(BlankPass):
         self.run(weight.new_zeros(1, *input_shape))
 
     def made(self, node, value, before):
-        if node.op == 'placeholder':
-            shape = tuple(value.shape[1:])
-            return {self.add('input', self.nir.Input({'input': np.array(shape)}), shape): ONE}
-        if node.op == 'output':
-            names = self.ready(before[0])
-            shape = self.shapes[names[0]]
-            return self.add('output', self.nir.Output({'output': np.array(shape)}), shape, *names)
         if not isinstance(value, torch.Tensor):
             self.refuse(node)
-        module, way, function = self.module_of(node), before[0], self.function_of(node)
-        source = next(each for each in node.all_input_nodes if each in self.found)
-        given, shape = tuple(self.env[source].shape[1:]), tuple(value.shape[1:])
+        shape = tuple(value.shape[1:])
+        if node.op == 'placeholder':
+            return {self.add('input', self.nir.Input({'input': np.array(shape)}), shape): ONE}
+        way, module, function = before[0], self.module_of(node), self.function_of(node)
+        if node.op == 'output':
+            return self.add('output', self.nir.Output({'output': np.array(shape)}), shape, *self.ready(way))
+        given = self.shapes[next(iter(way))]
         name = node.target if module is not None else node.name
         if layer := self.layer_of(node):
             return self.neurons(layer, module, way)
@@ -67,7 +64,7 @@ class Nodes(BlankPass):
         if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
             return self.synapse(node, module, way, given)
         if isinstance(module, NORMS):
-            return way if self.norm_of(source) is module else self.norm(name, module, way, given[0])
+            return way if self.norm_of(source_of(node)) is module else self.norm(name, module, way)
         if isinstance(module, Scale):
             names, factor = self.together(way)
             return {self.scale(name, factor * values(module.factor).reshape(-1), *names): ONE}
@@ -131,10 +128,10 @@ class Nodes(BlankPass):
         padding = [p + each * d for p, each, d in zip(padding, more, module.dilation, strict=True)]
         return {self.convolution(node.target, weight, bias, module.stride, padding, module.dilation, *names): ONE}
 
-    def norm(self, name, norm, way, channels):
+    def norm(self, name, norm, way):
         """A batch norm that is not behind a synapse alone."""
         names, factor = self.together(way)
-        ones = SimpleNamespace(weight=torch.eye(channels).to(norm.running_var), bias=None)
+        ones = SimpleNamespace(weight=torch.eye(len(norm.running_var)).to(norm.running_var), bias=None)
         weight, bias = folded_layer(ones, norm, None)
         return {self.mix(name, values(weight) * factor.astype(self.dtype), *names, bias=values(bias)): ONE}
 
