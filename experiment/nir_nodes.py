@@ -21,7 +21,7 @@ from self_models.plain import HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
 from self_models.traced import CATS, MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, said, source_of
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+SYNAPSES = (nn.Conv1d, nn.Conv2d, nn.Linear)
 SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
           'clone', torch.clone, 'to', 'float', 'double', 'type', 'type_as'}  # keep the order of values
 MINUS, NEGATIVE = {operator.sub, torch.sub, torch.subtract, 'sub'}, {operator.neg, torch.neg, 'neg'}
@@ -61,7 +61,7 @@ class Nodes(BlankPass):
             return self.neurons(layer, module, way)
         if isinstance(module, (HeldDropout, Repeat, nn.Identity, nn.Flatten)) or function in SHAPED:
             return way if shape == given else self.flattened(node, name, way, given, shape)
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
+        if isinstance(module, SYNAPSES):
             return self.synapse(node, module, way, given)
         if isinstance(module, NORMS):
             return way if self.norm_of(source_of(node)) is module else self.norm(name, module, way)
@@ -240,7 +240,7 @@ class Nodes(BlankPass):
     def norm_of(self, node):
         """The batch norm that is all that a synapse's outputs go to, or None."""
         norm = self.module_of(next(iter(node.users))) if len(node.users) == 1 else None
-        synapse = isinstance(self.module_of(node), (*CONVOLUTIONS, nn.Linear))
+        synapse = isinstance(self.module_of(node), SYNAPSES)
         return norm if synapse and isinstance(norm, NORMS) else None
 
     def refuse(self, node, how='', remedy=None):
