@@ -37,17 +37,6 @@ NEURONS = {  # by delay; symbols: step t, potential u, threshold theta, current 
     0: 'h(t) = leak u(t-1) + I(t), o(t) = [h(t) > theta], u(t) = h(t) - theta o(t)'}
 
 
-def semantics(model: SpikingNetwork) -> dict:
-    """The parts of a network that NIR's nodes do not express."""
-    return {'neuron': f'{NEURONS[model.delay]}, u(-1) = initial_potential theta',
-            'initial_potential': model.initial_potential,
-            'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
-            'fire_before_integrate': bool(model.delay),  # on u(t-1): what fires at t does not depend on I(t)
-            'delay': model.delay,  # steps, of every layer of neurons; follows from the line above
-            'input_encoding': ENCODINGS[model.encoding].description,
-            'output': 'the sum over all steps of what reaches the output node: no leak, no spike'}
-
-
 def check(path: str) -> None:
     """Raise UserError, before hours of training, if a NIR file cannot be written to `path`."""
     _nir()
@@ -84,7 +73,15 @@ def to_graph(model: SpikingNetwork, input_shape: tuple, **about) -> 'NIRGraph':
     with torch.no_grad():
         made = Nodes(model, nir, input_shape)
     return nir.NIRGraph(made.nodes, made.edges, metadata={
-        **semantics(model), 'timesteps': model.timesteps, 'leaks': model.leaks.tolist(), 'dt': made.dt,
+        # what NIR's nodes do not express
+        'neuron': f'{NEURONS[model.delay]}, u(-1) = initial_potential theta',
+        'initial_potential': model.initial_potential,
+        'reset': 'subtract',  # theta, once a spike; NIR's v_reset is not used
+        'fire_before_integrate': bool(model.delay),  # on u(t-1): what fires at t does not depend on I(t)
+        'delay': model.delay,  # steps, of every layer of neurons; follows from the line above
+        'input_encoding': ENCODINGS[model.encoding].description,
+        'output': 'the sum over all steps of what reaches the output node: no leak, no spike',
+        'timesteps': model.timesteps, 'leaks': model.leaks.tolist(), 'dt': made.dt,
         **({} if model.leak is None else {'leak': model.leak}),
         'input_rate': float(model.input_layer.rate), **about})
 
