@@ -45,14 +45,6 @@ def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0
 
 
-def over_seeds(row: list, field: str) -> tuple[list[float], list[float], list[float]]:
-    """Of a field of summary.Runs, {place: fraction}: the places in order, means and sample deviations there, in %."""
-    at = sorted({place for run in row for place in getattr(run, field)})
-    spreads = [mean_and_spread(getattr(run, field)[place] for run in row if place in getattr(run, field))
-               for place in at]
-    return at, [mean for mean, _ in spreads], [spread for _, spread in spreads]
-
-
 def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':
     """The accuracies of rows of summary.Runs, a line each: mean and, shaded, sample standard deviation over seeds.
 
@@ -71,11 +63,13 @@ def draw_runs(row_list: list[list], names: list[str]) -> 'Figure':
     figure = new_figure(width, 4 + 0.2 * sum(name.count('\n') + 1 for name in names))
     for axes, (field, x, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for row, name, (line, color) in zip(row_list, names, cycle(product(LINES, COLORS))):
-            at, means, spreads = over_seeds(row, field)
-            axes.plot(at, means, color=color, linestyle=line, marker='o' if len(at) <= 20 else None, markersize=3.5,
-                      label=name)
-            axes.fill_between(at, [mean - spread for mean, spread in zip(means, spreads)],
-                              [mean + spread for mean, spread in zip(means, spreads)], color=color, alpha=0.2, lw=0)
+            fractions = [getattr(run, field) for run in row]  # {place: fraction}
+            at = sorted({place for each in fractions for place in each})
+            found = [mean_and_spread(each[place] for each in fractions if place in each) for place in at]
+            axes.plot(at, [mean for mean, _ in found], color=color, linestyle=line,
+                      marker='o' if len(at) <= 20 else None, markersize=3.5, label=name)
+            axes.fill_between(at, [mean - spread for mean, spread in found], [mean + spread for mean, spread in found],
+                              color=color, alpha=0.2, lw=0)
         axes.set(xlabel=x, ylabel='accuracy (%)', title=title)
         axes.grid(alpha=0.3)
         if field == 'epochs':
