@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from experiment.reporting.connections import Connection, Layer
 from experiment.reporting.count import Z_EDGES
@@ -45,8 +45,7 @@ def layer_numbers(layer: Layer, images: int) -> dict:
 
 def surrogate_numbers(model: SpikingNetwork, layers: list[Layer]) -> dict:
     """The surrogate gradient with respect to z, and how often each of its arguments was met in LIF layers."""
-    longest = max(len(layer.surrogate) for layer in layers)  # with biases a layer's steps differ from another's
-    counts = sum(F.pad(layer.surrogate, (0, longest - len(layer.surrogate))) for layer in layers)
+    counts = pad_sequence([layer.surrogate for layer in layers]).sum(1)  # with biases a layer has steps of its own
     total = counts.sum().item()
     by_layer = {layer.name: layer.surrogate.tolist() for layer in layers}
     surrogate = model.surrogate
