@@ -69,23 +69,22 @@ def surrogate_numbers(model: SpikingNetwork, layers: list[Layer]) -> dict:
 
 def operation_numbers(connections: Iterable[Connection], images: int) -> dict:
     """Operations and energy of an image, of each connection and in all."""
-    rows = []
+    rows, counts = [], []
     for c in connections:
         per_neuron = None if c.mac_steps or c.constant else c.spikes / images / c.neurons
         direct = c.additions if c.constant else 0  # of the image itself, to neurons without a layer between
-        rows.append({
-            'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
-            'input_spikes_per_neuron': per_neuron, 'synaptic_operations': c.operations / images,
-            'nonzero_inputs': c.nonzero_operations / images,
+        counts.append({
+            'synaptic_operations': c.operations / images, 'nonzero_inputs': c.nonzero_operations / images,
             'estimate': 0.0 if per_neuron is None else per_neuron * (c.macs_with_padding + c.additions),
             'macs': c.macs * c.mac_steps, 'macs_with_padding': c.macs_with_padding * c.mac_steps,
             'macs_every_step': c.macs * c.steps if c.mac_steps else 0,
             'bias_additions': direct + c.biases * (1 if c.constant else c.bias_steps),
             'bias_additions_every_step': direct * c.steps + c.biases * c.bias_steps,
             'ann_macs': c.macs, 'ann_macs_with_padding': c.macs_with_padding, 'ann_additions': c.additions + c.biases})
-    total = {key: sum(row[key] for row in rows) for key in (
-        'synaptic_operations', 'nonzero_inputs', 'estimate', 'macs', 'macs_with_padding', 'macs_every_step',
-        'bias_additions', 'bias_additions_every_step', 'ann_macs', 'ann_macs_with_padding', 'ann_additions')}
+        rows.append({
+            'name': c.name, 'kind': c.kind, 'first_step': c.first_step, 'steps': c.steps, 'input_neurons': c.neurons,
+            'input_spikes_per_neuron': per_neuron, **counts[-1]})
+    total = {key: sum(each[key] for each in counts) for key in counts[0]}
 
     def energy(macs, *additions):
         return (total[macs] * MAC_PJ + sum(total[key] for key in additions) * AC_PJ) / 1e6
