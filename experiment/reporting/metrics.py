@@ -61,16 +61,13 @@ def machine(args: argparse.Namespace) -> str:
     """What a run computes on, in words."""
     if torch.cuda.is_available() and args.gpu is not False:
         return torch.cuda.get_device_name()
-    # a processor's instructions say more about its speed than its name does
-    return f'{torch.get_num_threads()} threads of {_processor()}, {torch.backends.cpu.get_cpu_capability()}'
-
-
-def _processor():
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
-        return next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+        processor = next(line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        processor = platform.processor() or platform.machine()
+    # a processor's instructions say more about its speed than its name does
+    return f'{torch.get_num_threads()} threads of {processor}, {torch.backends.cpu.get_cpu_capability()}'
 
 
 def open_board(folder: Path, wanted: bool) -> Callable | None:
