@@ -44,35 +44,34 @@ def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
 
     Raises UserError.
     """
-    folder, args, say = run.args.report, run.args, run.say
-    at, accuracy, ann_accuracy, conversion, checkpoint, *histories = known
+    args, folder = run.args, Path(run.args.report)
     layers, connections = count.measure(model, data, run.device, args)
-    training, line = numbers.training_rows(checkpoint, *histories)
+    training, line = numbers.training_rows(known.checkpoint, known.history, known.later)
     report = {
-        'command': log.command(), 'checkpoint': checkpoint and str(checkpoint),
+        'command': log.command(), 'checkpoint': known.checkpoint and str(known.checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
         'leak': model.leak, 'leaks': model.leaks.tolist(), 'depth': model.depth, 'latency': model.latency,
         'delay': model.delay, 'encoding': model.encoding, 'initial_potential': model.initial_potential,
-        'conversion': conversion,
-        'accuracy': {'time_steps': at, 'accuracy': accuracy, 'ann': ann_accuracy},
+        'conversion': known.conversion,
+        'accuracy': {'time_steps': known.at, 'accuracy': known.accuracy, 'ann': known.ann_accuracy},
         **numbers.summary(model, layers, connections, len(data.test)), 'training': training,
         # a network from scratch has no bounds
         'in_units_of_bounds': bool(args.pretrained_ann or args.pretrained_snn) and numbers.in_units_of_bounds(model)}
     drawn = {'accuracy': plots.draw_accuracy(report), 'activity': plots.draw_activity(report),
-             'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report),
-             **({'training': plots.draw_training(training)} if training else {})}
-    if not training:
-        Path(folder, 'training.png').unlink(missing_ok=True)  # a former report's
+             'surrogate': plots.draw_surrogate(report), 'operations': plots.draw_operations(report)}
+    if training:
+        drawn['training'] = plots.draw_training(training)
+    else:
+        (folder / 'training.png').unlink(missing_ok=True)  # a former report's
     report['figures'] = [f'{name}.png' for name in drawn]
     for name, figure in drawn.items():
-        save = partial(figure.savefig, format='png', dpi=150)
-        files.write_atomically(Path(folder, f'{name}.png'), save)
+        files.write_atomically(folder / f'{name}.png', partial(figure.savefig, format='png', dpi=150))
     text = json.dumps(report, indent=1)
-    files.write_atomically(Path(folder, 'report.json'), lambda file: file.write(text.encode()))
+    files.write_atomically(folder / 'report.json', lambda file: file.write(text.encode()))
     total, energy = report['operations']['total'], report['operations']['energy_uj']
     more = ''.join(f', {total[key]:.4g} {what}' for key, what in (
         ('macs', 'MACs'), ('bias_additions', 'additions of biases')) if total[key])
-    say(line)
-    say(f'report: {Path(folder, "report.json")}, {", ".join(report["figures"])}; an image takes '
-        f'{total["synaptic_operations"]:.4g} synaptic operations{more}, '
-        f'{energy["snn_exact"]:.4g} uJ, the ANN {total["ann_macs"]:.4g} MACs, {energy["ann"]:.4g} uJ')
+    run.say(line)
+    run.say(f'report: {folder / "report.json"}, {", ".join(report["figures"])}; an image takes '
+            f'{total["synaptic_operations"]:.4g} synaptic operations{more}, '
+            f'{energy["snn_exact"]:.4g} uJ, the ANN {total["ann_macs"]:.4g} MACs, {energy["ann"]:.4g} uJ')
