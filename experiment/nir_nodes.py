@@ -112,7 +112,10 @@ class Nodes(BlankPass):
             weight = (weight * factor).astype(weight.dtype)
             made = self.nir.Linear(weight) if bias is None else self.nir.Affine(weight, bias)
             return {self.add(node.target, made, weight.shape[:1], *names): ONE}
-        padding = padding_of(module)
+        padding = module.padding
+        if isinstance(padding, str):  # as pixels; None if it differs between the two sides
+            sides = module._reversed_padding_repeated_twice[::-1]
+            padding = sides[::2] if sides[::2] == sides[1::2] else None
         if module.padding_mode != 'zeros' or padding is None:
             self.refuse(node, ' with this padding', 'pad with zeros, the same on both sides')
         if len({size % 2 for size in module.kernel_size}) > 1:
@@ -264,11 +267,3 @@ def adaptive(sizes: Sequence[int], outputs: Sequence[int]) -> list[Sequence[int]
     same = all(stride and (i * size // number, -(-(i + 1) * size // number)) == (i * stride, i * stride + kernel)
                for size, number, stride, kernel in zip(sizes, outputs, strides, kernels) for i in range(number))
     return [kernels, strides, (0, 0)] if same else None
-
-
-def padding_of(convolution: nn.Module) -> Sequence[int] | None:
-    """How many pixels a convolution pads on both sides; None if the two differ."""
-    if not isinstance(convolution.padding, str):
-        return convolution.padding
-    sides = convolution._reversed_padding_repeated_twice[::-1]
-    return sides[::2] if sides[::2] == sides[1::2] else None
