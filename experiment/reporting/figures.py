@@ -19,19 +19,15 @@ LINES = ('-', '--', ':', '-.')  # once the colors are used up
 def check(flag: str) -> None:
     """Raise UserError, before any work, if a flag's figures cannot be drawn."""
     with importing('matplotlib', flag):
-        _figure_class()
+        new_figure(1, 1)
 
 
 def new_figure(width: float, height: float) -> 'Figure':
-    return _figure_class()(figsize=(width, height), layout='constrained')
-
-
-def _figure_class():
-    """matplotlib's Figure, for files only: no pyplot, which keeps figures and looks for a screen."""
+    """An empty figure of matplotlib's, for files only: no pyplot, which keeps figures and looks for a screen."""
     os.environ['MPLBACKEND'] = 'agg'  # matplotlib does not load with a notebook's backend that is not installed
     import matplotlib.backends.backend_agg  # noqa: F401  for PNG files
     from matplotlib.figure import Figure
-    return Figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def drawable(text: str) -> str:
