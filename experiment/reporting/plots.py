@@ -1,18 +1,14 @@
 """The figures of a report, each drawn from the report's numbers alone. It needs no torch."""
 import math
 import re
-from typing import TYPE_CHECKING
 
 from experiment.reporting import figures
 from self_models.surrogate import FLAGS
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 SNN, SNN_LIGHT, ANN, GREY = '#1f5fa8', '#8fb8de', '#c8553d', '#e6e6e6'
 
 
-def draw_accuracy(report: dict) -> 'Figure':
+def draw_accuracy(report: dict) -> 'figures.Figure':
     figure, numbers = figures.new_figure(6.4, 4), report['accuracy']
     axes = figure.subplots()
     few = len(numbers['time_steps']) <= 30
@@ -29,7 +25,7 @@ def draw_accuracy(report: dict) -> 'Figure':
     return figure
 
 
-def draw_activity(report: dict) -> 'Figure':
+def draw_activity(report: dict) -> 'figures.Figure':
     layers = report['layers']
     figure = figures.new_figure(11, 1.8 + 0.28 * len(layers))
     rate_axes, count_axes, threshold_axes = figure.subplots(1, 3, sharey=True, width_ratios=[2, 1, 1])
@@ -59,7 +55,7 @@ def draw_activity(report: dict) -> 'Figure':
     return figure
 
 
-def draw_surrogate(report: dict) -> 'Figure':
+def draw_surrogate(report: dict) -> 'figures.Figure':
     numbers = report['surrogate']
     shares = [100 * count / numbers['total'] for count in numbers['count']]
     figure = figures.new_figure(8, 5.5)
@@ -98,7 +94,7 @@ def draw_surrogate(report: dict) -> 'Figure':
     return figure
 
 
-def draw_operations(report: dict) -> 'Figure':
+def draw_operations(report: dict) -> 'figures.Figure':
     numbers = report['operations']
     rows, energy = numbers['connections'], numbers['energy_uj']
     figure = figures.new_figure(11, 2.5 + 0.45 * len(rows))
@@ -138,7 +134,7 @@ def draw_operations(report: dict) -> 'Figure':
     return figure
 
 
-def draw_training(rows: list[dict]) -> 'Figure':
+def draw_training(rows: list[dict]) -> 'figures.Figure':
     figure = figures.new_figure(10, 3.8)
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for axes, what, scale in ((loss_axes, 'loss', 1), (accuracy_axes, 'accuracy', 100)):
