@@ -180,8 +180,7 @@ class Walk(Pass):
             spikes = math.prod([torch.as_tensor(each, device=spikes.device) != 0 for each in others()], start=spikes)
         elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(function):
             spikes = add_up(call, spikes) if flow.real else call()
-        elif isinstance(module, (*traced.POOLS, nn.Upsample)) or function is F.interpolate or (
-                traced.is_average_pool(getattr(function, '__name__', ''))):
+        elif isinstance(module, (*traced.POOLS, nn.Upsample)) or function is F.interpolate or traced.is_pool(function):
             spikes = add_up(call, spikes)
         elif isinstance(module, nn.modules.padding._ConstantPadNd) or function in CONSTANTS:
             constants = call(blank=True)  # no spikes
