@@ -173,12 +173,11 @@ def epochs_done(row: list[Run]) -> str:
 
 def settings_of(row_list: list[list[Run]], every: bool = False) -> list[dict[str, str]]:
     """The settings of each row as texts: those that differ between rows, and ALWAYS; or every one."""
-    found = [dict(row[0].settings) for row in row_list]
-    factors = [sorted({run.factor for run in row if run.factor is not None}) for row in row_list]
-    for settings, chosen in zip(found, factors):
-        if chosen:
+    found, always = [dict(row[0].settings) for row in row_list], set(ALWAYS)
+    for settings, row in zip(found, row_list):
+        if chosen := sorted({run.factor for run in row if run.factor is not None}):
             settings['scaling_factor'] = f'auto: {", ".join(map(str, chosen))}'
-    always = (*ALWAYS, 'scaling_factor') if any(factors) else ALWAYS
+            always.add('scaling_factor')
     shown = []
     for key in dict.fromkeys([*ALWAYS, *(key for settings in found for key in settings)]):
         values = [settings.get(key) for settings in found]
