@@ -42,3 +42,21 @@ def deep(labels, input_shape):
 def quick(labels, input_shape):
     """A network that takes half the time of network() to train: 1.3 million weights, few of them at many pixels."""
     return network(labels, input_shape, width=48, plan=(1, 2, 2, 'pool', 4, 4, 'pool', 8), halve=True)
+
+
+def max_pools(labels, input_shape):
+    """A network with max pools, of 1.2 million weights: the most accurate of these.
+
+    A pool before an activation takes the maximum of currents, at each time step. Over few steps that is not the maximum
+    of their mean: fine-tuning makes up for it.
+    """
+    layers, channels = block(input_shape[0], 32), 32
+    for wider in (64, 128, 256):
+        layers += block(channels, wider, nn.MaxPool2d(2)) + block(wider, wider)
+        channels = wider
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, labels)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+def block(channels, wider, *pool):
+    return [nn.Conv2d(channels, wider, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(wider), nn.ReLU()]

@@ -17,7 +17,7 @@ from torch import nn
 from experiment import UserError, former, unpickling
 from experiment.files import Paths, replacing, set_aside, write_atomically
 from experiment.options import is_own_network
-from self_models import VGG, ResNet
+from self_models import LIF, VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
 from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
@@ -190,8 +190,8 @@ def neuron_keys(model: nn.Module) -> set[str]:
     """The names of a spiking network's thresholds and leaks in its state_dict; an ANN has none."""
     if isinstance(model, LayerByLayer):
         return {'thresholds', 'leaks'}
-    layers = model.layer_names if isinstance(model, SpikingNetwork) else []
-    return {f'{layer}.{what}' for layer in layers for what in ('threshold', 'leak')}
+    return {f'{name}.{what}' for name, module in model.named_modules(remove_duplicate=False)  # some have several names
+            if isinstance(module, LIF) for what in ('threshold', 'leak')}
 
 
 def snn_state(model: SpikingNetwork) -> dict:

@@ -105,7 +105,7 @@ class Nodes(BlankPass):
         """A convolution or a linear layer, with the batch norm that is all that its outputs go to."""
         names, factor = self.together(way)
         weight, bias = (None if each is None else values(each)
-                        for each in folded_layer(module, self.norm_of(node), None))
+                        for each in folded_layer(module, self.norm_of(node)))
         if isinstance(module, nn.Linear):
             if len(given) > 1:
                 self.refuse(node, ' of more than features', 'flatten before it')
@@ -135,7 +135,7 @@ class Nodes(BlankPass):
         """A batch norm that is not behind a synapse alone."""
         names, factor = self.together(way)
         ones = SimpleNamespace(weight=torch.eye(len(norm.running_var)).to(norm.running_var), bias=None)
-        weight, bias = folded_layer(ones, norm, None)
+        weight, bias = folded_layer(ones, norm)
         return {self.mix(name, values(weight) * factor.astype(self.dtype), *names, bias=values(bias)): ONE}
 
     def sum(self, node):

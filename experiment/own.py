@@ -88,21 +88,22 @@ def _module(path):
 
 
 def _run(network, labels, input_shape, refuse):
-    """Run a network on two images in evaluation, and a copy in training; weights without a use get no gradient."""
+    """Run a copy of a network on two images, in evaluation and in training; weights that neither uses are frozen."""
+    images = torch.zeros(2, *input_shape)
     network.eval()
     with torch.no_grad():
-        given = [network(torch.zeros(2, *input_shape))]  # which also makes the weights of lazy modules
+        network(images)  # which also makes the weights of lazy modules
     network.train()
-    trained = copy.deepcopy(network)
-    given.append(trained(torch.zeros(2, *input_shape)))
-    for output, mode in zip(given, ('evaluation', 'training')):
+    copied = copy.deepcopy(network)
+    for mode in ('evaluation', 'training'):  # a single pass of training may leave parts out at random
+        output = copied.train(mode == 'training')(torch.zeros_like(images))
         if not isinstance(output, torch.Tensor):
             refuse(f'its forward gives a {type(output).__name__} in {mode}, not a tensor of logits')
         if output.shape != (2, labels):
             refuse(f'gives outputs of shape {tuple(output.shape)} for 2 images in {mode}, not (2, {labels}): the data '
                    f'have {labels} classes')
-    given[1].sum().backward()
-    for weight, used in zip(network.parameters(), trained.parameters()):  # several processes wait for all gradients
+        output.sum().backward()
+    for weight, used in zip(network.parameters(), copied.parameters()):  # several processes wait for all gradients
         weight.requires_grad_(weight.requires_grad and used.grad is not None)
 
 

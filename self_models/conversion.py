@@ -100,7 +100,7 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     if any(bound.dim() for bound in bounds) and not all(factor.dim() for factor in factors):
         raise LayoutError("the ANN has bounds of channels, but the spiking network has no factors for them: build it "
                           "with scale='channel'")
-    folded = [(target, *folded_layer(source, norm, target)) for source, norm, target in pairs if source is not None]
+    folded = [(target, *folded_layer(source, norm)) for source, norm, target in pairs if source is not None]
     for target, weight, bias in folded:
         target.weight.copy_(weight)
         if target.bias is not None:
@@ -165,10 +165,13 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
             return 'adaptive average pool', module.output_size
         return 'dropout' if isinstance(module, nn.Dropout) else type(module).__name__,
 
+    for name, module in ann.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise LayoutError(f'{name or "the ANN"} has hooks, which a copy of its weights does not run')
     targets = [(name, module) for name, module in leaves(snn) if not isinstance(module, PoissonGenerator)]
     sources, norms, last = [], {}, None
     for name, module in leaves(ann):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and last is not None and last not in norms:
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not is_own(module) and last not in {None, *norms}:
             check_norm(module)
             norms[last] = module
             continue
@@ -185,7 +188,7 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
             yield source, norms.get(i), target
 
 
-def folded_layer(layer: nn.Module, norm: nn.Module | None, target: nn.Module) -> tuple:
+def folded_layer(layer: nn.Module, norm: nn.Module | None) -> tuple:
     """(weight, bias or None) of a layer with its batch norm folded in."""
     # gamma (W x + b - mean) / sqrt(var + eps) + beta
     if norm is None:

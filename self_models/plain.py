@@ -20,8 +20,13 @@ from self_models.qcfs import QCFS, SMALLEST
 from self_models.spiking_network import SpikingNetwork, check_leak, check_threshold, check_timesteps
 from self_models.surrogate import FLAGS, SURROGATES
 from self_models.traced import (
+    COUNT,
     DROPOUTS,
     MAX_POOLS,
+    SHAPE,
+    SIZE,
+    VALUE,
+    WEIGHT,
     Call,
     Graphed,
     Refused,
@@ -29,9 +34,11 @@ from self_models.traced import (
     compiled,
     is_max_pool,
     is_size,
+    others,
     owner_of,
     put,
     replace,
+    source_of,
     trace,
     weight_of,
 )
@@ -299,9 +306,10 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
         Raises ValueError for an ANN with other weights or bounds; nothing is copied then.
         """
-        found = {name: module for name, module in ann.named_modules() if isinstance(module, QCFS)}
+        found, lifs = ({name: module for name, module in network.named_modules(remove_duplicate=False)
+                        if isinstance(module, kind)} for network, kind in ((ann, QCFS), (self, LIF)))
         weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
-        own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in self.layer_names}
+        own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in lifs}
         bounds = [checked_bound(found[name]) if name in found else None for name in self.activations]
         given = {**weights, **{f'bounds of {name}': bound if bound is not None and bound.dim() else None
                                for name, bound in zip(self.layer_names, bounds)}}
@@ -396,7 +404,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
     """
     tree, graph = trace(ann)
     calls = activations_of(tree, graph)
-    modules, used = dict(tree.named_modules()), set()
+    modules = dict(tree.named_modules())
     found = {call: modules.get(call.target) for call in calls}
     quantized = [isinstance(module, QCFS) for module in found.values()]
     if any(quantized) and not all(quantized):
@@ -406,15 +414,16 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
                **(QUANTIZED if quantized[0] else {}), **options}
     options['timesteps'] = check_timesteps(timesteps)
     names, weight = [], weight_of(tree)
+    dropouts = [node for node in graph.nodes if node.op == 'call_module' and node.meta['kind'] == VALUE and (
+        isinstance(modules[node.target], DROPOUTS))]
+    used = others(graph, [*dropouts, *(call.node for call in calls)])
     for call, module in found.items():
         lif = _lif_of(module, options).to(weight.device).train(tree.training)
         names.append(put(tree, call, lif.double() if weight.dtype == torch.float64 else lif, used))
         replace(graph, call.node, names[-1])
-    for node in list(graph.nodes):
-        module = modules.get(node.target) if node.op == 'call_module' else None
-        if isinstance(module, DROPOUTS):
-            call = Call(node, owner_of(node, modules), node.target)
-            replace(graph, node, put(tree, call, HeldDropout(module).train(module.training), used))
+    for node in dropouts:
+        dropout, call = modules[node.target], Call(node, owner_of(node, modules), node.target)
+        replace(graph, node, put(tree, call, HeldDropout(dropout).train(dropout.training), used))
     modules = dict(tree.named_modules())
     encoding = ENCODINGS.get(options.get('encoding', 'poisson'))  # an unknown one is refused by PlainNetwork
     if encoding and encoding.constant:
@@ -482,10 +491,12 @@ def _repeat(tree, graph, modules, used):
 
 
 def _of_input(node):
-    """Whether a node depends on the images, as weights and what all of (T * B, ...) have in common do not."""
-    if is_size(node) and not _is_size(node):  # a type or a device
-        return False
-    return node.op == 'placeholder' or any(map(_of_input, node.all_input_nodes))
+    """Whether a node depends on the images or their number, as weights and other sizes do not."""
+    kind = node.meta.get('kind', VALUE)
+    if kind == WEIGHT and node.target in ('type_as', 'to'):  # of the type of an image
+        return _of_input(source_of(node))
+    return kind in (COUNT, SHAPE) or kind != SIZE and (
+        node.op == 'placeholder' or any(map(_of_input, node.all_input_nodes)))
 
 
 def _is_size(node):

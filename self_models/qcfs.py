@@ -63,14 +63,15 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
         best = torch.stack(errors).argmin(0, keepdim=True)
         module.bound.copy_(torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before))
 
-    trained, hooks = ann.training, []
+    training, hooks = [module for module in ann.modules() if module.training], []
     for module in ann.modules():
         if isinstance(module, QCFS):
             hooks.append(module.register_forward_pre_hook(set_bound))
     try:
         ann.eval()(images)
     finally:
-        ann.train(trained)
+        for module in training:
+            module.training = True
         for hook in hooks:
             hook.remove()
 

@@ -56,6 +56,7 @@ VIEWS = {*RESHAPES, *PERMUTES, *CASTS, operator.getitem, 'contiguous', 'type', '
          *(name for name in DIMENSIONS if name not in ('mean', 'sum', 'cat')),
          *(getattr(torch, name) for name in ('flatten', 'unflatten', 'chunk', 'split', 'squeeze', 'unsqueeze', 'narrow',
                                              'transpose'))}
+LIKE = {'expand_as', 'type_as', 'to'}  # give their first argument in the form of another
 FREE = {'clone', torch.clone, F.pad, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle}
 # leave the number of channels as it is
 KEEPERS = {*CASTS, 'contiguous', 'clone', F.pad, F.interpolate}
@@ -166,14 +167,12 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     if 'forward' in vars(ann):
         raise Refused(f"{name} has a forward of its own beside that of its class, which a copy of its calls does not "
                       'run: put it into the class')
+    if type(ann).train is not nn.Module.train and not isinstance(ann, Graphed):
+        raise Refused(f'{name} has a train() of its own, which a copy of its calls does not have: put the network into '
+                      'another one as a module')
     try:
-        parameters = inspect.signature(ann.forward).parameters
-        defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
         tree = copy.deepcopy(ann)
-        try:
-            traced, graph = _followed(ann, defaults, buffers=True)
-        except Exception:  # its code may need a buffer's value, as for a condition
-            traced, graph = _followed(ann, defaults, buffers=False)
+        traced, graph, inputs = _followed(ann)
     except Refused:
         raise
     except Exception as error:  # tracing runs the network's own code
@@ -186,7 +185,7 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             setattr(tree, key, value)
     modules = dict(tree.named_modules())
     read_in_order(graph, modules)
-    further = [node for node in graph.nodes if node.op == 'placeholder'][len(parameters) - len(defaults):]
+    further = [node for node in graph.nodes if node.op == 'placeholder'][inputs:]
     for node in reversed(graph.nodes):
         # further: arguments at their defaults
         if not node.users and node.op != 'output' and (node.op != 'placeholder' or node in further):
@@ -199,9 +198,28 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     return tree, graph
 
 
-def _followed(ann, defaults, buffers):
-    traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).eval()
-    return traced, _Tracer(buffers).trace(traced, concrete_args=defaults or None)
+def _followed(ann, training=False):
+    """(a copy of the ANN, the graph of its calls, how many of its arguments have no default)."""
+    parameters = inspect.signature(ann.forward).parameters
+    defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
+    for buffers in (True, False):
+        traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).train(training)
+        try:
+            graph = _Tracer(buffers).trace(traced, concrete_args=defaults or None)
+            return traced, graph, len(parameters) - len(defaults)
+        except Exception:
+            if not buffers:  # else its code may need a buffer's value, as for a condition
+                raise
+
+
+def _trains_as_it_runs(ann):
+    """Whether the code of a network makes the same calls in training as in evaluation."""
+    try:
+        evaluation, training = ([(node.op, node.target) for node in _followed(ann, mode)[1].nodes]
+                                for mode in (False, True))
+    except Exception:  # its code for training cannot be traced
+        return False
+    return evaluation == training
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -226,7 +244,8 @@ def unwrapped(ann: nn.Module) -> nn.Module:
 def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Have what a call changed in place read of that call by all later readers, and nothing be changed in place.
 
-    Raises Refused if a view of it, or what it is a view of, is read later on.
+    meta['changes'] says of a call that it changes what is read later on, or reads what is changed later on. Raises
+    Refused if a view of it, or what it is a view of, is read later on.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -250,7 +269,9 @@ def read_in_order(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
                           'is read elsewhere, too: leave out its inplace=True, or its _, or its out=, or its +=')
         for _, user in later:
             user.replace_input_with(written, node)
-        node.meta['changes'] = bool(later)
+        for user in {user for alias in aliases for user in alias.users} - aliases:
+            user.meta['changes'] = order[user] < order[node] or user.meta.get('changes', False)
+        node.meta['changes'] = bool(later) or node.meta.get('changes', False)
         if node.op == 'call_method' and node.target not in RELUS:
             node.target = node.target.removesuffix('_')
         node.target = IN_PLACE.get(node.target, node.target)
@@ -296,7 +317,10 @@ def writes_to_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
 
 
 def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
-    """The calls of ReLU and QCFS, in their order. Raises Refused if anything else in the graph cannot be spiking."""
+    """The calls of ReLU and QCFS, in their order. Raises Refused if anything else in the graph cannot be spiking.
+
+    meta['kind'] and meta['rank'] of each node say what it gives: VALUE, WEIGHT, ..., and how many dimensions, or None.
+    """
     modules, calls, kinds, ranks = dict(tree.named_modules()), [], {}, {}
     name, behind = type(tree).__name__, {}  # node: whether an activation is behind it with no synapse between
     inputs = [str(node.target) for node in graph.nodes if node.op == 'placeholder']
@@ -322,7 +346,7 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
             if behind[node.args[0]]:
                 raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
                               'the logits')
-        elif not values or is_size(node):
+        elif not values or is_size(node) or node.target in LIKE and source_of(node) not in values:
             kinds[node] = kind_of(node, kinds, ranks, refuse)
         else:
             ranks[node] = rank_of(node, what, values, ranks)
@@ -337,7 +361,14 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
                 behind[node] = False
     if not calls:
         raise Refused(f'{name} has no ReLU and no QCFS that could become spiking neurons')
+    for node in graph.nodes:
+        node.meta.update(kind=kinds[node], rank=ranks[node])
     return calls
+
+
+def others(graph: fx.Graph, nodes: list[fx.Node]) -> set[str]:
+    """The paths of the modules that a graph calls beside those nodes: an activation may also be called on a weight."""
+    return {node.target for node in graph.nodes if node.op == 'call_module' and node not in nodes}
 
 
 def said(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, str]:
@@ -580,12 +611,17 @@ def replace(graph: fx.Graph, node: fx.Node, path: str) -> None:
 def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     """How many channels (dimension 1) a node gives, as the layers before it say; None if they do not."""
     module = modules.get(node.target) if node.op == 'call_module' else None
+    rank = node.meta.get('rank')
+    if isinstance(module, nn.Linear) and (rank or 2) > 2:  # its outputs are the last dimension
+        return channels_of(source_of(node), modules)
     for name in ('out_channels', 'out_features', 'num_features'):
         if isinstance(getattr(module, name, None), int) and getattr(module, name) > 0:  # 0: of a lazy layer
             return getattr(module, name)
     if node.target in CATS:
         found = [channels_of(each, modules) for each in source_of(node)]
         return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
+    if node.target is F.pad and len(argument(node, 1, 'pad')) >= 2 * (rank or 4) - 2:
+        return None
     if module is None:
         keeps = node.target in SUMS | PRODUCTS - MATRIX_PRODUCTS | KEEPERS or is_pool(node.target)
     else:
@@ -683,11 +719,15 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     own = [call.target for call in calls]
     modules = dict(tree.named_modules())
     names = [id(module) for _, module in tree.named_modules(remove_duplicate=False)]  # some have several
-    plain = None not in own and len(set(own)) == len(own) and not any(
+    used = others(graph, [call.node for call in calls])
+    plain = None not in own and len(set(own)) == len(own) and used.isdisjoint(own) and not any(
         call.node.meta.get('changes') or names.count(id(modules[call.target])) > 1 for call in calls)
+    if not plain and not _trains_as_it_runs(unwrapped(ann)):
+        raise Refused(f'{type(unwrapped(ann)).__name__} has code for training alone, which would be lost: make each '
+                      'ReLU an nn.ReLU that is called once')
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
-    modules, used = {**modules, **dict(tree.named_modules())}, set()  # with the dropouts that trace() made
+    modules = {**modules, **dict(tree.named_modules())}  # with the dropouts that trace() made
     first = weight_of(tree)
     for call, module in [(call, modules.get(call.target)) for call in calls]:
         if isinstance(module, QCFS):

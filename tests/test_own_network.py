@@ -17,7 +17,7 @@ import self_models.plain as plain_way
 import self_models.threshold_balancing as balancing
 import step_by_step
 from conftest import network, ternary
-from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, quantize, spiking
+from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, fit_bounds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
 from self_models.conversion import LayoutError, fold_channels
 from self_models.layers import Scale
@@ -564,6 +564,138 @@ def test_a_forward_beside_that_of_the_class_is_refused(narrow):
     net.forward = lambda x: 2 * VGG.forward(net, x)
     with pytest.raises(ValueError, match='VGG has a forward of its own'):
         convert(net, 2)
+
+
+def on_weights(n, x):
+    return n.fc(n.relu(F.linear(x.flatten(1), n.drop(n.relu(n.fc0.weight)))))
+
+
+@pytest.mark.parametrize('encoding, p', [('direct', 0.5), ('poisson', 0.0)])  # spikes draw random numbers, too
+def test_an_activation_and_a_dropout_of_a_weight_stay_as_they_are(encoding, p):
+    torch.manual_seed(0)
+    ann = Net(on_weights, relu=nn.ReLU(), drop=nn.Dropout(p), fc0=nn.Linear(128, 8, bias=False), fc=nn.Linear(8, 5))
+    ann, x = ann.double().eval(), ternary((3, *SHAPE), 1)
+    same = chain(nn.Flatten(), nn.Linear(128, 8, bias=False), nn.ReLU(), nn.Linear(8, 5)).double().eval()
+    same[3].load_state_dict(ann.fc.state_dict())
+    quantized = quantize(ann)
+    assert isinstance(quantized.relu, nn.ReLU) and sum(isinstance(each, QCFS) for each in quantized.modules()) == 1
+    for training in (False, True):
+        torch.manual_seed(1)
+        same[1].weight.data = F.dropout(ann.fc0.weight.detach().relu(), p, training)
+        snn, want = (spiking(each, 3, default_threshold=0.3, encoding=encoding) for each in (ann, same))
+        torch.manual_seed(1)
+        assert not any(isinstance(each, plain_way.HeldDropout) for each in snn.modules())
+        got, want = snn.train(training).over_time(x), want.over_time(x)
+        assert torch.equal(got, want) and want.std() > 0
+
+
+def positions(n, x):
+    height, width = x.shape[2], x.shape[3]
+    x = F.relu((n.conv1(x) - n.mean.type_as(x)) * n.scale.expand_as(x))
+    y = F.relu(n.conv2(x) + n.place[:, :, :height, :width] + torch.arange(width, device=x.device) / 8)
+    return n.fc((y * n.scale.expand_as(y)).flatten(1))
+
+
+def test_weights_cut_to_the_size_of_an_image():
+    torch.manual_seed(0)
+    ann = Net(positions, conv1=nn.Conv2d(2, 2, 3, padding=1), conv2=nn.Conv2d(2, 2, 3, padding=1), fc=nn.Linear(128, 5))
+    ann.mean, ann.scale = nn.Parameter(torch.rand(2, 1, 1)), nn.Parameter(1 + torch.rand(2, 1, 1))
+    ann.place = nn.Parameter(torch.rand(1, 2, 9, 9))
+    ann, x = ann.double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    agrees(made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT), ann, x)
+
+
+def test_a_network_with_a_block_of_two_names_is_copied():
+    torch.manual_seed(0)
+    block, x = chain(nn.Flatten(), nn.Linear(128, 8), nn.ReLU()), torch.rand(3, *SHAPE)
+    ann = Net(lambda n, x: n.all(x), block=block, all=chain(block, nn.Linear(8, 5)))
+    for each in (ann, quantize(ann)):
+        snn, fresh = (spiking(each, 4, **DIRECT) for _ in range(2))
+        with torch.no_grad():
+            for value in fresh.parameters():
+                value.zero_()
+        fresh.copy_from(each)
+        fresh.threshold_update(1.0, snn.thresholds.tolist())
+        assert torch.equal(fresh(x), snn(x)) and snn(x).std() > 0
+
+
+def test_a_train_beside_that_of_torch_is_refused():
+    class Frozen(Net):
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm0.eval()
+            return self
+
+    net = own('residual')
+    net.__class__ = Frozen
+    refused(net, 'Frozen has a train() of its own')
+    inside = Net(lambda n, x: n.net(x), net=net)
+    snn = spiking(inside, 2).train()
+    assert snn.get_submodule('net.norm1').training  # as the graph calls the parts of `net`, not itself
+
+
+def test_a_batch_norm_of_its_own_and_hooks_are_not_folded_away(narrow):
+    class Half(nn.BatchNorm2d):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    x, net = torch.rand(2, 2, 16, 16, dtype=torch.float64), quantize(published('VGG5', batch_norm=True)).eval()
+    net.features[0].register_forward_hook(lambda module, given, output: 0.5 * output)
+    assert torch.allclose(convert(net, 4)(x), spiking(net, 4)(x), rtol=1e-4, atol=1e-5)
+    net.features[1] = Half(net.features[1].num_features)
+    with pytest.raises(ValueError, match='VGG cannot be traced'):
+        convert(net, 4)
+
+
+def adds_to_its_input(n, x):
+    x = n.conv0(x)
+    x += n.conv1(n.relu(x))
+    return n.fc(x.flatten(1))
+
+
+def test_an_input_of_an_activation_that_is_changed_later_on():
+    torch.manual_seed(0)
+    conv0, conv1 = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+    ann = Net(adds_to_its_input, conv0=conv0, conv1=conv1, relu=nn.ReLU(), fc=nn.Linear(128, 5)).double().eval()
+    x, quantized = torch.rand(3, *SHAPE, dtype=torch.float64), quantize(ann, 10 ** 7, bound=100.0)
+    want = ann(x)
+    assert torch.allclose(quantized(x), want, atol=1e-4)
+    quantized(x).sum().backward()
+    want.sum().backward()
+    assert torch.allclose(quantized.get_parameter('conv0.weight').grad, conv0.weight.grad, rtol=1e-5)
+    drops = chain(nn.Conv2d(2, 2, 3), nn.ReLU(inplace=True), nn.Dropout(inplace=True), nn.Flatten(), nn.Linear(72, 5))
+    assert type(quantize(drops)) is nn.Sequential  # changes nothing that QCFS keeps
+
+
+def noisy(n, x):
+    x = F.relu(n.conv1(x))
+    if n.training:
+        x = x + torch.randn_like(x)
+    return n.fc(x.flatten(1))
+
+
+def test_code_for_training_alone_is_not_lost_in_silence():
+    ann = Net(noisy, conv1=nn.Conv2d(2, 2, 3, padding=1), fc=nn.Linear(128, 5))
+    with pytest.raises(ValueError, match='^Net has code for training alone, .* make each ReLU an nn.ReLU that is called'):
+        quantize(ann)
+    module = Net(lambda n, x: n.fc((n.relu(n.conv1(x)) * (2 if n.training else 1)).flatten(1)), relu=nn.ReLU(),
+                 conv1=ann.conv1, fc=ann.fc)
+    net, x = quantize(module), torch.rand(2, *SHAPE)
+    assert not torch.equal(net.train()(x), net.eval()(x))
+
+
+def test_bounds_of_channels_behind_a_linear_layer_on_sequences():
+    ann = chain(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5))
+    net = quantize(ann, channels=True)
+    assert [len(each.bound) for each in net.modules() if isinstance(each, QCFS)] == [4, 4]
+    assert net(torch.rand(2, 2, 8)).shape == (2, 5)
+
+
+def test_fitting_bounds_leaves_what_is_frozen():
+    net = quantize(own('residual').float().train())
+    net.get_submodule('norm0').eval()
+    fit_bounds(net, torch.rand(4, *SHAPE))
+    assert net.training and not net.get_submodule('norm0').training and net.get_submodule('norm1').training
 
 
 def test_an_unknown_encoding_is_refused_in_words():

@@ -152,6 +152,16 @@ class Twice(nn.Module):
         return self.all(x)
 
 
+class Skips(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = mlp(nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x if self.training else x + self.conv(torch.relu(x)))
+
+
 def some_levels():
     from self_models import QCFS
     return nn.Sequential(mlp(QCFS(4), nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 10))
@@ -451,6 +461,22 @@ def test_a_network_of_relu_whose_block_has_two_names_gets_bounds(capsys):
     for flags in ([], ['--bounds', 'channel']):
         run(ann, *of('named_twice', '--pretrained_ann', 'trained_models/ann/r.pth', *QUANTIZED, *flags, '--test_only'))
     assert capsys.readouterr().out.count('QCFS takes the place of its ReLU') == 2
+
+
+def test_a_network_with_a_block_of_two_names_becomes_spiking(capsys):
+    for name, flags in (('r', []), ('q', QUANTIZED)):
+        run(ann, *of('named_twice', '--epochs', 1, '--name', name, *flags))
+        run(snn, *of('named_twice', '--pretrained_ann', f'trained_models/ann/{name}.pth', '--timesteps', 4,
+                     *([] if flags else CALIBRATION), '--epochs', 1, '--name', name))
+        capsys.readouterr()
+        run(snn, *of('named_twice', '--pretrained_snn', f'trained_models/snn/{name}.pth', '--test_only'))
+        assert accuracy_of(capsys.readouterr().out, 'loaded SNN') == round(
+            100 * load(f'trained_models/snn/{name}.pth')['accuracy'], 2)
+
+
+def test_weights_that_a_pass_of_training_leaves_out_are_trained():
+    network = own.build('nets.py:Skips', 10, (1, 8, 8))
+    assert all(weight.requires_grad for weight in network.parameters())
 
 
 def test_going_on_with_another_file_of_the_same_weights_is_said(capsys):
