@@ -279,6 +279,12 @@ def test_a_folder_of_any_name_is_drawn_as_it_is_called(written, folder):
     assert all(text.get_text() == f'FOLDER {shown}, VGG5' and not text.get_parse_math() for text in texts)
 
 
+def test_names_that_begin_with_an_underscore_are_in_the_legend(written):
+    row_list = summary.rows(summary.read(written(name, epochs(0.5), architecture=f'_{name}.py:net')) for name in 'ab')
+    legend = figures.draw_runs(row_list, summary.names(row_list)).legends[0]
+    assert [text.get_text().strip()[:6] for text in legend.get_texts()] == ['_a.py:', '_b.py:']
+
+
 def test_a_home_that_nobody_has_stays_as_it_is_written(written):
     run = summary.read(written('a', epochs(0.5, 0.5), dataset='FOLDER', data_dir='~nobody-has/x'))
     assert (run.settings['data'], run.folder) == ('FOLDER x', os.path.join(os.getcwd(), '~nobody-has', 'x'))

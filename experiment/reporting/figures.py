@@ -31,8 +31,9 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 
 def drawable(text: str) -> str:
-    """A text that matplotlib can draw: bytes in a file name that are no Unicode become escapes."""
-    return text.encode('utf-8', 'backslashreplace').decode()
+    """A text that matplotlib draws: bytes in a file name that are no Unicode become escapes."""
+    text = text.encode('utf-8', 'backslashreplace').decode()
+    return f' {text}' if text.startswith('_') else text  # a legend leaves out names that begin with _
 
 
 def mean_and_spread(values: Iterable[float]) -> tuple[float, float]:

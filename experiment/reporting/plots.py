@@ -41,7 +41,7 @@ def draw_activity(report: dict) -> 'figures.Figure':
     rate_axes.xaxis.get_major_locator().set_params(integer=True)
     rate_axes.set(xlabel='time step' + (f' (grey: {"; ".join(grey)})' if grey else ''),
                   title='Firing rate (spikes per neuron and step)')
-    rate_axes.set_yticks(places, names, fontsize='small')
+    rate_axes.set_yticks(places, names, fontsize='small', parse_math=False)  # a name may hold a $
     count_axes.barh(places, [math.nan if layer['spikes_per_neuron'] is None else layer['spikes_per_neuron']
                              for layer in layers], color=SNN)
     steps = ' to '.join(map(str, sorted({min(counted := [layer['steps'] for layer in layers]), max(counted)})))
@@ -109,7 +109,8 @@ def draw_operations(report: dict) -> 'figures.Figure':
               (f'{what}, rate × FLOPs', SNN_LIGHT, snn('estimate', 'macs_with_padding'), energy['snn_estimate'])]
     for i, (label, color, values, _) in enumerate(series):
         axes.barh([place + 0.27 * (i - 1) for place in range(len(rows))], values, height=0.27, color=color, label=label)
-    axes.set_yticks(range(len(rows)), [f'{row["name"]} ({row["kind"]})' for row in rows], fontsize='small')
+    axes.set_yticks(range(len(rows)), [f'{row["name"]} ({row["kind"]})' for row in rows], fontsize='small',
+                    parse_math=False)
     axes.invert_yaxis()
     smallest = min([value for *_, values, _ in series for value in values if value > 0], default=1)
     axes.set(xscale='log', xlim=(smallest / 2, None), xlabel='operations of an image',
