@@ -240,8 +240,8 @@ CONVERSION = ('scaling_factor', 'threshold_percentile', 'calibration_samples', '
 
 # flags without effect in a test
 TRAINING = ('epochs', 'learning_rate', 'lr_interval', 'lr_reduce', 'lr_schedule', 'optimizer', 'label_smoothing',
-            'weight_decay', 'momentum', 'amsgrad', 'dropout', 'crop', 'cutout', 'learn_threshold', 'learn_leak',
-            'tensorboard', 'train_acc_batches')
+            'weight_decay', 'momentum', 'amsgrad', 'dropout', 'learn_threshold', 'learn_leak', 'tensorboard',
+            'train_acc_batches')
 # flags that --predict uses: the network, its device, and the random draws of its input
 PREDICTING = {'predict', 'pretrained_snn', 'architecture', 'kernel_size', 'dataset', 'image_size', 'timesteps', 'leak',
               'encoding', 'delay', 'initial_potential', 'output', 'default_threshold', 'seed', 'gpu', 'devices', 'amp',
@@ -255,6 +255,7 @@ def without_effect(settings: dict) -> dict[str, str]:
     vgg = not own and str(get('architecture')).startswith('VGG')
     predict, from_ann = get('predict'), bool(get('pretrained_ann'))
     balances = from_ann or bool(get('pretrained_snn')) or 'default_threshold' not in get('given', ())
+    on_training_images = balances and 'scaling_factor' in settings and not get('pretrained_snn')
     rules = [  # (what the flags belong to, whether the run has that, the flags)
         ('--lr_schedule step', get('lr_schedule', 'step') == 'step', ['lr_interval', 'lr_reduce']),
         ('--optimizer SGD', get('optimizer') == 'SGD', ['momentum']),
@@ -273,6 +274,7 @@ def without_effect(settings: dict) -> dict[str, str]:
         ('a conversion or a balancing, which --default_threshold replaces', balances, CONVERSION),
         ('--encoding poisson', not (predict and get('encoding') == 'direct'), ['seed']),
         ('training', not get('test_only'), TRAINING),
+        ('training or a balancing', on_training_images or not get('test_only'), ['crop', 'cutout']),
         ('runs that train or test', not predict, settings.keys() - PREDICTING)]
     return {flag: of for of, holds, flags in rules if not holds for flag in flags if flag in settings}
 

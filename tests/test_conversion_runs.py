@@ -60,6 +60,18 @@ def test_convert_fine_tune_and_evaluate(trained, capsys, tmp_path):
     assert f'test accuracy {state["accuracy"]:.2%} at T = 12' in capsys.readouterr().out
 
 
+def test_a_test_balances_on_the_pictures_of_the_training(trained, capsys):
+    flags = [*SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--cutout', 3]
+    run(snn, *flags, '--epochs', 1)
+    capsys.readouterr()
+    run(snn, *flags, '--test_only', '--crop', 2)
+    out = capsys.readouterr().out
+    assert 'thresholds taken from' in out and '--cutout' not in out
+    assert '--crop has no effect here: it belongs to --dataset CIFAR10' in out
+    run(snn, *SPIKING, '--pretrained_snn', 'trained_models/snn/snn_resnet6_digits_8.pth', '--cutout', 3, '--test_only')
+    assert '--cutout has no effect here: it belongs to training or a balancing' in capsys.readouterr().out
+
+
 def test_a_threshold_percentile_lowers_thresholds_and_is_not_taken_from_the_cache(trained, capsys):
     def thresholds(*flags):
         run(snn, *SPIKING, *CALIBRATION, '--pretrained_ann', trained, '--test_only', *flags)
