@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from experiment.options import is_own_network
 from self_models import LIF, VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
-from self_models.traced import FUNCTION_SYNAPSES, MATRIX_PRODUCTS, SYNAPSES, trace
+from self_models.traced import FUNCTION_SYNAPSES, LIKE, MATRIX_PRODUCTS, SYNAPSES, source_of, trace
 
 MOST_SHOWN = 4  # of the weights that do not fit
 
@@ -106,7 +107,8 @@ def read(path: Path | str) -> object:
     except PermissionError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); make the file readable or give another') from error
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
-        if isinstance(error, MemoryError) or 'allocate memory' in str(error):
+        asked = re.search(r'tried to allocate (\d+) bytes', str(error))
+        if isinstance(error, MemoryError) or asked and int(asked[1]) <= os.path.getsize(path):  # else it is damaged
             raise
         raise UserError(f'{path}: is damaged, cut short or not a checkpoint; use another copy, or give a file that '
                         'ann.py or snn.py wrote') from error
@@ -169,14 +171,18 @@ def last_layer(model: nn.Module) -> list[str]:
     tree, graph = trace(model)
     modules, names = dict(tree.named_modules()), []
     nodes = [node for node in graph.nodes if node.op == 'output']
+    weights = set()
+    for node in graph.nodes:
+        if node.op == 'get_attr' or node.target in LIKE and source_of(node) in weights:
+            weights.add(node)
     for node in nodes:  # from the output back
         module = modules[node.target] if node.op == 'call_module' else nn.Identity()
         names += [node.target] if node.op == 'get_attr' else [
             f'{node.target}.{name}' for name, _ in module.named_parameters()]
         if isinstance(module, SYNAPSES):
             continue
-        of_weights = node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS
-        nodes += [source for source in node.all_input_nodes if not of_weights or source.op == 'get_attr']
+        of_weights = node in weights or node.target in FUNCTION_SYNAPSES | MATRIX_PRODUCTS
+        nodes += [source for source in node.all_input_nodes if not of_weights or source in weights]
     return names
 
 

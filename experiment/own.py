@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from experiment import UserError
+from experiment import UserError, options
 from self_models.layers import BatchNorm1d, BatchNorm2d
 from self_models.traced import activations_of, trace
 
@@ -102,8 +102,10 @@ def _run(network, labels, input_shape, refuse):
         if output.shape != (2, labels):
             refuse(f'gives outputs of shape {tuple(output.shape)} for 2 images in {mode}, not (2, {labels}): the data '
                    f'have {labels} classes')
+        if mode == 'training' and options.several_processes():  # which wait for the gradients of all weights
+            copied.zero_grad()
         output.sum().backward()
-    for weight, used in zip(network.parameters(), copied.parameters()):  # several processes wait for all gradients
+    for weight, used in zip(network.parameters(), copied.parameters()):
         weight.requires_grad_(weight.requires_grad and used.grad is not None)
 
 

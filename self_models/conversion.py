@@ -166,8 +166,11 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
         return 'dropout' if isinstance(module, nn.Dropout) else type(module).__name__,
 
     for name, module in ann.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise LayoutError(f'{name or "the ANN"} has hooks, which a copy of its weights does not run')
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not type(hook).__module__.startswith('torch.nn.utils.'):
+                raise LayoutError(f'{name or "the ANN"} has hooks, which a copy of its weights does not run: remove '
+                                  'them')
+            hook(module, ())  # which computes the weight, of torch's pruning and norms of weights
     targets = [(name, module) for name, module in leaves(snn) if not isinstance(module, PoissonGenerator)]
     sources, norms, last = [], {}, None
     for name, module in leaves(ann):

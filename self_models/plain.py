@@ -22,6 +22,7 @@ from self_models.surrogate import FLAGS, SURROGATES
 from self_models.traced import (
     COUNT,
     DROPOUTS,
+    LIKE,
     MAX_POOLS,
     SHAPE,
     SIZE,
@@ -34,6 +35,7 @@ from self_models.traced import (
     compiled,
     is_max_pool,
     is_size,
+    lost_train,
     others,
     owner_of,
     put,
@@ -428,7 +430,7 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
     encoding = ENCODINGS.get(options.get('encoding', 'poisson'))  # an unknown one is refused by PlainNetwork
     if encoding and encoding.constant:
         _repeat(tree, graph, modules, used)
-    notes = _notes(graph, modules)
+    notes = lost_train(ann) + _notes(graph, modules)
     rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0
     network = PlainNetwork(tree, graph, names, [call.target for call in calls], _depth(graph, modules), rate, options)
     network.training = tree.training
@@ -510,6 +512,8 @@ def _depth(graph, modules):
     depths = {}
     for node in graph.nodes:
         before = [depths[each] for each in node.all_input_nodes if each in depths and not _is_size(each)]
+        if node.target in LIKE and source_of(node) not in depths:  # a weight
+            continue
         if node.op == 'placeholder' or before:
             is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)
             depths[node] = min(before, default=0) + is_lif

@@ -63,15 +63,16 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
         best = torch.stack(errors).argmin(0, keepdim=True)
         module.bound.copy_(torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before))
 
-    training, hooks = [module for module in ann.modules() if module.training], []
+    modes, hooks = [(module, module.training) for module in ann.modules()], []
     for module in ann.modules():
         if isinstance(module, QCFS):
             hooks.append(module.register_forward_pre_hook(set_bound))
     try:
         ann.eval()(images)
     finally:
-        for module in training:
-            module.training = True
+        ann.train(modes[0][1])
+        for module, mode in modes:  # some may be frozen
+            module.training = mode
         for hook in hooks:
             hook.remove()
 

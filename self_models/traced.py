@@ -9,6 +9,7 @@ import operator
 import pickle
 import random
 import re
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -167,9 +168,6 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     if 'forward' in vars(ann):
         raise Refused(f"{name} has a forward of its own beside that of its class, which a copy of its calls does not "
                       'run: put it into the class')
-    if type(ann).train is not nn.Module.train and not isinstance(ann, Graphed):
-        raise Refused(f'{name} has a train() of its own, which a copy of its calls does not have: put the network into '
-                      'another one as a module')
     try:
         tree = copy.deepcopy(ann)
         traced, graph, inputs = _followed(ann)
@@ -203,7 +201,8 @@ def _followed(ann, training=False):
     parameters = inspect.signature(ann.forward).parameters
     defaults = {key: value.default for key, value in parameters.items() if value.default is not value.empty}
     for buffers in (True, False):
-        traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()}).train(training)
+        traced = copy.deepcopy(ann, {id(each): each for each in ann.parameters()})
+        traced.train() if training else traced.eval()
         try:
             graph = _Tracer(buffers).trace(traced, concrete_args=defaults or None)
             return traced, graph, len(parameters) - len(defaults)
@@ -212,14 +211,29 @@ def _followed(ann, training=False):
                 raise
 
 
-def _trains_as_it_runs(ann):
-    """Whether the code of a network makes the same calls in training as in evaluation."""
+def lost_train(ann: nn.Module) -> list[str]:
+    """A line on a network's own train(), which it has no more when it runs by its graph; none if it has torch's."""
+    ann = unwrapped(ann)
+    own = type(ann).train is not nn.Module.train and not isinstance(ann, Graphed)
+    return [f'{type(ann).__name__}: its own train() is not called: let a part of the network have it'] if own else []
+
+
+def lost_code(ann: nn.Module) -> list[str]:
+    """A line if a network makes other calls in training than in evaluation, whose graph it runs by."""
+    ann = unwrapped(ann)
     try:
-        evaluation, training = ([(node.op, node.target) for node in _followed(ann, mode)[1].nodes]
-                                for mode in (False, True))
+        evaluation, training = ([_called(node) for node in _followed(ann, mode)[1].nodes] for mode in (False, True))
+        same = evaluation == training
     except Exception:  # its code for training cannot be traced
-        return False
-    return evaluation == training
+        same = False
+    return [] if same else [f'{type(ann).__name__}: its code for training alone is left out: make each ReLU an nn.ReLU '
+                            'that is called once']
+
+
+def _called(node):
+    """What a node calls with what, but for whether a dropout drops."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.name)
+    return (node.op, node.target, *((source_of(node).name,) if node.target in FUNCTION_DROPOUTS else (args, kwargs)))
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -695,7 +709,11 @@ def _renamed(graph, name):
 
 
 class Traced(Graphed, nn.Module):
-    """A network that runs by its graph, with a module of its own for every activation."""
+    """A network that runs by its graph, with a module of its own for every activation.
+
+    notes: lines that say how its training differs from that of the network it was made from.
+    """
+    notes = ()
 
     def __init__(self, tree: nn.Module, graph: fx.Graph):
         super().__init__()
@@ -711,7 +729,8 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     """A copy of an ANN with a QCFS of its own for every call of a ReLU.
 
     levels, bound: of QCFS; channels: a bound for each channel, not one for the layer. The copy is of the ANN's own
-    class if each ReLU is a module that is called once, else it runs by its graph (Traced). Weights keep their names.
+    class if each ReLU is a module that is called once. Else it runs by its graph (Traced), and a warning says which code
+    for training is left out. Weights keep their names.
     Raises ValueError for a network that cannot become a spiking one.
     """
     tree, graph = trace(ann)
@@ -722,9 +741,6 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     used = others(graph, [call.node for call in calls])
     plain = None not in own and len(set(own)) == len(own) and used.isdisjoint(own) and not any(
         call.node.meta.get('changes') or names.count(id(modules[call.target])) > 1 for call in calls)
-    if not plain and not _trains_as_it_runs(unwrapped(ann)):
-        raise Refused(f'{type(unwrapped(ann)).__name__} has code for training alone, which would be lost: make each '
-                      'ReLU an nn.ReLU that is called once')
     if plain:  # without the modules that the graph has in place of functions
         tree = copy.deepcopy(unwrapped(ann))
     modules = {**modules, **dict(tree.named_modules())}  # with the dropouts that trace() made
@@ -740,4 +756,10 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
         path = put(tree, call, new, used)
         replace(graph, call.node, path)
         modules[path] = new
-    return tree if plain else Traced(tree, graph)
+    if plain:
+        return tree
+    made = Traced(tree, graph)
+    made.notes = lost_train(ann) + lost_code(ann)
+    for note in made.notes:
+        warnings.warn(note, stacklevel=2)
+    return made

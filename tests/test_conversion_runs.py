@@ -123,7 +123,7 @@ def test_kernel_and_image_size_of_a_file_hold_unless_flags_say_otherwise(module,
     torch.save({'state_dict': network.state_dict(), 'args': known}, 'a.pth')
     args, found = settled(module, '--pretrained_ann', 'a.pth')
     assert {key: vars(args)[key] for key in known} == known
-    assert found.name == {ann: 'ann_vgg5_folder', snn: 'snn_vgg5_folder_100'}[module]
+    assert found.paths.best.stem == {ann: 'ann_vgg5_folder', snn: 'snn_vgg5_folder_100'}[module]
     assert 'taken from a.pth: --architecture VGG5 --dataset FOLDER --kernel_size 5 --image_size 12' in found.said
     args, found = settled(module, '--pretrained_ann', 'a.pth', '--image_size', 13, '--kernel_size', 5)
     assert args.image_size == 13 and found.said == ['taken from a.pth: --architecture VGG5 --dataset FOLDER']

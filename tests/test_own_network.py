@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.nn.utils import prune
 
 import self_models.layers as layers
 import self_models.plain as plain_way
@@ -619,7 +620,7 @@ def test_a_network_with_a_block_of_two_names_is_copied():
         assert torch.equal(fresh(x), snn(x)) and snn(x).std() > 0
 
 
-def test_a_train_beside_that_of_torch_is_refused():
+def test_a_train_of_its_own_that_is_lost_is_said():
     class Frozen(Net):
         def train(self, mode=True):
             super().train(mode)
@@ -628,10 +629,11 @@ def test_a_train_beside_that_of_torch_is_refused():
 
     net = own('residual')
     net.__class__ = Frozen
-    refused(net, 'Frozen has a train() of its own')
-    inside = Net(lambda n, x: n.net(x), net=net)
-    snn = spiking(inside, 2).train()
-    assert snn.get_submodule('net.norm1').training  # as the graph calls the parts of `net`, not itself
+    for make in (lambda: spiking(net, 2), lambda: quantize(net)):
+        with pytest.warns(UserWarning, match='^Frozen: its own train'):
+            assert 'train()' in make().notes[0]
+    snn = spiking(Net(lambda n, x: n.net(x), net=net), 2).train()  # of a part of the network
+    assert not snn.notes and not snn.get_submodule('net.norm0').training and snn.get_submodule('net.norm1').training
 
 
 def test_a_batch_norm_of_its_own_and_hooks_are_not_folded_away(narrow):
@@ -640,6 +642,14 @@ def test_a_batch_norm_of_its_own_and_hooks_are_not_folded_away(narrow):
             return 0.5 * super().forward(x)
 
     x, net = torch.rand(2, 2, 16, 16, dtype=torch.float64), quantize(published('VGG5', batch_norm=True)).eval()
+    want = convert(net, 4)(x)
+    prune.l1_unstructured(net.features[0], 'weight', 0.5)
+    net.features[0].weight_orig.data *= 3  # as another checkpoint would
+    pruned, same = convert(net, 4), quantize(published('VGG5', batch_norm=True)).eval()
+    prune.remove(net.features[0], 'weight')
+    same.load_state_dict(net.state_dict())
+    assert type(pruned).__name__ == 'VGG_SNN_STDB'
+    assert torch.equal(pruned(x), convert(same, 4)(x)) and not torch.equal(pruned(x), want)
     net.features[0].register_forward_hook(lambda module, given, output: 0.5 * output)
     assert torch.allclose(convert(net, 4)(x), spiking(net, 4)(x), rtol=1e-4, atol=1e-5)
     net.features[1] = Half(net.features[1].num_features)
@@ -667,6 +677,10 @@ def test_an_input_of_an_activation_that_is_changed_later_on():
     assert type(quantize(drops)) is nn.Sequential  # changes nothing that QCFS keeps
 
 
+def stop():
+    raise NotImplementedError
+
+
 def noisy(n, x):
     x = F.relu(n.conv1(x))
     if n.training:
@@ -674,14 +688,25 @@ def noisy(n, x):
     return n.fc(x.flatten(1))
 
 
-def test_code_for_training_alone_is_not_lost_in_silence():
-    ann = Net(noisy, conv1=nn.Conv2d(2, 2, 3, padding=1), fc=nn.Linear(128, 5))
-    with pytest.raises(ValueError, match='^Net has code for training alone, .* make each ReLU an nn.ReLU that is called'):
-        quantize(ann)
-    module = Net(lambda n, x: n.fc((n.relu(n.conv1(x)) * (2 if n.training else 1)).flatten(1)), relu=nn.ReLU(),
-                 conv1=ann.conv1, fc=ann.fc)
-    net, x = quantize(module), torch.rand(2, *SHAPE)
+@pytest.mark.parametrize('way', [
+    noisy, lambda n, x: n.fc((F.relu(n.conv1(x)) * (2 if n.training else 1)).flatten(1)),
+    lambda n, x: n.fc(F.relu(n.conv1(x)).flatten(1)) if not n.training else stop()])
+def test_code_for_training_alone_that_is_lost_is_said(way):
+    with pytest.warns(UserWarning, match='^Net: its code for training alone is left out: make each ReLU an nn.ReLU '):
+        quantize(Net(way, conv1=nn.Conv2d(2, 2, 3, padding=1), fc=nn.Linear(128, 5)))
+
+
+def test_code_for_training_alone_is_kept_if_activations_are_modules():
+    ann = Net(lambda n, x: n.fc((n.relu(n.conv1(x)) * (2 if n.training else 1)).flatten(1)), relu=nn.ReLU(),
+              conv1=nn.Conv2d(2, 2, 3, padding=1), fc=nn.Linear(128, 5))
+    x = torch.rand(2, *SHAPE)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        net = quantize(ann)
+        drops = quantize(Net(lambda n, x: n.fc(F.dropout(F.relu(n.conv1(x)), 0.5, n.training).flatten(1)),
+                             conv1=ann.conv1, fc=ann.fc))
     assert not torch.equal(net.train()(x), net.eval()(x))
+    assert not torch.equal(drops.train()(x), drops.eval()(x))
 
 
 def test_bounds_of_channels_behind_a_linear_layer_on_sequences():
