@@ -729,8 +729,9 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     """A copy of an ANN with a QCFS of its own for every call of a ReLU.
 
     levels, bound: of QCFS; channels: a bound for each channel, not one for the layer. The copy is of the ANN's own
-    class if each ReLU is a module that is called once. Else it runs by its graph (Traced), and a warning says which code
+    class if each ReLU is a module that is called once. Else it runs by its graph (Traced), and a warning says if code
     for training is left out. Weights keep their names.
+
     Raises ValueError for a network that cannot become a spiking one.
     """
     tree, graph = trace(ann)

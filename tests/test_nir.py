@@ -367,7 +367,7 @@ def test_what_nir_does_not_know_is_refused_by_name(module, words):
     (lambda x: F.pad(x, (1, 1)), 'pad()'), (lambda x: F.conv2d(x, torch.ones(2, 2, 1, 1)), 'conv2d()'),
     (lambda x: torch.add(x, x, alpha=2), 'add()'), (lambda x: torch.add(input=x, other=x), 'add()'),
     (lambda x: x.mean(2), 'mean()'), (lambda x: torch.cat([x, x], 2), 'cat()'),
-    (lambda x: x * torch.ones(2, 1, 1), 'mul()')])
+    (lambda x: x * torch.ones(2, 1, 1), 'mul()'), (lambda x: x + torch.ones(2, 8, 8).to(x), 'add()')])
 def test_functions_that_nir_does_not_know_are_refused_too(call, words):
     class Net(nn.Module):
         def __init__(self):

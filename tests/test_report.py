@@ -522,6 +522,31 @@ def test_a_network_of_ones_own_by_hand():
     assert column('ann_additions') == [0, 12, 12, 12, 0, 5]
 
 
+class Cast(Own):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        a = F.relu(self.grouped(x))
+        a = self.one.expand_as(a) * a
+        b = torch.cat([F.avg_pool2d(x, 2), a], 1)
+        b = F.relu(F.conv2d(b, self.mixed.weight.to(b), self.mixed.bias.type_as(x)))
+        c = F.relu(self.norm(self.inner(b)) + b * self.one[:3].type_as(x))
+        return self.last(self.head(torch.flatten(c, 1)))
+
+
+def test_weights_in_the_form_of_others_are_no_inputs():
+    counts = []
+    for ann in (Own(), Cast()):
+        model = self_models.spiking(ann, 2, default_threshold=0.5, delay=0).eval()
+        layers, connections = counted(model, torch.ones(1, 2, 4, 4))
+        counts.append([{**row, 'name': ''}
+                       for row in numbers.operation_numbers(connections.values(), 1)['connections']])
+        assert model.depth == 2  # the image is in the first and the second
+    assert counts[0] == counts[1]
+
+
 def test_the_image_itself_at_neurons_by_hand():
     class Direct(nn.Module):
         def __init__(self):
