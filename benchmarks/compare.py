@@ -301,6 +301,8 @@ def names_of(row, args):
     """The implementations that a row compares, the first one with the others."""
     known = OF_EXAMPLE if row.architecture == 'network' else (*IMPLEMENTATIONS, 'ann_qcfs', 'plain')
     default = OF_EXAMPLE if row.architecture == 'network' else IMPLEMENTATIONS
+    if row.architecture.startswith('RESNET'):  # of the others' networks only this one is built
+        default = [name for name in default if name not in PEERS or name == 'spikingjelly' and row.direct]
     return [name for name in args.implementations or default if name in known and installed(name)]
 
 

@@ -87,6 +87,7 @@ def forward(current: torch.Tensor, potentials: torch.Tensor | None, spikes: torc
     """lif_forward of lif.py, from the state (u, fired), which it overwrites with the last one."""
     keep, steps, neurons = potentials is not None, len(spikes), u.numel()
     target = potentials if keep else u  # a pointer that nothing is written to
+    current = current if current.stride(-1) == 1 else current.contiguous()  # the kernel reads rows without gaps
     with torch.cuda.device_of(current):
         _forward[(triton.cdiv(neurons, BLOCK),)](
             current, target, spikes.view(torch.uint8) if spikes.dtype == torch.bool else spikes, u, fired,

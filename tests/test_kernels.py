@@ -57,6 +57,14 @@ def test_float32_is_close_to_float64():
     assert torch.allclose(grad32[:, same].double(), grad[:, same], rtol=1e-4, atol=1e-5)
 
 
+def test_currents_with_gaps():
+    current = torch.randn(12, 100, dtype=torch.float64, device=DEVICE)[:, ::2]  # as of a slice in a network
+    plain, fused = torch.zeros(2, 12, 50, dtype=torch.bool, device=DEVICE)
+    for backend, spikes in (('torch', plain), ('triton', fused)):
+        lif_forward(current, spikes, LIFParameters(0.7, 0.9, SURROGATES['STDB'](), backend))
+    assert torch.equal(plain, fused) and plain.any()
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_spikes_as_floats(dtype):
     current = torch.randn(12, 50, dtype=torch.float64, device=DEVICE)
