@@ -45,6 +45,7 @@ from self_models.traced import (
     weight_of,
 )
 
+SETTINGS = {'activation', 'delay', 'initial_potential', 'backend', *FLAGS}  # of neurons
 # with which the mean output of a network of QCFS is the ANN's (Bu et al. 2022, theorem 2)
 QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak': 1.0}
 BLOCK, SHORTEST = 2 ** 19, 2 ** 15  # values of a tensor that a thread processes at once, and of one row of it
@@ -260,6 +261,15 @@ class PlainNetwork(Graphed, SpikingNetwork):
         self.timesteps = options['timesteps']
 
     carried = True  # a spike is worth its threshold
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name in SETTINGS and '_space' in vars(self):  # what is set on the network holds for its LIFs
+            for lif in self.lifs:
+                if name in FLAGS:
+                    lif.flags[name] = value
+                else:
+                    setattr(lif, name, value)
 
     @property
     def timesteps(self) -> int:

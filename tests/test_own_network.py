@@ -723,6 +723,19 @@ def test_fitting_bounds_leaves_what_is_frozen():
     assert net.training and not net.get_submodule('norm0').training and net.get_submodule('norm1').training
 
 
+def test_settings_of_a_network_are_those_of_its_neurons():
+    ann, x = own('residual'), torch.rand(3, *SHAPE, dtype=torch.float64)
+    settings = {'activation': 'ATan', 'gamma': 0.7, 'width': 2.0, 'initial_potential': 0.25}
+    snn, want = made(ann, x, 4, **DIRECT, activation='Linear', gamma=0.3), made(ann, x, 4, **DIRECT, **settings)
+    for name, value in settings.items():
+        setattr(snn, name, value)
+    gradients = []
+    for each in (snn, want):
+        each(x).square().sum().backward()
+        gradients.append(each.get_parameter('conv0.weight').grad)
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
 def test_an_unknown_encoding_is_refused_in_words():
     with pytest.raises(ValueError, match="unknown encoding 'rate'"):
         spiking(own('residual'), 4, encoding='rate')
