@@ -2,17 +2,14 @@
 # The networks in pretrained/: train, convert and fine-tune them, and write them there.
 #
 #     bash recipes/pretrained.sh digits             # two minutes on two cores
-#     EXTRA=--amp bash recipes/pretrained.sh max_pools            # CIFAR-10, T = 4: TIME4 on two cores with bfloat16
-#     EXTRA=--amp bash recipes/pretrained.sh max_pools_few_steps  # T = 2 and 1, from the network above: TIME21 more
-#     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh max_pools
+#     bash recipes/pretrained.sh quick              # CIFAR-10, T = 4: 42 minutes
+#     bash recipes/pretrained.sh quick longer two_steps one_step  # the better ones at T = 4, 2 and 1: two hours more
+#     EXTRA=--amp bash recipes/pretrained.sh max_pools one_level  # another network, no file: on two cores with bfloat16
+#     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh quick
 #
-# A smaller network for processors without bfloat16; no file in pretrained/ is made of it any more:
-#
-#     bash recipes/pretrained.sh quick              # CIFAR-10, T = 4: 42 minutes without bfloat16
-#     bash recipes/pretrained.sh quick longer two_steps one_step  # better ones at T = 4, 2 and 1: two hours more
-#
-# If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs. What ran
-# to its end with other flags is not run again: move trained_models away first.
+# If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs, such as
+# EXTRA=--amp on a processor with bfloat16. What ran to its end with other flags is not run again: move trained_models
+# away first.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder
@@ -30,64 +27,60 @@ digits() {
     python recipes/slim.py trained_models/snn/small_digits_4.pth "$folder/small_digits_4.pth"
 }
 
-cifar10=("${data[@]}" --validation_fraction 0.04)
+cifar10=(--architecture examples/network.py:quick "${data[@]}" --validation_fraction 0.04)
+pooled=(--architecture examples/network.py:max_pools "${data[@]}" --validation_fraction 0.04)
 sgd=(--activation QCFS --optimizer SGD --weight_decay 5e-4 --batch_size 64)
 tuned=(--activation Linear --gamma 1 --optimizer Adam --weight_decay 0 --learning_rate 1e-4 --epochs 1)
 
-pooled=(--architecture examples/network.py:max_pools "${cifar10[@]}" "${common[@]}")
-
-max_pools() {  # T = 4
-    python ann.py "${pooled[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 22 --name max_pools_qcfs
-    python snn.py "${pooled[@]}" "${tuned[@]}" --timesteps 4 --name max_pools_4 \
-                  --pretrained_ann trained_models/ann/max_pools_qcfs.pth
-    python recipes/slim.py trained_models/snn/max_pools_4.pth "$folder/max_pools_cifar10_4.pth"
-}
-
-max_pools_few_steps() {  # T = 2 and 1: its ANN trained further with two levels, then with one
-    python ann.py "${pooled[@]}" "${sgd[@]}" --levels 2 --learning_rate 0.05 --epochs 8 \
-                  --pretrained_ann trained_models/ann/max_pools_qcfs.pth --name max_pools_two_levels
-    python snn.py "${pooled[@]}" "${tuned[@]}" --timesteps 2 --name max_pools_2 \
-                  --pretrained_ann trained_models/ann/max_pools_two_levels.pth
-    python ann.py "${pooled[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 12 \
-                  --pretrained_ann trained_models/ann/max_pools_two_levels.pth --name max_pools_one_level
-    python snn.py "${pooled[@]}" "${tuned[@]}" --timesteps 1 --name max_pools_1 \
-                  --pretrained_ann trained_models/ann/max_pools_one_level.pth
-    python recipes/slim.py trained_models/snn/max_pools_1.pth "$folder/max_pools_cifar10_1.pth"
-}
-
-small=(--architecture examples/network.py:quick "${cifar10[@]}" "${common[@]}")
-
 quick() {  # T = 4 in 42 minutes: an ANN of four levels, and 6,400 images of fine-tuning
-    python ann.py "${small[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 12 \
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 12 \
                   --crop 2 --name quick_qcfs
-    python snn.py "${small[@]}" "${tuned[@]}" --gamma 0.3 --train_samples 6400 --crop 2 \
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --gamma 0.3 --train_samples 6400 --crop 2 \
                   --timesteps 4 --name quick_4 --pretrained_ann trained_models/ann/quick_qcfs.pth
     python recipes/slim.py trained_models/snn/quick_4.pth "$folder/quick_cifar10_4.pth"
 }
 
 longer() {  # T = 4, better: that ANN trained further, and a whole epoch of fine-tuning
-    python ann.py "${small[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 18 \
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 18 \
                   --cutout 8 --pretrained_ann trained_models/ann/quick_qcfs.pth --name quick_longer
-    python snn.py "${small[@]}" "${tuned[@]}" --timesteps 4 --name quick_longer_4 \
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name quick_longer_4 \
                   --pretrained_ann trained_models/ann/quick_longer.pth
     python recipes/slim.py trained_models/snn/quick_longer_4.pth "$folder/quick_cifar10_4.pth"
 }
 
 two_steps() {  # T = 2, no file: the ANN of `longer` trained further with two levels
-    python ann.py "${small[@]}" "${sgd[@]}" --levels 2 --learning_rate 0.05 --epochs 6 \
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 2 --learning_rate 0.05 --epochs 6 \
                   --pretrained_ann trained_models/ann/quick_longer.pth --name quick_two_levels
-    python snn.py "${small[@]}" "${tuned[@]}" --timesteps 2 --name quick_longer_2 \
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 2 --name quick_longer_2 \
                   --pretrained_ann trained_models/ann/quick_two_levels.pth
 }
 
 one_step() {  # T = 1: that ANN trained further with one level
-    python ann.py "${small[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 7 \
+    python ann.py "${cifar10[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 7 \
                   --pretrained_ann trained_models/ann/quick_two_levels.pth --name quick_one_level
-    python snn.py "${small[@]}" "${tuned[@]}" --timesteps 1 --name quick_longer_1 \
+    python snn.py "${cifar10[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name quick_longer_1 \
                   --pretrained_ann trained_models/ann/quick_one_level.pth
     python recipes/slim.py trained_models/snn/quick_longer_1.pth "$folder/quick_cifar10_1.pth"
 }
 
-for each in ${@:-digits max_pools max_pools_few_steps}; do
+max_pools() {  # T = 4, no file: batch norm's statistics taken anew, without training, and two fine-tunings
+    python ann.py "${pooled[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 22 \
+                  --name max_pools_qcfs
+    for run in 'norms 1e-12 1 --train_samples 6400' 'whole_epoch 1e-4 1' 'longer 3e-4 2'; do
+        read -r name rate epochs more <<< "$run"
+        python snn.py "${pooled[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name "max_pools_4_$name" \
+                      --pretrained_ann trained_models/ann/max_pools_qcfs.pth --learning_rate "$rate" \
+                      --epochs "$epochs" $more
+    done
+}
+
+one_level() {  # T = 1, no file: that ANN trained further with one level
+    python ann.py "${pooled[@]}" "${common[@]}" "${sgd[@]}" --levels 1 --learning_rate 0.05 --epochs 14 \
+                  --pretrained_ann trained_models/ann/max_pools_qcfs.pth --name max_pools_one_level
+    python snn.py "${pooled[@]}" "${common[@]}" "${tuned[@]}" --timesteps 1 --name max_pools_1 \
+                  --pretrained_ann trained_models/ann/max_pools_one_level.pth
+}
+
+for each in ${@:-digits quick longer two_steps one_step}; do
     "$each"
 done
