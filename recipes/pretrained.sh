@@ -63,12 +63,13 @@ one_step() {  # T = 1: that ANN trained further with one level
     python recipes/slim.py trained_models/snn/quick_longer_1.pth "$folder/quick_cifar10_1.pth"
 }
 
-max_pools() {  # T = 4, no file: batch norm's statistics taken anew, without training, and two fine-tunings
+max_pools() {  # T = 4, 2, 1, no file: batch norm's statistics taken anew, without training, and two fine-tunings
     python ann.py "${pooled[@]}" "${common[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.08 --epochs 22 \
                   --name max_pools_qcfs
-    for run in 'norms 1e-12 1 --train_samples 6400' 'whole_epoch 1e-4 1' 'longer 3e-4 2'; do
+    for run in '4_norms 1e-12 1 --train_samples 6400' '2_norms 1e-12 1 --train_samples 6400' \
+               '1_norms 1e-12 1 --train_samples 6400' '4_whole_epoch 1e-4 1' '4_longer 3e-4 2'; do
         read -r name rate epochs more <<< "$run"
-        python snn.py "${pooled[@]}" "${common[@]}" "${tuned[@]}" --timesteps 4 --name "max_pools_4_$name" \
+        python snn.py "${pooled[@]}" "${common[@]}" "${tuned[@]}" --timesteps "${name%%_*}" --name "max_pools_$name" \
                       --pretrained_ann trained_models/ann/max_pools_qcfs.pth --learning_rate "$rate" \
                       --epochs "$epochs" $more
     done
