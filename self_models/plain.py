@@ -22,7 +22,6 @@ from self_models.surrogate import FLAGS, SURROGATES
 from self_models.traced import (
     COUNT,
     DROPOUTS,
-    LIKE,
     MAX_POOLS,
     SHAPE,
     SIZE,
@@ -33,6 +32,7 @@ from self_models.traced import (
     Refused,
     activations_of,
     compiled,
+    is_formed,
     is_max_pool,
     is_size,
     lost_train,
@@ -522,7 +522,7 @@ def _depth(graph, modules):
     depths = {}
     for node in graph.nodes:
         before = [depths[each] for each in node.all_input_nodes if each in depths and not _is_size(each)]
-        if node.target in LIKE and source_of(node) not in depths:  # a weight
+        if is_formed(node, depths):
             continue
         if node.op == 'placeholder' or before:
             is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)

@@ -360,7 +360,7 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
             if behind[node.args[0]]:
                 raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
                               'the logits')
-        elif not values or is_size(node) or node.target in LIKE and source_of(node) not in values:
+        elif not values or is_size(node) or is_formed(node, values):
             kinds[node] = kind_of(node, kinds, ranks, refuse)
         else:
             ranks[node] = rank_of(node, what, values, ranks)
@@ -378,6 +378,11 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
     for node in graph.nodes:
         node.meta.update(kind=kinds[node], rank=ranks[node])
     return calls
+
+
+def is_formed(node: fx.Node, values) -> bool:
+    """Whether a node gives a weight in the form of another tensor. values: the nodes that depend on the images."""
+    return node.target in LIKE and source_of(node) not in values
 
 
 def others(graph: fx.Graph, nodes: list[fx.Node]) -> set[str]:
