@@ -303,7 +303,10 @@ def names_of(row, args):
     default = OF_EXAMPLE if row.architecture == 'network' else IMPLEMENTATIONS
     if row.architecture.startswith('RESNET'):  # of the others' networks only this one is built
         default = [name for name in default if name not in PEERS or name == 'spikingjelly' and row.direct]
-    return [name for name in args.implementations or default if name in known and installed(name)]
+    names = [name for name in args.implementations or default if name in known and installed(name)]
+    if not names:
+        sys.exit(f'--implementations: none of these builds {row.architecture}; choose of {" ".join(known)}')
+    return names
 
 
 def run_task(task, row, args):

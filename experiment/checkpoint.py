@@ -1,5 +1,4 @@
 """Checkpoints: loaded as tensors only, weights matched name by name; the cache of thresholds."""
-import contextlib
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from experiment import UserError, former, unpickling
-from experiment.files import Paths, replacing, set_aside, write_atomically
+from experiment.files import PASSING, Paths, Unreadable, replacing, set_aside, write_atomically
 from experiment.options import is_own_network
 from self_models import LIF, VGG, ResNet
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
@@ -72,10 +71,14 @@ def bring_in_line(paths: Paths, kind: str) -> list[str]:
     An epoch is written to paths.last first. The caller holds the lock. Returns lines to say. Raises UserError.
     """
     last, best, said = load_training(paths.last, kind), {}, []
-    with contextlib.suppress(UserError):  # a damaged file counts as missing
+    try:
         best = load_training(paths.best, kind)
         if [best['accuracy'], best['epoch']] == last['best']:
             return said
+    except Unreadable:
+        raise
+    except UserError:  # a damaged file counts as missing
+        pass
     if best.get('history') and best['history'][:-1] == last['history']:  # former versions wrote paths.best first
         copy(paths.best, paths.last)
     elif last['best'][1] == last['epoch']:
@@ -105,8 +108,11 @@ def read(path: Path | str) -> object:
         raise UserError(f'{path}: holds something other than tensors and is not loaded, since that could run '
                         'code; save its state_dict and numbers alone with torch.save') from error
     except PermissionError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}); make the file readable or give another') from error
+        raise Unreadable(f'{path}: cannot be read ({error.strerror}); make the file readable or give another'
+                         ) from error
     except Exception as error:  # torch's reader raises nearly anything on bytes that are not its own
+        if getattr(error, 'errno', None) in PASSING:
+            raise Unreadable(f'{path}: cannot be read ({error.strerror}), though it may be sound; run again') from error
         asked = re.search(r'tried to allocate (\d+) bytes', str(error))
         if isinstance(error, MemoryError) or asked and int(asked[1]) <= os.path.getsize(path):  # else it is damaged
             raise
@@ -268,10 +274,13 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
-    if isinstance(model, LayerByLayer) and model.carried:  # the weights of the file carry its thresholds
-        model.carried = [*settings['thresholds'], *model.carried[len(settings['thresholds']):]]
+    carries = isinstance(model, LayerByLayer) and bool(model.carried)
     try:
+        if carries and len(settings['thresholds']) == model.balanced:  # the weights of the file carry its thresholds
+            model.carried = None
         model.threshold_update(1.0, settings['thresholds'])
+        if carries:
+            model.carried = model.thresholds.tolist()
         if leaks and settings['leaks']:
             model.leak_update(settings['leaks'])
     except ValueError as error:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from experiment import UserError, importing, picture_files
 from experiment.distributed import ALONE, Process
+from experiment.files import one_at_a_time
 from experiment.options import dead_worker
 from self_models.architectures import INPUT_SHAPES
 
@@ -302,7 +303,8 @@ def _torchvision(name, data_dir, _):
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # seconds; else a firewall that drops packets costs minutes
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        # of several runs at once, the first one downloads
+        with contextlib.redirect_stdout(io.StringIO()), one_at_a_time(root):
             (train, classes), (test, _) = read(train=True), read(train=False)
     except Exception as error:  # torchvision raises many kinds of errors for missing and damaged files
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]

@@ -52,6 +52,14 @@ def _started():
     return dist.is_available() and dist.is_initialized()
 
 
+def cause_of(error: RuntimeError) -> str:
+    """Why processes cannot reach each other, in one line, of an error of torch.distributed's; '' for others."""
+    text = str(error) if isinstance(error, dist.DistError) else ''
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = [lines.index(line) + 1 for line in lines[:-1] if line == 'Last error:']  # NCCL's own words come after it
+    return f' ({lines[told[0]] if told else lines[0]})' if lines else ''
+
+
 def is_of_an_ended_process(error: RuntimeError) -> bool:
     """Whether a RuntimeError says that another process has ended, so that this one cannot continue."""
     return isinstance(error, dist.DistError) or any(

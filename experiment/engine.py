@@ -1,5 +1,6 @@
 """The loops over batches and epochs that ann.py and snn.py share."""
 import math
+import random
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from experiment import UserError, checkpoint, distributed, files, log
 from experiment.data import NO_IMAGE, Data, epoch_loader
 from experiment.reporting import metrics
+from self_models.qcfs import QCFS
 from self_models.spiking_network import SpikingNetwork
 
 if TYPE_CHECKING:  # these import this module
@@ -42,7 +44,8 @@ def seed_for(seed: int, epoch: int, rank: int = 0) -> int:
 
 def seed_all(seed: int) -> None:
     torch.manual_seed(seed)  # of the CPU and of every CUDA device
-    np.random.seed(seed % 2 ** 32)  # the code of your own network may draw from it
+    np.random.seed(seed % 2 ** 32)  # the code of your own network may draw from these two
+    random.seed(seed)
 
 
 WARM_UP = 0.03  # of a cosine schedule's run, in which the rate rises from 0
@@ -72,14 +75,26 @@ def make_optimizer(model: nn.Module, args: Namespace) -> Optimizer:
 
     Thresholds, leaks and bounds of QCFS take no weight decay.
     """
-    free = [p for name, p in model.named_parameters()
-            if name.split('.')[-1] in ('thresholds', 'leaks', 'threshold', 'leak', 'bound')]
+    free = checkpoint.neuron_keys(model)  # weights of the user's own network may have such names, too
+    free |= {f'{name}.bound' for name, module in model.named_modules() if isinstance(module, QCFS)}
+    free = [p for name, p in model.named_parameters() if name in free]
     groups = [{'params': [p for p in model.parameters() if all(p is not other for other in free)]}]
     groups += [{'params': free, 'weight_decay': 0.0}] if free else []
     common = dict(lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     if args.optimizer == 'SGD':
-        return torch.optim.SGD(groups, momentum=args.momentum, **common)
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum, **common)
+        optimizer.register_step_pre_hook(add_momentum)
+        return optimizer
     return torch.optim.Adam(groups, amsgrad=args.amsgrad, **common)
+
+
+def add_momentum(optimizer: Optimizer, *_) -> None:
+    """Give weights that have a gradient for the first time a momentum of 0. torch's fused step knows that of all or of
+    none, but the code of your own network may leave weights out of some steps."""
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            if group['momentum'] and p.grad is not None and optimizer.state[p].get('momentum_buffer') is None:
+                optimizer.state[p]['momentum_buffer'] = torch.zeros_like(p)
 
 
 def autocast(device: torch.device, amp: bool) -> torch.autocast:

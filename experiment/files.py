@@ -1,8 +1,10 @@
 """The files of a run, and how to write them so that a fault loses nothing. It needs no torch."""
 import contextlib
+import errno
 import os
 import secrets
 import socket
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -17,6 +19,13 @@ except ImportError:  # Windows
 
 from experiment import UserError
 from experiment.options import is_own_network
+
+# numbers of errors of reading a file that say nothing of what it holds
+PASSING = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOENT, errno.ESTALE, errno.ETIMEDOUT}
+
+
+class Unreadable(UserError):
+    """A file that cannot be read now, which says nothing of what it holds."""
 
 
 def identifier(kind: str, args: Namespace) -> str:
@@ -112,6 +121,21 @@ def _lock(file, wait):
         raise
     except (AttributeError, OSError):  # no fcntl, or no locks in this folder
         return False
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other processes out of such a block for the same folder; nothing does if the folder cannot be written."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context(open(folder / '.lock', 'a'))
+            try:
+                _lock(file, wait=False)
+            except (BlockingIOError, PermissionError):
+                print(f'{folder}: waiting for another run, which reads or downloads these data', file=sys.stderr)
+                _lock(file, wait=True)
+        yield
 
 
 def set_aside(files: Iterable[Path], say: Callable[[str], object]) -> None:

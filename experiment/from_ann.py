@@ -124,6 +124,8 @@ def folded(model: SpikingNetwork, args: Namespace, data: Data) -> SpikingNetwork
     ann.load_state_dict(wanted)
     network = setup.build_snn(args, data, {'state_dict': wanted}).to(like)
     copy_weights(ann, network)
+    if not network.learn_leak:
+        network.leaks = network.leaks.double()  # in float32 most would be other leaks
     network.leak_update(model.leaks.tolist())
     return network
 
@@ -139,8 +141,8 @@ def fold_batch_norm(model: SpikingNetwork, data: Data, run: Run) -> SpikingNetwo
     if distributed.is_main():
         state = checkpoint.read(run.paths.best)
         del state['optimizer']
-        checkpoint.save({**state, 'state_dict': network.state_dict(), **checkpoint.snn_state(network),
-                         'args': {**state['args'], 'keep_batch_norm': False}}, path)
+        state |= {'accuracy': after, 'state_dict': network.state_dict(), **checkpoint.snn_state(network)}
+        checkpoint.save({**state, 'args': {**state['args'], 'keep_batch_norm': False}}, path)
     return network
 
 

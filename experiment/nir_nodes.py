@@ -19,7 +19,18 @@ from self_models.conversion import folded_layer
 from self_models.layers import Scale
 from self_models.plain import HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
-from self_models.traced import CATS, MAX_POOLS, PRODUCTS, QUOTIENTS, SUMS, argument, is_max_pool, said, source_of
+from self_models.traced import (
+    CATS,
+    MAX_POOLS,
+    PRODUCTS,
+    QUOTIENTS,
+    SUMS,
+    adds_nothing,
+    argument,
+    is_max_pool,
+    said,
+    source_of,
+)
 
 SYNAPSES = (nn.Conv1d, nn.Conv2d, nn.Linear)
 SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 'squeeze', torch.squeeze, 'contiguous',
@@ -69,10 +80,11 @@ class Nodes(BlankPass):
             names, factor = self.together(way)
             return {self.scale(name, factor * values(module.factor).reshape(-1), *names): ONE}
         others = [self.env[each] if isinstance(each, fx.Node) else each for each in (*node.args, *node.kwargs.values())
-                  if not isinstance(each, fx.Node) or each not in self.found]
+                  if (not isinstance(each, fx.Node) or each not in self.found) and not adds_nothing(node, each)]
         if function in PRODUCTS and len(before) == 1 == len(others) and isinstance(others[0], (int, float)):
             return times(way, 1 / others[0] if function in QUOTIENTS else others[0])
-        alike = not others and not node.kwargs and all(self.env[each].shape[1:] == shape for each in node.args)
+        alike = not others and not node.kwargs and all(
+            self.env[each].shape[1:] == shape for each in node.args if not adds_nothing(node, each))
         if function in SUMS and alike:
             return self.sum(node)
         if function in CATS and argument(node, 1, 'dim', 0) in (1, -len(shape)) and (
@@ -141,6 +153,8 @@ class Nodes(BlankPass):
     def sum(self, node):
         total = {}
         for i, each in enumerate(node.args):
+            if adds_nothing(node, each):
+                continue
             sign = -1 if node.target in NEGATIVE or i and node.target in MINUS else 1
             for name, factor in self.found[each].items():
                 total[name] = total.get(name, 0) + sign * factor

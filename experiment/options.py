@@ -325,7 +325,7 @@ def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -
     Several processes usually fail for the same reason, and torchrun ends the others once one has ended. So all
     processes but the main one wait before they print. main_waits: the main process waits, too.
     """
-    line = f'{script}: error: {" ".join(message.split())}'
+    line = f'{script}: error: {" ".join(message.splitlines())}'
     flush_output()
     if several_processes():
         if main_waits or os.environ.get('RANK') != '0':
@@ -414,7 +414,8 @@ def _report_errors(main, args, script):
         if several_processes():
             from experiment import distributed
             if distributed.is_of_an_ended_process(error):
-                fail(script, 'another process of this run has ended, so this one ends, too', main_waits=True)
+                fail(script, 'another process of this run has ended, so this one ends, too'
+                     f'{distributed.cause_of(error)}', main_waits=True)
         raise
     except OSError as error:
         fail(script, said(error))

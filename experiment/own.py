@@ -13,7 +13,7 @@ from torch import nn
 
 from experiment import UserError, options
 from self_models.layers import BatchNorm1d, BatchNorm2d
-from self_models.traced import activations_of, trace
+from self_models.traced import activations_of, compiled, trace
 
 
 def find(architecture: str) -> Callable:
@@ -107,6 +107,26 @@ def _run(network, labels, input_shape, refuse):
         output.sum().backward()
     for weight, used in zip(network.parameters(), copied.parameters()):
         weight.requires_grad_(weight.requires_grad and used.grad is not None)
+    _compare(network, images, refuse)
+
+
+def _compare(network, images, refuse):
+    """Refuse a network that computes something else than its graph, of which a spiking one is made, in evaluation."""
+    draw, network = torch.Generator().manual_seed(0), copy.deepcopy(network).eval()
+    images = torch.rand(images.shape, generator=draw)
+    with torch.no_grad():
+        for weight in network.parameters():
+            if not weight.any():  # behind zeros, nothing would differ
+                weight.uniform_(generator=draw)
+        tree, graph = trace(network)
+        wanted = network(images.clone())
+        try:
+            same = torch.allclose(compiled(graph)(tree.eval(), images.clone()), wanted, 1e-3, 1e-5, equal_nan=True)
+        except Exception as error:
+            refuse('what torch.fx follows of its forward fails: ', error)
+    if not same:
+        refuse('its forward computes something else than what torch.fx follows of it: write it without conditions on '
+               'its input, such as isinstance(x, torch.Tensor)')
 
 
 def _refuse(architecture, why='', error=None):

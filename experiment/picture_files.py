@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from experiment import UserError, importing
+from experiment.files import PASSING
 
 # what Pillow opens besides pictures: documents and drawings, videos, measurements
 NO_PICTURES = {'EPS', 'WMF', 'MPEG', 'BUFR', 'FITS', 'GRIB', 'HDF5'}
@@ -98,6 +99,8 @@ def read(file: str | Path, prepare: Callable) -> torch.Tensor:
         raise UserError(f'{file}: cannot be read ({error.strerror}); make it readable') from error
     except Exception as error:  # Pillow's decoders raise nearly anything
         reason = ' '.join(str(error).split()) or type(error).__name__
+        if getattr(error, 'errno', None) in PASSING:
+            raise UserError(f'{file}: cannot be read ({error.strerror}), though it may be sound; run again') from error
         raise UserError(f'{file}: not a picture that can be read ({reason}); replace or delete it') from error
     return torch.from_numpy(np.atleast_3d(np.array(prepare(image)))).permute(2, 0, 1)
 

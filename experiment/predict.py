@@ -37,11 +37,13 @@ def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
     checkpoint.load_snn(model, state, path, leaks='leak' not in args.given)
     if silent := setup.too_few_steps(model):
         said.append(silent)
-    images, logits = torch.stack([data.picture(file, args.dataset, shape) for file in args.predict]), []
+    for file in args.predict:  # an error first; they are read again, as together they may be more than memory holds
+        data.picture(file, args.dataset, shape)
+    logits = []
     with torch.no_grad(), engine.autocast(device, args.amp):
-        for image in images.split(1):  # one by one, each from the same seed, so that the other pictures do not matter
+        for file in args.predict:  # one by one, each from the same seed, so that the other pictures do not matter
             engine.seed_all(args.seed)
-            logits.append(model(image.to(device)).float())
+            logits.append(model(data.picture(file, args.dataset, shape)[None].to(device)).float())
     logits = torch.cat(logits)
     confidences = (logits if args.output == 'sum' else logits / args.timesteps).softmax(1)
     for file, values, order in zip(args.predict, *confidences.topk(min(3, len(state['classes'])))):

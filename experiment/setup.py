@@ -13,6 +13,7 @@ from experiment import UserError, checkpoint, distributed, options, own
 from experiment import data as data_sets
 from experiment.data import Data
 from self_models import cpu
+from self_models.conversion import has_biases
 from self_models.spiking_network import SpikingNetwork
 from self_models.surrogate import FLAGS
 
@@ -149,7 +150,8 @@ def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace
         new = {f'{name}.bound': module.bound for name, module in model.named_modules(remove_duplicate=False)
                if isinstance(module, self_models.QCFS)}  # some have several names
         state = {**state, 'state_dict': {**state['state_dict'], **new}}
-    if last := checkpoint.load_weights(model, state, start.path, may_differ=checkpoint.last_layer(model)):
+    may_differ = () if args.test_only else checkpoint.last_layer(model)
+    if last := checkpoint.load_weights(model, state, start.path, may_differ):
         line += f'; its {" and ".join(last)} is for other classes and starts from new weights'
     if quantizes:
         some = data.train.sample(FOR_BOUNDS, args.seed, like=data.test)
@@ -176,9 +178,10 @@ def check_steps(model: SpikingNetwork, args: Namespace) -> list[str]:
 
 
 def too_few_steps(model: SpikingNetwork) -> str | None:
-    """What to say if no spike can reach the output of a spiking network, else None."""
+    """What to say if a spiking network has too few time steps for its images to reach the output, else None."""
     if model.timesteps > model.latency:
         return None
+    what = 'nothing of the images' if has_biases(model) else 'no spike'
     return (f'--timesteps {model.timesteps}: on the shortest way each of {model.depth} spiking layers delays by one '
-            f'step (none with --delay 0), so no spike reaches the output in fewer than {model.depth + 1}, and nothing '
+            f'step (none with --delay 0), so {what} reaches the output in fewer than {model.depth + 1}, and nothing '
             'is learned; take more')

@@ -91,7 +91,8 @@ class Results:
         """Write --report of the network tested, or of the best epoch."""
         run, tested, history, later = self.run, None, None, None
         if not run.args.test_only:
-            tested, history = run.paths.best, self.progress.history
+            tested = run.paths.folded if run.args.keep_batch_norm else run.paths.best
+            history = self.progress.history
             _, self.curve = engine.test_over_time(model, self.data.test, run.loss_function, run.device, run.args, None,
                                                   self.time_steps(100))
         elif self.start.kind in ('snn', 'resume'):

@@ -34,7 +34,7 @@ logs=()
 
 train_ann() {
     python ann.py "${common[@]}" --activation QCFS --batch_norm --weight_decay 2e-4 --dropout 0.2 --cutout 12 \
-                  --label_smoothing 0.1 --batch_size 256 --seed "$seed" "$@" "${extra[@]}"
+                  --label_smoothing 0.1 --batch_size 256 --seed "$seed" "$@" ${extra[@]+"${extra[@]}"}
 }
 
 for seed in "${seeds[@]}"; do
@@ -50,7 +50,7 @@ for seed in "${seeds[@]}"; do
         snn+=_seed$seed
         python snn.py "${common[@]}" --pretrained_ann "trained_models/ann/$ann.pth" --timesteps "$steps" \
                       --activation Linear --learning_rate "$rate" --weight_decay 1e-4 --dropout 0 --batch_size 128 \
-                      --epochs "$epochs" --seed "$seed" --name "$snn" $more "${extra[@]}"
+                      --epochs "$epochs" --seed "$seed" --name "$snn" $more ${extra[@]+"${extra[@]}"}
         logs+=("logs/snn/$snn.jsonl")
     done
 done

@@ -5,7 +5,7 @@ from itertools import zip_longest
 import torch
 from torch import nn
 
-from self_models.layers import Scale
+from self_models.layers import Scale, compute_weights
 from self_models.plain import QUANTIZED, PlainNetwork, checked_bound, spiking
 from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
@@ -56,17 +56,27 @@ def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
         weight, head = next(ann.parameters()), [*ann.classifier.modules()][-1]
         layout = {**ann.layout, 'labels': getattr(head, 'out_features', ann.layout['labels'])}
         build = VGG_SNN_STDB if kind is VGG else partial(RESNET_SNN_STDB, scale=scales_of(ann))
-        snn = build(**layout, timesteps=timesteps, bias=has_biases(ann), **{**QUANTIZED, **options})
+        snn = build(**{**layout, 'timesteps': timesteps, 'bias': has_biases(ann), **QUANTIZED, **options})
         snn.to(weight.device, weight.dtype).train(ann.training)
         try:
             copy_weights(ann, snn)
-            dropouts = ([each for each in network.modules() if isinstance(each, nn.Dropout)] for network in (ann, snn))
-            for own, new in zip(*dropouts):
-                new.p = own.p
+            copy_settings(ann, snn, dropout='dropout' not in options)
             return snn
         except LayoutError:
             pass
     return spiking(ann, timesteps, **options)
+
+
+def copy_settings(ann: nn.Module, snn: SpikingNetwork, dropout: bool) -> None:
+    """Freeze what is frozen in an ANN of the same layout, and drop where it drops; dropout: as often as it does."""
+    for source, norm, target in matching_layers(ann, snn):
+        target.weight.requires_grad_(source.weight.requires_grad)
+        if target.bias is not None:
+            known = [each for each in (source.bias, *((norm.weight, norm.bias) if norm else ())) if each is not None]
+            target.bias.requires_grad_(any(each.requires_grad for each in known or [source.weight]))
+    dropouts = ([each for each in network.modules() if isinstance(each, nn.Dropout)] for network in (ann, snn))
+    for own, new in zip(*dropouts):
+        new.training, new.p = own.training, own.p if dropout else new.p
 
 
 def scales_of(ann: nn.Module) -> bool | str:
@@ -165,12 +175,8 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
             return 'adaptive average pool', module.output_size
         return 'dropout' if isinstance(module, nn.Dropout) else type(module).__name__,
 
-    for name, module in ann.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not type(hook).__module__.startswith('torch.nn.utils.'):
-                raise LayoutError(f'{name or "the ANN"} has hooks, which a copy of its weights does not run: remove '
-                                  'them')
-            hook(module, ())  # which computes the weight, of torch's pruning and norms of weights
+    for name in compute_weights(ann):
+        raise LayoutError(f'{name or "the ANN"} has hooks, which a copy of its weights does not run: remove them')
     targets = [(name, module) for name, module in leaves(snn) if not isinstance(module, PoissonGenerator)]
     sources, norms, last = [], {}, None
     for name, module in leaves(ann):

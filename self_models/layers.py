@@ -64,13 +64,17 @@ class Parts:
 
     bias: of convolutions and linear layers. activation: 'ReLU' or 'QCFS', of `levels`, with a bound for each 'layer' or
     each 'channel' (bounds). batch_norm: behind every convolution and linear layer but the last. scale: a factor in
-    every plain identity, or 'channel': one for each channel. Raises ValueError for another activation.
+    every plain identity, or 'channel': one for each channel. Raises ValueError for others.
     """
 
     def __init__(self, bias: bool = False, activation: str = 'ReLU', levels: int = 8, batch_norm: bool = False,
                  scale: bool | str = False, bounds: str = 'layer'):
         if activation not in ACTIVATIONS:
             raise ValueError(f'unknown activation {activation!r}: choose one of {", ".join(ACTIVATIONS)}')
+        for what, value, known in (('bounds', bounds, ('layer', 'channel')),
+                                   ('scale', scale, (False, True, 'channel'))):
+            if value not in known:
+                raise ValueError(f'unknown {what} {value!r}: choose {" or ".join(map(repr, known))}')
         self.bias, self.levels, self.batch_norm, self.scale = bias, levels, batch_norm, scale
         self.quantized, self.by_channel = activation == 'QCFS', bounds == 'channel'
 
@@ -85,6 +89,19 @@ class Parts:
     def linear(self, inputs: int, outputs: int) -> list[nn.Module]:
         layer = nn.Linear(inputs, outputs, bias=self.bias)
         return [layer, BatchNorm1d(outputs)] if self.batch_norm else [layer]
+
+
+def compute_weights(network: nn.Module) -> list[str]:
+    """Compute the weights that torch's pruning and older norms of weights compute before a module is called, for code
+    that calls none. Returns the paths of modules that have other hooks, which do not run."""
+    others = []
+    for name, module in network.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if type(hook).__module__.startswith('torch.nn.utils.'):
+                hook(module, ())
+            else:
+                others.append(name)
+    return others
 
 
 def conv(inputs: int, outputs: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:

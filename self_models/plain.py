@@ -263,6 +263,10 @@ class PlainNetwork(Graphed, SpikingNetwork):
     carried = True  # a spike is worth its threshold
 
     def __setattr__(self, name, value):
+        if name == 'encoding' and '_space' in vars(self) and (  # its graph is of the one
+                value not in ENCODINGS or ENCODINGS[value].constant != ENCODINGS[self.encoding].constant):
+            raise ValueError(f'the encoding cannot become {value!r}: make the network with it, as spiking(ann, '
+                             f'timesteps, encoding={value!r})')
         super().__setattr__(name, value)
         if name in SETTINGS and '_space' in vars(self):  # what is set on the network holds for its LIFs
             for lif in self.lifs:
@@ -318,11 +322,17 @@ class PlainNetwork(Graphed, SpikingNetwork):
 
         Raises ValueError for an ANN with other weights or bounds; nothing is copied then.
         """
-        found, lifs = ({name: module for name, module in network.named_modules(remove_duplicate=False)
-                        if isinstance(module, kind)} for network, kind in ((ann, QCFS), (self, LIF)))
+        found, lifs, kept = (
+            {name: module for name, module in network.named_modules(remove_duplicate=False) if isinstance(module, kind)}
+            for network, kind in ((ann, QCFS), (self, LIF), (self, QCFS)))
+        found = {name: module for name, module in found.items() if name not in kept}  # called on weights, or never
         weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
         own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in lifs}
-        bounds = [checked_bound(found[name]) if name in found else None for name in self.activations]
+        paths = self.layer_names if set(self.layer_names) <= found.keys() else self.activations  # of a quantized copy
+        bounds = [checked_bound(found[name]) if name in found else None for name in paths]
+        left = {id(each) for each in found.values()} - {id(found[name]) for name in paths if name in found}
+        if left:
+            raise ValueError('the ANN and the spiking network have different layouts: the ANN has further QCFS')
         given = {**weights, **{f'bounds of {name}': bound if bound is not None and bound.dim() else None
                                for name, bound in zip(self.layer_names, bounds)}}
         wanted = {**own, **{f'bounds of {name}': lif.bounds for name, lif in zip(self.layer_names, self.lifs)}}
@@ -438,9 +448,10 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
         replace(graph, node, put(tree, call, HeldDropout(dropout).train(dropout.training), used))
     modules = dict(tree.named_modules())
     encoding = ENCODINGS.get(options.get('encoding', 'poisson'))  # an unknown one is refused by PlainNetwork
-    if encoding and encoding.constant:
+    direct = bool(encoding and encoding.constant)
+    if direct:
         _repeat(tree, graph, modules, used)
-    notes = lost_train(ann) + _notes(graph, modules)
+    notes = lost_train(ann) + _notes(graph, modules, direct)
     rate = 0.9 if type(tree).__name__ == 'ResNet' and type(tree).__module__.startswith('self_models.') else 1.0
     network = PlainNetwork(tree, graph, names, [call.target for call in calls], _depth(graph, modules), rate, options)
     network.training = tree.training
@@ -530,12 +541,13 @@ def _depth(graph, modules):
     return depths[next(node for node in graph.nodes if node.op == 'output')]
 
 
-def _notes(graph, modules):
-    """Lines on how a spiking network differs from its ANN."""
+def _notes(graph, modules, direct):
+    """Lines on how a spiking network differs from its ANN. direct: whether its input is the images, not spikes."""
     spiked, notes = set(), []
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == 'call_module' else None
-        if isinstance(module, LIF) or any(each in spiked for each in node.all_input_nodes):
+        spikes = isinstance(module, LIF) or node.op == 'placeholder' and not direct
+        if spikes or any(each in spiked for each in node.all_input_nodes):
             spiked.add(node)
             if isinstance(module, MAX_POOLS) or module is None and is_max_pool(node.target):
                 name = node.target if module is not None else node.target.__name__

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from self_models.encoding import ENCODINGS
-from self_models.layers import Scale, initialize
+from self_models.layers import Scale, compute_weights, initialize
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import SynapticInput, currents, lif_layer, prepared, window
 from self_models.published import PoissonGenerator
@@ -192,13 +192,19 @@ class LayerByLayer(SpikingNetwork):
         self.carried, self._numbers = None, {}
         initialize(self)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, '_metadata'):
+            destination._metadata[prefix[:-1]]['carries'] = bool(self.carried)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         whole = f'{prefix}thresholds' in state_dict
         for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
             state_dict.setdefault(prefix + what, getattr(self, what))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.carried:  # the weights are those of a network like this one, or of an ANN
-            self.carried = self.thresholds.tolist() if whole else None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # the weights are those of a network like this one, or of an ANN
+        carries = whole and local_metadata.get('carries', bool(self.carried))
+        self.carried = self.thresholds.tolist() if carries else None
 
     def __getstate__(self):
         return {**self.__dict__, '_numbers': {}}  # the tensors of a copy count their changes anew
@@ -211,9 +217,11 @@ class LayerByLayer(SpikingNetwork):
 
     def set_neurons(self, what: str, values: list[float]) -> None:
         own = getattr(self, what)
+        if carries := what == 'thresholds' and self.carried:
+            self.carried = own.tolist()  # training may have changed both them and the weights
         own[:len(values)] = torch.tensor(values, dtype=torch.float64).to(own)
-        if what == 'thresholds' and self.carried:
-            self.carry(values)
+        if carries:
+            self.carry(own.tolist())
 
     @torch.no_grad()
     def carry(self, thresholds: Sequence[float]) -> None:
@@ -320,6 +328,7 @@ class LayerByLayer(SpikingNetwork):
 
     def last_spikes(self, x: torch.Tensor) -> SpikeTrain:
         """The spikes that the output layer receives from images x (B, C, H, W)."""
+        compute_weights(self)
         train, stages = self.input_train(x), self.stages()
         dense = next((i for i, stage in enumerate(stages) if isinstance(stage.inputs[0][1], nn.Linear)), len(stages))
         # In training, samples go through the convolutions in groups, so that the gradients of one group only are in
@@ -335,6 +344,7 @@ class LayerByLayer(SpikingNetwork):
     def record(self, x: torch.Tensor) -> Iterator[LayerRecord]:
         """Yield what every LIF layer is given and does, in the order of `layer_names`, as images x (B, C, H, W) go
         through: input current, membrane potentials, spikes. `timesteps` must be above `latency`."""
+        compute_weights(self)
         for index, (inputs, train) in enumerate(self.layers(self.input_train(x), 0, len(self.stages()))):
             yield LayerRecord(self.layer_names[index], self.lif_parameters(index), inputs, train)
 
@@ -389,7 +399,7 @@ def run_through(layers: Layers) -> SpikeTrain:
 def check_threshold(value: float) -> float:
     if not torch.finfo(torch.float32).tiny <= value <= torch.finfo(torch.float32).max:
         raise ValueError(f'a threshold must be above 0 and a number that float32 holds, not {value}')
-    return value
+    return float(value)
 
 
 def check_leak(value: float) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from self_models.encoding import ENCODINGS
+from self_models.layers import compute_weights
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_current, prepare
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
@@ -112,6 +113,7 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     model.network_update(timesteps, 1.0)
     model.eval()
     try:
+        compute_weights(model)
         balance_all = _balance_plain if plain else _balance_all
         thresholds = balance_all(model, images, timesteps, percentile, progress)
     finally:
@@ -139,7 +141,7 @@ def _balance_all(model, images, timesteps, percentile, progress):
     stages = model.stages()[:model.balanced]
     first = stages[0].inputs[0][1]
     device, dtype = first.weight.device, dtypes(first.weight)[0]
-    carried = model.carried
+    carried = model.thresholds.tolist() if model.carried else None
     # With a delay, what a layer does at its last step reaches nothing. A bias and an initial potential act from the
     # first step on, also before the first spike comes, and in a residual block two delays meet: there the trains begin
     # with empty rows.

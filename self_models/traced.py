@@ -112,6 +112,14 @@ class _Tracer(fx.Tracer):
         home = type(module).forward.__module__
         return known and home.startswith(('torch.', 'self_models.')) or super().is_leaf_module(module, name)
 
+    def call_module(self, m, forward, args, kwargs):
+        if m not in self.submodule_paths:  # made by the network's code, as nn.ReLU()(x): its own calls are taken
+            if not set(m.parameters()) <= set(self.root.parameters()):
+                raise Refused(f'{type(self.root).__name__} calls a {type(m).__name__} that is no part of it, so that '
+                              'its weights are not trained: register it, as nn.ModuleList does')
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def create_node(self, *args, **options):
         if self.surroundings != _surroundings():
             raise Refused(f'{type(self.root).__name__} runs a part of itself under no_grad or autocast, which its '
@@ -129,6 +137,7 @@ class _Tracer(fx.Tracer):
             if len(output.args[0]) == 1:
                 output.args = tuple(output.args[0])
         for node in graph.nodes:
+            node.type = None  # a hint, which need be no valid code
             if node.op in ('call_function', 'call_method') and node.target in SPELLINGS:
                 node.kwargs = {{'axis': 'dim', 'keepdims': 'keepdim'}.get(key, key): each
                                for key, each in node.kwargs.items()}
@@ -222,18 +231,28 @@ def lost_code(ann: nn.Module) -> list[str]:
     """A line if a network makes other calls in training than in evaluation, whose graph it runs by."""
     ann = unwrapped(ann)
     try:
-        evaluation, training = ([_called(node) for node in _followed(ann, mode)[1].nodes] for mode in (False, True))
-        same = evaluation == training
+        same = _calls(_followed(ann)[1]) == _calls(_followed(ann, training=True)[1])
     except Exception:  # its code for training cannot be traced
         same = False
     return [] if same else [f'{type(ann).__name__}: its code for training alone is left out: make each ReLU an nn.ReLU '
                             'that is called once']
 
 
-def _called(node):
-    """What a node calls with what, but for whether a dropout drops."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: each.name)
-    return (node.op, node.target, *((source_of(node).name,) if node.target in FUNCTION_DROPOUTS else (args, kwargs)))
+def _calls(graph):
+    """What each node of a graph calls with what, but for whether a dropout drops."""
+    order, calls = {node: i for i, node in enumerate(graph.nodes)}, []
+    for node in order:
+        given = source_of(node) if node.target in FUNCTION_DROPOUTS else (node.args, node.kwargs)
+        calls.append((node.op, node.target, fx.node.map_arg(given, order.get)))
+    return calls
+
+
+def _calls_the_same(ann, graph):
+    """Whether a network's graph is this one: its code may hold a ReLU in a list, too, or ask for its type."""
+    try:
+        return _calls(trace(ann)[1]) == _calls(graph)
+    except Exception:
+        return False
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -302,6 +321,11 @@ def source_of(node: fx.Node) -> fx.Node:
     return node.args[0] if node.args else node.kwargs.get('input', next(iter(node.kwargs.values()), None))
 
 
+def adds_nothing(node: fx.Node, value) -> bool:
+    """Whether an argument is the 0 of a sum: Python's sum() begins with it."""
+    return node.target in SUMS and isinstance(value, (int, float)) and value == 0
+
+
 def argument(node: fx.Node, position: int, name: str, default=None):
     """An argument of a call, by its position or its name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
@@ -363,7 +387,7 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
         elif not values or is_size(node) or is_formed(node, values):
             kinds[node] = kind_of(node, kinds, ranks, refuse)
         else:
-            ranks[node] = rank_of(node, what, values, ranks)
+            ranks[node] = rank_of(node, module, what, values, ranks)
             if is_activation(node, module):
                 if module is not None and (module._forward_hooks or module._forward_pre_hooks):
                     refuse('has hooks, which the neurons in its place do not have', 'remove them')
@@ -474,7 +498,7 @@ def rank_that(name: str) -> int | None:
     return int(kind[2]) + 2 if kind and name != 'BatchNorm1d' else None
 
 
-def rank_of(node: fx.Node, what: str, values: list[fx.Node], ranks: dict) -> int | None:
+def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.Node], ranks: dict) -> int | None:
     """How many dimensions a node gives, as far as its name and what it is given tell."""
     given, name = ranks[values[0]], what.removesuffix('()')
     if known := rank_that(name):
@@ -482,10 +506,14 @@ def rank_of(node: fx.Node, what: str, values: list[fx.Node], ranks: dict) -> int
     if node.target in RESHAPES and len(node.args) > 1:
         sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
-    if name == 'Flatten' or name in ('unflatten', 'Unflatten', 'squeeze', 'getitem', *MATRIX_PRODUCTS):
+    if name in ('unflatten', 'Unflatten', 'squeeze', 'getitem', *MATRIX_PRODUCTS):
         return None
-    if name == 'flatten':
-        return 2 if argument(node, 1, 'start_dim') == 1 and argument(node, 2, 'end_dim', -1) == -1 else None
+    if name in ('flatten', 'Flatten'):
+        start, end = (argument(node, 1, 'start_dim', 0), argument(node, 2, 'end_dim', -1)) if module is None else (
+            module.start_dim, module.end_dim)
+        if (start, end) == (1, -1):
+            return 2
+        return given - (end % given - start % given) if given and type(start) is type(end) is int else None
     if name in ('mean', 'sum'):
         dims, keeps = argument(node, 1, 'dim'), argument(node, 2, 'keepdim', False)
         lost = 0 if keeps else len(dims) if isinstance(dims, (list, tuple)) else 1
@@ -734,8 +762,8 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     """A copy of an ANN with a QCFS of its own for every call of a ReLU.
 
     levels, bound: of QCFS; channels: a bound for each channel, not one for the layer. The copy is of the ANN's own
-    class if each ReLU is a module that is called once. Else it runs by its graph (Traced), and a warning says if code
-    for training is left out. Weights keep their names.
+    class if each ReLU is a module that is called once, and called in the same way as QCFS. Else it runs by its graph
+    (Traced), and a warning says if code for training is left out. Weights keep their names.
 
     Raises ValueError for a network that cannot become a spiking one.
     """
@@ -747,10 +775,7 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
     used = others(graph, [call.node for call in calls])
     plain = None not in own and len(set(own)) == len(own) and used.isdisjoint(own) and not any(
         call.node.meta.get('changes') or names.count(id(modules[call.target])) > 1 for call in calls)
-    if plain:  # without the modules that the graph has in place of functions
-        tree = copy.deepcopy(unwrapped(ann))
-    modules = {**modules, **dict(tree.named_modules())}  # with the dropouts that trace() made
-    first = weight_of(tree)
+    first, fresh = weight_of(tree), []
     for call, module in [(call, modules.get(call.target)) for call in calls]:
         if isinstance(module, QCFS):
             used.add(call.target)
@@ -762,8 +787,13 @@ def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: flo
         path = put(tree, call, new, used)
         replace(graph, call.node, path)
         modules[path] = new
+        fresh.append(call)
     if plain:
-        return tree
+        copied = copy.deepcopy(unwrapped(ann))
+        for call in fresh:
+            put(copied, call, tree.get_submodule(call.target), set())
+        if _calls_the_same(copied, graph):
+            return copied
     made = Traced(tree, graph)
     made.notes = lost_train(ann) + lost_code(ann)
     for note in made.notes:

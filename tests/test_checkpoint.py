@@ -1,4 +1,5 @@
 """Checkpoints: what loads, what is refused and how, and that a file is never half written."""
+import errno
 import functools
 import os
 import resource
@@ -67,6 +68,17 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
 
     monkeypatch.setattr('experiment.unpickling.load', refuse)
     refused(path, r'cannot be read \(Permission denied\)')
+
+
+@pytest.mark.parametrize('number', [errno.EMFILE, errno.EIO])
+def test_a_passing_fault_is_not_called_damage(tmp_path, monkeypatch, number):
+    path = saved(tmp_path / 'a.pth')
+
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr('experiment.unpickling.load', refuse)
+    refused(path, rf'cannot be read \({os.strerror(number)}\), though it may be sound; run again')
 
 
 # -- what a file would run --------------------------------------------------------------------------------------------

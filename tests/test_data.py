@@ -429,6 +429,8 @@ def test_a_picture_without_memory_or_rights_is_not_called_damaged(tmp_path, monk
         return opened
     monkeypatch.setattr(Image, 'open', fails(PermissionError(errno.EACCES, 'Permission denied')))
     assert refusal(tmp_path / 'a.png') == 'cannot be read (Permission denied); make it readable'
+    monkeypatch.setattr(Image, 'open', fails(OSError(errno.EMFILE, 'Too many open files')))
+    assert refusal(tmp_path / 'a.png') == 'cannot be read (Too many open files), though it may be sound; run again'
     monkeypatch.setattr(Image, 'open', fails(MemoryError()))
     with pytest.raises(MemoryError):
         picture_files.read(tmp_path / 'a.png', lambda image: image)

@@ -62,6 +62,16 @@ def test_an_ann_trained_by_two_processes(tmp_path, in_an_empty_folder):
         f'{name}{kind}' for name in ('one', 'two') for kind in ('.last.pth', '.pth')]
 
 
+@pytest.mark.parametrize('error, cause', [
+    (torch.distributed.DistBackendError('NCCL error in: a.cpp:3\nncclSystemError: a call failed.\nLast error:\n'
+                                        'cannot create shared memory\n'), ' (cannot create shared memory)'),
+    (torch.distributed.DistNetworkError('The server socket cannot listen: port 29500 is in use'),
+     ' (The server socket cannot listen: port 29500 is in use)'),
+    (RuntimeError('[gloo/transport/tcp/pair.cc:547] Connection closed by peer'), '')])
+def test_why_processes_cannot_reach_each_other_is_said(error, cause):
+    assert distributed.is_of_an_ended_process(error) and distributed.cause_of(error) == cause
+
+
 @pytest.mark.slow
 def test_an_snn_converted_and_trained_by_two_processes(tmp_path):
     flags = [*SMALL, '--pretrained_ann', train_ann(tmp_path, *SMALL, '--epochs', 2), '--timesteps', 10, *CALIBRATION,
@@ -106,7 +116,8 @@ def test_batch_norm_of_two_processes_ends_alike_on_both_and_converts(tmp_path, m
     state = load('trained_models/ann/a.pth')
     variances = [value for key, value in state['state_dict'].items() if key.endswith('running_var')]
     assert variances and all(value.isfinite().all() and value.min() > 0 for value in variances)
-    epochs = metrics_of('logs/ann/a.jsonl')[1]
+    about, epochs = metrics_of('logs/ann/a.jsonl')
+    assert about['processes'] == 2
     assert epochs[-1]['train_loss'] < epochs[0]['train_loss'] and state['accuracy'] > 0.5
     capsys.readouterr()
     run(ann, *SMALL, '--test_only', '--pretrained_ann', 'trained_models/ann/a.pth')

@@ -1,13 +1,16 @@
 """What the texts say of the project: links that lead somewhere, commands that parse, every flag in its table."""
 import re
 import shlex
+import warnings
 
 import pytest
+import torch
 
 import ann
 import snn
 from conftest import ROOT
 from experiment.sweeps import sweep
+from self_models import quantize, spiking
 
 TEXTS = sorted(['README.md', 'results/README.md', 'pretrained/README.md', 'CONTRIBUTING.md', 'CHANGELOG.md',
                 *(f'docs/{path.name}' for path in (ROOT / 'docs').glob('*.md'))])
@@ -57,6 +60,20 @@ def test_every_flag_is_in_the_table_of_flags(script):
         assert not flags or f'`{flags[0]}' in said, flags
 
 
+@pytest.mark.parametrize('script', [ann, snn])
+def test_the_defaults_in_the_table_of_flags(script):
+    both, of_ann, of_snn = (ROOT / 'docs/flags.md').read_text().split('\n| of ')[1:]
+    parser, found, tables = script.get_args_parser(), {}, both + (of_snn if script is snn else of_ann)
+    for flag, cell in re.findall(r'^\| (?:`-\w+`, )?`--(\w+)` \| ([^|]*) \|', tables, re.M):
+        own = re.search(rf'{script.__name__}\.py (\S+)', cell)
+        found[flag] = (own[1] if own else cell.split(',')[0]).strip(" '")
+    assert len(found) > 15 and found.pop('backend', 'torch') == 'torch'  # on a CPU; the parser does not know yet
+    for flag, said in found.items():
+        default = parser.get_default(flag)
+        none = default is None or default is False
+        assert said in ('', 'no', 'all') if none else said == str(default) or float(said) == float(default), flag
+
+
 def test_the_flags_of_sweeps_are_in_their_page():
     said, target = (ROOT / 'docs/sweeps.md').read_text(), ann.get_args_parser()
     for action in sweep.get_args_parser('ann', target)._actions:
@@ -83,3 +100,15 @@ def test_the_python_of_the_read_me():
     known = {}
     exec(text, known)
     assert known['logits'].shape == (2, 10) and known['logits'].isfinite().all()
+
+
+def test_the_network_with_another_normalisation():
+    text, = re.findall('```py\n(.*?class Net.*?)```', (ROOT / 'docs/own_network.md').read_text(), re.S)
+    known = {}
+    exec(text, known)
+    net, x = known['Net'](10).eval(), torch.rand(2, 3, 32, 32) * 2 - 1
+    with warnings.catch_warnings(action='ignore'):  # of its max pool
+        assert spiking(quantize(net), 2)(x).isfinite().all()
+    mean, std = torch.tensor([[0.491, 0.482, 0.447], [0.247, 0.243, 0.262]]).view(2, 3, 1, 1)
+    normed = ((x + 1) / 2 - mean) / std
+    assert torch.allclose(net(x), super(known['Net'], net).forward(normed), atol=1e-5)

@@ -29,9 +29,9 @@ def test_out_of_memory_is_said_and_a_bug_is_not_hidden(error, monkeypatch):
 
 
 def test_user_errors_are_one_line_and_status_1(called):
-    done = called(snn, *SPIKING, '--pretrained_ann', 'none.pth')
+    done = called(snn, *SPIKING, '--pretrained_ann', 'no  such.pth')
     assert done.returncode == 1
-    assert done.stderr == ('snn.py: error: none.pth: there is no such file; '
+    assert done.stderr == ('snn.py: error: no  such.pth: there is no such file; '
                            'give the path of a checkpoint that ann.py wrote\n')
     done = called(ann, '--dataset', 'FOLDER', '--data_dir', 'nowhere')
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and 'nowhere' in done.stderr

@@ -235,6 +235,19 @@ def all_but_locks(folder):
     return {path: content for path, content in contents(folder).items() if path.suffix != '.lock'}
 
 
+def test_of_several_processes_one_at_a_time_downloads(tmp_path):
+    code = ("import sys; from experiment import files; print('ready', flush=True)\n"
+            "files.one_at_a_time(files.Path(sys.argv[1])).__enter__()")
+    with files.one_at_a_time(tmp_path):
+        other = subprocess.Popen([sys.executable, '-c', code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b'ready\n'
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(0.5)
+    assert other.wait(60) == 0
+    with files.one_at_a_time(tmp_path / '.lock' / 'no folder'):  # nor does what cannot be written hinder
+        pass
+
+
 @pytest.mark.parametrize('module, flags, name', RUNS)
 def test_a_disk_that_fills_while_a_run_saves(called, tmp_path, module, flags, name):
     assert called(module, *flags, '--epochs', 1).returncode == 0

@@ -1,5 +1,6 @@
 """T of 1 to 8: direct input, neurons without delay, learned thresholds and leaks, QCFS, and their conversion."""
 import copy
+import io
 import math
 import pickle
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import self_models.lif_layer as lif_layer
 import step_by_step
@@ -26,6 +28,7 @@ from self_models import (
     find_thresholds,
     fit_bounds,
 )
+from self_models.layers import Scale
 from self_models.lif import lif_forward
 from self_models.plain import LIF
 from self_models.surrogate import SURROGATES
@@ -433,6 +436,78 @@ def test_thresholds_can_be_scaled_again_after_a_state_was_loaded(architecture):
     snn.threshold_update(0.5, thresholds)
     for key, value in snn.state_dict().items():
         assert torch.allclose(value, want[key], rtol=1e-12), key
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET12'])
+def test_thresholds_that_were_learned_can_be_set_to_themselves_and_scaled(architecture):
+    snn = convert(trained_like(architecture, levels=2, shape=(2, 16, 16)), timesteps=2, learn_threshold=True)
+    x = torch.rand(3, 2, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        snn.thresholds *= torch.linspace(0.5, 2, len(snn.thresholds)).to(snn.thresholds)
+        want = {key: value.clone() for key, value in snn.state_dict().items()}
+        snn.threshold_update(1.0, snn.thresholds.tolist())
+        assert all(torch.equal(value, want[key]) for key, value in snn.state_dict().items())
+        twice = copy.deepcopy(snn)
+        twice.threshold_update(2.0, snn.thresholds.tolist())
+        snn.thresholds *= 2
+        for source, synapse in [each for stage in snn.stages() for each in stage.inputs] + [(0, snn.classifier[-1])]:
+            if source >= 0:  # behind a layer, whose spikes are worth twice as much
+                (synapse.factor if isinstance(synapse, Scale) else synapse.weight).mul_(2)
+        assert torch.allclose(twice(x), snn(x), rtol=1e-9) and snn(x).std() > 0
+
+
+@pytest.mark.parametrize('architecture', ['VGG5', 'RESNET12'])
+def test_a_state_says_whether_weights_carry_thresholds(architecture):
+    snn = convert(trained_like(architecture, levels=2), timesteps=2)
+    fresh = network(architecture, dataset='DIGITS', bias=True, **(
+        {'scale': True} if architecture == 'RESNET12' else {})).double()
+    file = io.BytesIO()
+    torch.save(snn.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    thresholds = snn.thresholds.tolist()
+    for each in (snn, fresh):
+        each.threshold_update(0.5, thresholds)
+    assert fresh.balanced == len(fresh.layer_names)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in snn.state_dict().items())
+    plain = network(architecture, dataset='DIGITS')
+    other = network(architecture, dataset='DIGITS')
+    other.carried = [1.0]
+    other.load_state_dict(plain.state_dict())
+    assert not other.carried
+
+
+def test_what_is_frozen_or_does_not_drop_stays_so():
+    ann = trained_like('VGG5', levels=2).train()
+    ann.features.requires_grad_(False)
+    dropout = next(module for module in ann.classifier if isinstance(module, nn.Dropout)).eval()
+    snn = convert(ann, 2)
+    assert {name.split('.')[0] for name, p in snn.named_parameters() if not p.requires_grad} == {'features'}
+    assert all(p.requires_grad for p in snn.classifier.parameters())
+    assert not next(each for each in snn.classifier if isinstance(each, nn.Dropout)).training and snn.training
+    assert {each.p for each in convert(ann, 2, dropout=0.05).modules() if isinstance(each, nn.Dropout)} == {0.05, 0.5}
+    assert dropout.p == 0.5
+
+
+def test_the_weights_of_a_pruned_spiking_network_are_those_that_are_left():
+    snn, x = convert(trained_like('VGG5', 2, shape=(2, 16, 16)), 2), torch.rand(3, 2, 16, 16, dtype=torch.float64)
+    layer = snn.features[0]
+    prune.l1_unstructured(layer, 'weight', 0.5)
+    with torch.no_grad():
+        layer.weight_orig.mul_(1.7)  # as a step of training, or another checkpoint
+    for _ in range(2):
+        snn(x).square().sum().backward()
+    grad, got = layer.weight_orig.grad, snn(x)
+    assert torch.equal(grad != 0, (grad != 0) & (layer.weight_mask != 0)) and grad.any()
+    prune.remove(layer, 'weight')
+    assert torch.equal(got, snn(x))
+
+
+def test_numbers_and_names_that_a_network_is_given():
+    assert VGG_SNN_STDB('VGG5', dataset='DIGITS', default_threshold=1, learn_threshold=True).thresholds.requires_grad
+    for make, option in ((VGG, {'activation': 'QCFS', 'bounds': 'channels'}), (RESNET_SNN_STDB, {'scale': 'channels'})):
+        with pytest.raises(ValueError, match="unknown (bounds|scale) 'channels': choose "):
+            make('VGG5' if make is VGG else 'RESNET6', dataset='DIGITS', **option)
 
 
 @pytest.mark.parametrize('updates', range(4))

@@ -1,4 +1,5 @@
 """ann.py and snn.py at T of 1 to 8, as their user runs them: QCFS, its conversion, fine-tuning, from scratch."""
+import json
 import re
 from pathlib import Path
 
@@ -295,16 +296,19 @@ def test_batch_norm_is_kept_in_fine_tuning_and_folded_afterwards(bounds, capsys)
     weights = load('trained_models/ann/q.pth')['state_dict']
     assert weights['pre_process.2.bound'].shape == ((64,) if bounds == 'channel' else ())
     flags = [*SMALL, '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 2, '--activation', 'Linear',
-             '--batch_size', 32, '--keep_batch_norm', '--name', 'kept']
+             '--batch_size', 32, '--keep_batch_norm', '--name', 'kept', '--leak', 0.9]
     run(snn, *flags, '--epochs', 1)
     kept = load('trained_models/snn/kept.last.pth')['state_dict']
     assert not torch.equal(kept['pre_process.1.running_mean'], weights['pre_process.1.running_mean'])  # it was trained
-    run(snn, *flags, '--epochs', 2, '--resume')
-    said = capsys.readouterr().out.splitlines()[-1]
+    run(snn, *flags, '--epochs', 2, '--resume', '--report', 'r')
+    said = re.findall('.*its batch norm folded.*', capsys.readouterr().out)[-1]
     before, after = re.search(r'folded; test accuracy ([\d.]+)%, with batch norm in place ([\d.]+)%', said).groups()
     assert abs(float(before) - float(after)) <= 2  # one image of 50: a spike may flip by rounding
     folded = load('trained_models/snn/kept.folded.pth')
     assert 'pre_process.0.bias' in folded['state_dict'] and not any('running' in key for key in folded['state_dict'])
+    assert set(folded['leaks']) == {0.9} and f'{100 * folded["accuracy"]:.2f}' == before
+    report = json.loads(Path('r/report.json').read_text())
+    assert report['checkpoint'].endswith('kept.folded.pth') and report['accuracy']['accuracy'][-1] == folded['accuracy']
     for file, accuracy in (('kept.folded', before), ('kept', after)):  # each runs without another flag
         run(snn, '--pretrained_snn', f'trained_models/snn/{file}.pth', '--test_only', *SMALL[4:])
         assert f'test accuracy {accuracy}%' in capsys.readouterr().out

@@ -254,7 +254,7 @@ class Own(nn.Module):
 
     def forward(self, x):
         a = self.first(x)
-        b = F.relu(self.norm(a) + self.inner(a) - a / 4)
+        b = F.relu(sum([self.norm(a), self.inner(a)]) - a / 4)
         c = F.relu(self.mixed(torch.cat([F.avg_pool2d(a, 2), self.pool(b) + self.pool(b)], dim=-3)))
         d = F.relu(self.grouped(2 * a + b))
         return self.tail(torch.cat([d.flatten(1), c.mean((2, 3)), F.adaptive_avg_pool2d(b, 1).view(x.size(0), -1)], 1))

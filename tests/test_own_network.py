@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import warnings
+from typing import Annotated
 
 import numpy as np  # noqa: F401  for a text that is evaluated
 import pytest
@@ -755,6 +756,114 @@ def test_a_network_that_mixes_samples_after_all_is_found_when_it_runs():
     with pytest.raises(ValueError, match='3 outputs for 2 images at 3 time steps: its forward mixes samples'):
         spiking(net, 3, **DIRECT)(torch.rand(2, *SHAPE))
 
+
+# -- code that torch.fx and the network itself may read differently ---------------------------------------------------
+
+class InAList(nn.Module):
+    """Calls its layers through a plain list, beside the Sequential that registers them."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = [nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 5)]
+        self.net = nn.Sequential(*self.steps)
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class ByType(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 5))
+
+    def forward(self, x):
+        for layer in self.net:
+            x = layer(x) + isinstance(layer, nn.ReLU)
+        return x
+
+
+@pytest.mark.parametrize('make', [InAList, ByType])
+def test_code_that_would_not_call_qcfs_runs_by_its_graph(make):
+    torch.manual_seed(0)
+    ann, x = make().double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    fine, coarse = quantize(ann, 10 ** 7, bound=100.0), quantize(ann, 2)
+    assert torch.allclose(fine(x), ann(x), atol=1e-4) and not torch.allclose(coarse(x), ann(x), atol=1e-4)
+    coarse(x).sum().backward()
+    assert coarse.get_parameter('net.2.bound').grad is not None
+    assert fine.state_dict().keys() == {*ann.state_dict(), 'net.2.bound'}
+    agrees(made(coarse, x, 4, activation='Linear', gamma=0.8, **DIRECT), coarse, x)
+
+
+def test_modules_that_the_code_makes_are_converted():
+    def inline(n, x):
+        return n.net[2](nn.Flatten()(nn.ReLU()(n.net[:2](nn.MaxPool2d(2)(x)))))
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(64, 5))
+    ann, x = Net(inline, net=net).double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    agrees(made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT), ann, x)
+    drops = Net(lambda n, x: n.fc(nn.Dropout()(F.relu(x.flatten(1)))), fc=nn.Linear(128, 5))
+    refused(drops, 'drops in evaluation, too')
+    refused(Net(lambda n, x: nn.Linear(128, 5)(F.relu(x.flatten(1)))), 'Net calls a Linear that is no part of it')
+
+
+def test_hints_that_are_no_code():
+    class Hinted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(128, 5)
+
+        def forward(self, x: Annotated[torch.Tensor, 'B C H W']) -> Annotated[torch.Tensor, 'B labels']:
+            return self.fc(F.relu(x.flatten(1)))
+
+    ann, x = Hinted().double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    agrees(made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT), ann, x)
+
+
+@pytest.mark.parametrize('flat', [lambda n, x: x.flatten(2), lambda n, x: n.flat(x)])
+def test_channels_of_tokens_are_not_taken_for_those_of_features(flat):
+    def tokens(n, x):
+        return n.head(n.relu(n.fc(flat(n, n.patch(x)).transpose(1, 2))).mean(1))
+
+    ann = Net(tokens, patch=nn.Conv2d(2, 8, 2, 2), fc=nn.Linear(8, 32), flat=nn.Flatten(2), relu=nn.ReLU(),
+              head=nn.Linear(32, 5))
+    with pytest.raises(ValueError, match='^relu: how many channels it has is unknown: take one bound a layer'):
+        quantize(ann, channels=True)
+
+
+@pytest.mark.parametrize('encoding, count', [('poisson', 1), ('direct', 0)])
+def test_a_max_pool_of_poisson_input_is_said(encoding, count):
+    ann = chain(nn.Conv2d(2, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        notes = spiking(ann, 4, encoding=encoding).notes
+    assert len(notes) == count and all(note.startswith('1: the maximum of spikes') for note in notes)
+
+
+
+@pytest.mark.parametrize('name', ['residual', 'dense'])  # one module called three times; functions
+def test_bounds_of_a_quantized_copy_become_the_thresholds_of_the_anns_network(name):
+    ann, x = own(name), torch.rand(3, *SHAPE, dtype=torch.float64)
+    quantized, snn = quantize(ann, 4), spiking(ann, 3, **DIRECT, initial_potential=0.5)
+    bounds = [module.bound for module in quantized.modules() if isinstance(module, QCFS)]
+    for i, bound in enumerate(bounds):
+        bound.data.fill_(0.5 + i / 4)
+    copy_weights(quantized, snn)
+    assert sorted(snn.thresholds.tolist()) == [0.5 + i / 4 for i in range(len(bounds))]
+    assert torch.equal(snn(x), spiking(quantized, 3)(x)) and snn(x).std() > 0
+    quantized.get_submodule(snn.layer_names[0]).add_module('more', QCFS())
+    with pytest.raises(ValueError, match='different layouts'):
+        copy_weights(quantized, snn)
+
+
+def test_the_encoding_is_that_of_the_making():
+    snn = spiking(own('residual'), 3, **DIRECT)
+    snn.encoding = 'direct'
+    for encoding in ('poisson', 'rate'):
+        with pytest.raises(ValueError, match=f"encoding cannot become '{encoding}': make the network with it"):
+            snn.encoding = encoding
 
 # -- the layer-by-layer way -------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Runs of the scripts with --architecture FILE.py:NAME, a network of one's own."""
 import os
+import random
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_distributed import close, start
@@ -16,15 +18,16 @@ from torch import nn
 import ann
 import snn
 from conftest import CALIBRATION, ROOT, fails, load, run, same
-from experiment import UserError, data, distributed, engine, own, setup
+from experiment import UserError, data, distributed, engine, files, own, setup
 from experiment.sweeps import sweep
-from self_models import QCFS, quantize, spiking
+from self_models import QCFS, VGG_SNN_STDB, quantize, spiking
 
 pytestmark = pytest.mark.usefixtures('in_an_empty_folder')
 
 NETWORKS = """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -160,6 +163,23 @@ class Skips(nn.Module):
     def forward(self, x):
         x = self.first(x)
         return self.last(x if self.training else x + self.conv(torch.relu(x)))
+
+
+class Way(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.net = way, mlp(nn.ReLU(), nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.net(self.way(x))
+
+
+def asks_its_type():
+    return Way(lambda x: (x - 0.5) / 0.25 if isinstance(x, torch.Tensor) else x)
+
+
+def numpy_size():
+    return Way(lambda x: x.view(-1, np.prod(x.shape[1:])))
 
 
 def some_levels():
@@ -329,7 +349,7 @@ def test_a_resumed_snn_ends_as_one_that_was_not_stopped(anns, name, flags):
     learns = '--learn_leak' in flags
     assert (len(set(whole['leaks'])) > 1) == learns
     first = load('trained_models/snn/whole.pth')
-    assert first['epoch'] == 0 or whole['thresholds'] == first['thresholds'] or learns
+    assert learns or whole['thresholds'] == first['thresholds']
 
 
 def test_bounds_of_channels_convert_to_the_same_outputs_as_the_plain_way(capsys):
@@ -479,6 +499,49 @@ def test_weights_that_a_pass_of_training_leaves_out_are_trained():
     assert all(weight.requires_grad for weight in network.parameters())
 
 
+def test_weights_that_are_named_as_a_neurons_are_decay():
+    args = ann.get_args_parser().parse_args(['--optimizer', 'Adam', '--no-amsgrad', '--weight_decay', '0.1'])
+    network = own.build('nets.py:Named', 10, (1, 8, 8))
+    learned = {'learn_threshold': True, 'learn_leak': True, 'timesteps': 2}
+    for model, free in ((network, []), (quantize(network, channels=True), ['relu.bound']),
+                        (spiking(network, **learned), ['relu.threshold', 'relu.leak']),
+                        (VGG_SNN_STDB('VGG5', dataset='DIGITS', **learned), ['thresholds', 'leaks'])):
+        optimizer = engine.make_optimizer(model, args)
+        decays = {id(p): group['weight_decay'] for group in optimizer.param_groups for p in group['params']}
+        assert not optimizer.defaults['amsgrad'] and {name for name, p in model.named_parameters() if not decays[id(p)]
+                                                      } == set(free)
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_a_weight_that_gets_its_first_gradient_late_is_trained_as_torch_does(momentum):
+    args = ann.get_args_parser().parse_args(['--momentum', str(momentum)])
+    networks = [nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    optimizers = [engine.make_optimizer(networks[0], args), torch.optim.SGD(
+        networks[1].parameters(), args.learning_rate, momentum, weight_decay=args.weight_decay, foreach=False)]
+    for skipped in (True, False, True, False):
+        for network, optimizer in zip(networks, optimizers):
+            optimizer.zero_grad()
+            (network[0] if skipped else network)(torch.ones(5, 3)).square().sum().backward()
+            optimizer.step()
+    assert all(map(torch.allclose, *(network.parameters() for network in networks)))
+
+
+def test_the_seed_decides_what_any_generator_draws():
+    drawn = []
+    for seed in (3, 3, 4):
+        engine.seed_all(seed)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[1] and all(a != b for a, b in zip(drawn[0], drawn[2]))
+
+
+def test_code_that_torch_fx_follows_otherwise_is_refused_before_training():
+    for name, words in (('asks_its_type', 'nets.py:asks_its_type: its forward computes something else than what torch.'
+                                          'fx follows of it: write it without conditions on its input'),
+                        ('numpy_size', 'nets.py:numpy_size: what torch.fx follows of its forward fails: ')):
+        fails(ann, re.escape(words), *of(name, '--epochs', 1))
+
+
 def test_going_on_with_another_file_of_the_same_weights_is_said(capsys):
     for folder in ('one', 'two'):
         Path(folder).mkdir()
@@ -532,29 +595,47 @@ def test_a_table_says_which_network(capsys):
     assert [(row[1], row[2]) for row in rows] == [('nets.py:Shared', '1'), ('nets.py:chain', '2')]
 
 
-def test_the_low_latency_recipe_takes_it(tmp_path):
-    tools = tmp_path / 'bin'
-    tools.mkdir()
+def calls_of(tmp_path, script, *words, **environment):
+    """[(script, its arguments)] of the runs that a recipe would start; arguments are parsed, or words."""
+    tools, seen = tmp_path / 'bin', tmp_path / 'seen'
+    tools.mkdir(exist_ok=True)
     (tools / 'python').write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> "$SEEN"; echo >> "$SEEN"\n')
     (tools / 'python').chmod(0o755)
+    seen.unlink(missing_ok=True)
+    subprocess.run(['bash', ROOT / script, *words], check=True, capture_output=True, env={
+        **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(seen), **environment})
+    calls = [call.split('\n') for call in seen.read_text().strip().split('\n\n')]
+    parsers = {'ann.py': ann.get_args_parser(), 'snn.py': snn.get_args_parser()}
+    return [(name, parsers[name].parse_args(given) if name in parsers else given) for name, *given in calls]
+
+
+def test_the_low_latency_recipe_takes_it(tmp_path):
     own = f'{tmp_path}/my nets/Net.py:Small'
-    subprocess.run(['bash', ROOT / 'recipes/low_latency.sh'], check=True, capture_output=True, env={
-        **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(tmp_path / 'seen'), 'ARCHITECTURE': own,
-        'SEEDS': '0'})
-    calls = [call.split('\n') for call in (tmp_path / 'seen').read_text().strip().split('\n\n')]
-    found = [{'ann.py': ann, 'snn.py': snn}[script].get_args_parser().parse_args(words)
-             for script, *words in calls if script != 'snn_script.py']
+    found = [args for script, args in calls_of(tmp_path, 'recipes/low_latency.sh', ARCHITECTURE=own, SEEDS='0')
+             if script != 'snn_script.py']
     assert [args.architecture for args in found] == [own] * 6
     names = [args.name for args in found]
     assert names[0] == 'net_small_qcfs_seed0' and len(set(names)) == 6
-    (tmp_path / 'seen').unlink()
-    look = {'FURTHER': '1', 'EXTRA': '--train_samples 64'}  # what it leaves is not taken for the whole runs'
-    subprocess.run(['bash', ROOT / 'recipes/low_latency.sh'], check=True, capture_output=True, env={
-        **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(tmp_path / 'seen'), 'ARCHITECTURE': own,
-        'SEEDS': '0', **look})
-    looked = re.findall(r'--name\n(.*)', (tmp_path / 'seen').read_text())
+    looked = [args.name for script, args in calls_of(  # what a look leaves is not taken for the whole runs'
+        tmp_path, 'recipes/low_latency.sh', ARCHITECTURE=own, SEEDS='0', FURTHER='1', EXTRA='--train_samples 64')
+        if script != 'snn_script.py']
     assert looked[0] == 'net_small_train_samples_64_qcfs_seed0' and not {*looked} & {*names}
     assert looked[-1] == 'net_small_train_samples_64_low_latency_1_1_seed0'
+
+
+@pytest.mark.parametrize('script, words', [
+    ('quickstart.sh', []), ('recipes/low_latency.sh', []), ('recipes/pretrained.sh', re.findall(
+        r'^(?!train)(\w+)\(\) {', (ROOT / 'recipes/pretrained.sh').read_text(), re.M))])
+def test_a_recipe_starts_from_what_it_has_made(script, words, tmp_path):
+    made, extra = set(), {} if script == 'quickstart.sh' else {'EXTRA': '--train_samples 64'}
+    for name, args in calls_of(tmp_path, script, *words, PRETRAINED=str(tmp_path / 'new'), **extra):
+        if name in ('ann.py', 'snn.py'):
+            assert args.pretrained_ann in {None, *made} and (not extra or args.train_samples == 64)
+            kind = name.removesuffix('.py')
+            made.add(f'trained_models/{kind}/{files.identifier(kind, args)}.pth')
+        elif name == 'recipes/slim.py':
+            assert args[0] in made
+    assert len(made) >= 4
 
 
 def test_two_processes_train_it_as_one_does_with_twice_the_batch(anns, tmp_path, capsys):

@@ -7,7 +7,8 @@ import torch
 
 import snn
 from conftest import ROOT, SPIKING, fails, load, run
-from experiment import checkpoint, data
+from examples import network
+from experiment import checkpoint, data, own
 from recipes import slim
 
 FILES = sorted((ROOT / 'pretrained').glob('*.pth'))
@@ -36,6 +37,27 @@ def test_digits_says_what_a_picture_shows(capsys):
     run(snn, *DIGITS, '--predict', *(f'{i}.png' for i in range(20)))
     said = capsys.readouterr().out.splitlines()[1:]
     assert sum(line.startswith(f'{i}.png: {test.labels[i]} ') for i, line in enumerate(said)) >= 18
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'pretrained').glob('quick_*')), ids=lambda path: path.name)
+def test_a_network_of_cifar10_classifies_a_picture(path, capsys):
+    from PIL import Image
+
+    Image.new('RGB', (40, 40), 'blue').save('sky.png')
+    run(snn, '-a', f'{ROOT}/examples/network.py:quick', '--pretrained_snn', path, '--predict', 'sky.png', '--no-gpu')
+    guesses = dict(re.findall(r'(\w+) ([\d.]+)%', capsys.readouterr().out.splitlines()[-1]))
+    assert guesses.keys() <= {'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'}
+    assert len(guesses) == 3 and 99 / 10 < sum(map(float, guesses.values())) <= 100.2
+
+
+@pytest.mark.parametrize('name, weights', [
+    ('network', '1.1 million'), ('small', '73,000'), ('deep', '232,000'), ('quick', '1.3 million'),
+    ('max_pools', '1.2 million'), ('strided', '1.5 million')])
+def test_the_networks_to_start_from_are_as_large_as_they_say(name, weights):
+    make = getattr(network, name)
+    count = sum(p.numel() for p in make(10, (3, 32, 32)).parameters())
+    assert f'{weights} weights' in f'{count / 1e6:.1f} million weights, or {round(count, -3):,} weights'
+    assert f'{weights} weights' in make.__doc__ and own.build(f'{ROOT}/examples/network.py:{name}', 10, (3, 32, 32))
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.name)

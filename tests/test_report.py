@@ -536,15 +536,22 @@ class Cast(Own):
         return self.last(self.head(torch.flatten(c, 1)))
 
 
-def test_weights_in_the_form_of_others_are_no_inputs():
+class Summed(Own):
+    def forward(self, x):
+        a = F.relu(sum([self.grouped(x)]))  # 0 + what it gives
+        b = F.relu(self.mixed(torch.cat([F.avg_pool2d(x, 2), a], 1)))
+        return self.last(self.head(torch.flatten(F.relu(sum([self.norm(self.inner(b)), b])), 1)))
+
+
+def test_weights_in_the_form_of_others_and_zeros_are_no_inputs():
     counts = []
-    for ann in (Own(), Cast()):
+    for ann in (Own(), Cast(), Summed()):
         model = self_models.spiking(ann, 2, default_threshold=0.5, delay=0).eval()
         layers, connections = counted(model, torch.ones(1, 2, 4, 4))
         counts.append([{**row, 'name': ''}
                        for row in numbers.operation_numbers(connections.values(), 1)['connections']])
         assert model.depth == 2  # the image is in the first and the second
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_the_image_itself_at_neurons_by_hand():

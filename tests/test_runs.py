@@ -1,4 +1,5 @@
 """ann.py and snn.py as their user runs them, on the digits that scikit-learn ships: what a training writes and says."""
+import functools
 import math
 import os
 import platform
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import ann
 import snn
-from conftest import CALIBRATION, ROOT, SMALL, SPIKING, load, metrics_of, run
-from experiment import engine, setup
+from conftest import CALIBRATION, ROOT, SMALL, SPIKING, fails, load, metrics_of, run
+from experiment import checkpoint, data, engine, setup
 from experiment.reporting import metrics
 from self_models import cpu as cpu_ways
 
@@ -44,6 +47,14 @@ def test_the_device_of_a_run_becomes_the_current_one(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, function)
     device = setup.set_up_device(ann.get_args_parser().parse_args(['--devices', '1']))
     assert current == [device] == [torch.device('cuda', 1)]
+
+
+def test_the_flags_of_data_reach_the_data(monkeypatch):
+    monkeypatch.setattr(data, 'load', lambda *given: given)
+    flags = '--dataset FOLDER --data_dir here --image_size 40 --train_samples 50 --test_samples 30 --seed 2 --crop 7 ' \
+            '--validation_fraction 0.25 --num_workers 0 --cutout 9'
+    given = setup.load_data(ann.get_args_parser().parse_args(flags.split()))
+    assert given == ('FOLDER', 'here', 40, data.Sampling(50, 30, 2, 0.25, None), 0, 9, 7)
 
 
 def test_learning_rate_schedule():
@@ -135,6 +146,53 @@ def test_metrics_file_has_a_line_an_epoch(module, trained, capsys):
     run(module, *flags, '--epochs', 1, '--name', 'm')  # anew
     assert list(epochs_of(f'logs/{module.__name__}/previous.1.m.jsonl')) == list(epochs)
     assert max(epochs_of(path)) == 1
+
+
+@pytest.mark.parametrize('schedule, rates', [
+    (['--lr_schedule', 'step', '--lr_interval', '1', '--lr_reduce', 4], [0.4, 0.4, 0.1, 0.1]),
+    # half a cosine behind the warm-up of 0.03
+    (['--lr_schedule', 'cosine'], [0.4 * 0.001 / 0.031, *(0.2 * (1 + math.cos(math.pi * (done - 0.03) / 0.97))
+                                                          for done in (0.25, 0.5, 0.75))])])
+@pytest.mark.parametrize('momentum', [0, 0.5])
+def test_two_epochs_are_four_steps_of_sgd_on_the_mean_loss_of_a_batch(schedule, rates, momentum):
+    args = [*schedule, '--epochs', 2, '-lr', 0.4, '--momentum', momentum, '--weight_decay', 0.1]
+    args, labels = ann.get_args_parser().parse_args(list(map(str, args))), torch.tensor([0, 1, 2, 1, 0])
+    images = torch.arange(5 * 8, dtype=torch.uint8).view(5, 1, 2, 4)
+    dataset, network = data.Pictures(images, labels, data.Transform(top=40, signed=False)), nn.Sequential(
+        nn.Flatten(), nn.Linear(8, 3))
+    weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
+    optimizer, device = engine.make_optimizer(network, args), torch.device('cpu')
+    for epoch in (1, 2):
+        along = engine.Along(rate=functools.partial(engine.learning_rate_at, epoch, args))
+        engine.train_epoch(network, data.epoch_loader(dataset, 3), optimizer, engine.cross_entropy, device, along=along)
+    pixels, velocity = images.flatten(1) / 40, [0, 0]
+    for rate, batch in zip(rates, [slice(0, 3), slice(3, 5)] * 2):
+        loss = F.cross_entropy(pixels[batch] @ weight.T + bias, labels[batch])  # a mean
+        for i, gradient in enumerate(torch.autograd.grad(loss, (weight, bias))):
+            velocity[i] = momentum * velocity[i] + gradient + 0.1 * (weight, bias)[i].detach()
+            (weight, bias)[i].data -= rate * velocity[i]
+    assert torch.allclose(network[1].weight, weight, atol=1e-6) and torch.allclose(network[1].bias, bias, atol=1e-6)
+
+
+@pytest.mark.parametrize('output, scale', [('mean', 4), ('sum', 1)])
+def test_the_loss_and_confidences_are_of_the_mean_over_the_steps_or_of_the_sum(output, scale, capsys):
+    image = pytest.importorskip('PIL.Image')
+    flags = [*SMALL, '--timesteps', 4, '--encoding', 'direct', '--delay', 0, '--activation', 'Linear', '--backend',
+             'torch', '--default_threshold', 0.3, '--output', output]
+    run(snn, *flags, '--epochs', 1, '-lr', 1e-2, '--name', 'o')
+    args, state = snn.get_args_parser().parse_args(list(map(str, flags))), load('trained_models/snn/o.pth')
+    images = setup.load_data(args)
+    model = setup.build_snn(args, images, state).eval()
+    checkpoint.load_snn(model, state, 'o.pth')
+    given, labels = images.test.batch(list(range(50)))
+    wanted = F.cross_entropy(model(given).detach() / scale, labels).item()
+    assert epochs_of('logs/snn/o.jsonl')[state['epoch']]['test_loss'] == pytest.approx(wanted, rel=1e-4)
+    image.new('L', (8, 8), 100).save('new.png')
+    capsys.readouterr()
+    run(snn, '--pretrained_snn', 'trained_models/snn/o.pth', '--predict', 'new.png', '--no-gpu')
+    confidence, guess = (model(data.picture('new.png', 'DIGITS', (1, 8, 8))[None]) / scale).softmax(1).max(1)
+    said, = re.findall(r'new\.png: (\d) ([\d.]+)%', capsys.readouterr().out)
+    assert int(said[0]) == guess and float(said[1]) == pytest.approx(100 * confidence.item(), abs=0.06)
 
 
 def test_label_smoothing_by_hand():
@@ -240,6 +298,8 @@ def test_an_ann_starts_from_another_data_sets_weights(trained, capsys):
     torch.save(state, 'other.pth')
     run(ann, *SMALL, '--pretrained_ann', 'other.pth', '--epochs', 1)
     assert 'classifier.0.weight is for other classes and starts from new weights' in capsys.readouterr().out
+    fails(ann, 'does not fit this network.*classifier.0.weight is 4x512, not 10x512', *SMALL, '--pretrained_ann',
+          'other.pth', '--test_only')
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc')

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +146,16 @@ def test_unfinished_runs_are_marked(written):
     assert (row[ON_VALIDATION], row['epochs done']) == ('-', '1 of 2 *')
     (row,), = table([written('e', [converted(0.4, 0.9)])])[0]  # just converted
     assert (row['converted'], row[ON_TEST], row['epochs done'], row['s/epoch']) == ('40.00', '40.00', '0 of 2 *', '-')
+
+
+def test_runs_of_several_processes_are_another_experiment(written):
+    runs = [Path(written(name, epochs(0.5, 0.6), seed=seed)) for seed, name in enumerate('abc')]
+    for path in runs[1:]:
+        first, *rest = path.read_text().splitlines()
+        path.write_text('\n'.join([json.dumps({**json.loads(first), 'processes': 4}), *rest]) + '\n')
+    assert [len(row) for row in summary.rows(summary.read_all([str(path) for path in runs]))] == [1, 2]
+    (found,) = table(map(str, runs))[0]
+    assert [row['processes'] for row in found] == ['-', '4']
 
 
 def test_each_seed_may_start_from_an_ann_of_its_own(written):

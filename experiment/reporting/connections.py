@@ -167,7 +167,8 @@ class Walk(Pass):
         def others():
             """The numbers and weights of a sum or a product."""
             given = [each for each in (*node.args, node.kwargs.get('other')) if each is not None]
-            return [self.env.get(each, each) for each in given if each not in self.found]
+            return [self.env.get(each, each) for each in given
+                    if each not in self.found and not traced.adds_nothing(node, each)]
 
         spikes, biased, function = flow.spikes, flow.biased, self.function_of(node)
         if isinstance(module, PASSED) or function in CASTS:

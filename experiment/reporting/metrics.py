@@ -27,7 +27,8 @@ def write(path: Path, args: argparse.Namespace, history: list[dict], arguments: 
     and scanned_on (train or validation); with --output fitted output_scale, its factor.
     """
     run = {'command': log.command(), 'args': arguments or log.arguments(args), 'commit': COMMIT,
-           'torch': torch.__version__, 'machine': machine(args)}
+           'torch': torch.__version__, 'machine': machine(args),
+           'processes': distributed.process().world_size}
     text = ''.join(json.dumps(line) + '\n' for line in [run, *history])
     write_atomically(path, lambda file: file.write(text.encode()))
 

@@ -17,7 +17,7 @@ def draw_accuracy(report: dict) -> 'figures.Figure':
     if numbers['ann'] is not None:
         axes.axhline(100 * numbers['ann'], color=ANN, linestyle='--', label='ANN')
     if report['latency']:
-        axes.axvspan(0, report['latency'], color=GREY, linewidth=0, label='no spike can be at the output yet')
+        axes.axvspan(0, report['latency'], color=GREY, linewidth=0, label='nothing of the images is at the output yet')
     axes.set(xlabel='time steps', ylabel='test accuracy (%)', xlim=(0, report['timesteps']), ylim=(0, 102),
              title=f'Accuracy over time, {report["test_images"]} test images')
     axes.grid(alpha=0.3)

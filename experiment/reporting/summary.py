@@ -59,7 +59,7 @@ def read(path: str | Path) -> Run:
         text = Path(path).read_bytes()
         text = text.decode(json.detect_encoding(text))  # editors add a byte-order mark, in UTF-8 or UTF-16
         about, *epochs = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return _run(str(path), about['args'], about.get('machine'), epochs)
+        return _run(str(path), about, epochs)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}); give the .jsonl files of runs in logs/') from error
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -108,9 +108,11 @@ def _settings(args, seed):
     return settings, folder, pretrained
 
 
-def _run(path, args, machine, epochs):
+def _run(path, about, epochs):
+    args, machine, processes = about['args'], about.get('machine'), about.get('processes', 1)
     seed = int(args['seed'])
-    settings, folder, pretrained = _settings(args, seed)
+    # batches are of each process
+    settings, folder, pretrained = _settings({**args, 'processes': processes} if processes > 1 else args, seed)
     chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
     chosen = f'{chosen_on}_accuracy'
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
