@@ -48,6 +48,7 @@ def main(args):
 
     if args.test_only:
         tested = run.test(model, data.test)
+        engine.check_finite(tested.loss, 'in the test', model, trains=False)
         run.say(f'ANN: test accuracy {tested.accuracy:.2%} on {len(data.test)} images, loss {tested.loss:.4f}')
         return
     progress = start.progress()

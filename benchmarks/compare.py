@@ -303,10 +303,7 @@ def names_of(row, args):
     default = OF_EXAMPLE if row.architecture == 'network' else IMPLEMENTATIONS
     if row.architecture.startswith('RESNET'):  # of the others' networks only this one is built
         default = [name for name in default if name not in PEERS or name == 'spikingjelly' and row.direct]
-    names = [name for name in args.implementations or default if name in known and installed(name)]
-    if not names:
-        sys.exit(f'--implementations: none of these builds {row.architecture}; choose of {" ".join(known)}')
-    return names
+    return [name for name in args.implementations or default if name in known and installed(name)]
 
 
 def run_task(task, row, args):
@@ -349,6 +346,9 @@ def main():
     for name in args.implementations or IMPLEMENTATIONS:
         if not installed(name):
             print(f'{name}: not installed')
+    for row in args.rows:  # before hours of measuring
+        if {'train', 'test'} & set(args.tasks) and not names_of(row, args):
+            return f'--implementations: none of these builds {row.architecture} and is installed'
     args.failed = []
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
                   'rows': {}}

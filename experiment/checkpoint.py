@@ -274,10 +274,11 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
     """Copy the weights, thresholds and, if wanted, the leaks of an SNN checkpoint into a model. Raises UserError."""
     load_weights(model, state, path)
     settings = snn_settings(state, path)
-    carries = isinstance(model, LayerByLayer) and bool(model.carried)
+    known = getattr(state['state_dict'], '_metadata', {}).get('', {})
+    carries = isinstance(model, LayerByLayer) and bool(known.get('carries', model.carried))
     try:
-        if carries and len(settings['thresholds']) == model.balanced:  # the weights of the file carry its thresholds
-            model.carried = None
+        if carries and len(settings['thresholds']) == len(model.layer_names):
+            model.carried = None  # the weights of the file carry its thresholds already
         model.threshold_update(1.0, settings['thresholds'])
         if carries:
             model.carried = model.thresholds.tolist()

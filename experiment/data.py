@@ -304,7 +304,8 @@ def _torchvision(name, data_dir, _):
     socket.setdefaulttimeout(30)  # seconds; else a firewall that drops packets costs minutes
     try:
         # of several runs at once, the first one downloads
-        with contextlib.redirect_stdout(io.StringIO()), one_at_a_time(root):
+        waiting = f'{name}: waits for another run, which downloads it into {root}' if missing() else None
+        with contextlib.redirect_stdout(io.StringIO()), one_at_a_time(root, waiting):
             (train, classes), (test, _) = read(train=True), read(train=False)
     except Exception as error:  # torchvision raises many kinds of errors for missing and damaged files
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]

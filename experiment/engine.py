@@ -122,12 +122,14 @@ class Along(NamedTuple):
     rate: Callable | None = None
 
 
-def check_finite(loss: float, where: str, model: nn.Module) -> None:
+def check_finite(loss: float, where: str, model: nn.Module, trains: bool = True) -> None:
     """Raise UserError if a loss or a model's weights are not finite; the message names the first such weights."""
     wrong = next((name.removesuffix('.weight') for name, weight in model.named_parameters()
                   if not weight.isfinite().all()), None)
     said = [] if math.isfinite(loss) else [f'the loss became {loss}']
     said += [f'the weights of {wrong} left the finite range'] if wrong else []
+    if said and not trains:
+        raise UserError(f'{where} {", as ".join(said)}: use another copy of the checkpoint, or train it anew')
     if said:
         raise UserError(f'{where} {", as ".join(said)}: lower --learning_rate' + (
             ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds'

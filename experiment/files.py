@@ -124,8 +124,9 @@ def _lock(file, wait):
 
 
 @contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Keep other processes out of such a block for the same folder; nothing does if the folder cannot be written."""
+def one_at_a_time(folder: Path, waiting: str | None = None) -> Iterator[None]:
+    """Keep other processes out of such a block for the same folder; nothing does if the folder cannot be written.
+    waiting: what to say, if anything, before a wait."""
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
             try:
                 _lock(file, wait=False)
             except (BlockingIOError, PermissionError):
-                print(f'{folder}: waiting for another run, which reads or downloads these data', file=sys.stderr)
+                if waiting:
+                    print(waiting, file=sys.stderr)
                 _lock(file, wait=True)
         yield
 

@@ -192,6 +192,8 @@ class Nodes(BlankPass):
             dims = argument(node, 1, 'dim')
             if {d % 4 for d in (dims if isinstance(dims, (tuple, list)) else (dims,))} == {2, 3}:
                 module = nn.AdaptiveAvgPool2d(1)
+        if isinstance(module, (nn.AdaptiveAvgPool2d, nn.AvgPool2d)) and len(given) != 3:
+            self.refuse(node, ' without channels', 'give it (B, C, H, W)')
         if isinstance(module, nn.AdaptiveAvgPool2d):
             windows = adaptive(given[1:], shape[1:] or (1, 1))
         elif isinstance(module, nn.AvgPool2d):

@@ -114,11 +114,11 @@ def _compare(network, images, refuse):
     """Refuse a network that computes something else than its graph, of which a spiking one is made, in evaluation."""
     draw, network = torch.Generator().manual_seed(0), copy.deepcopy(network).eval()
     images = torch.rand(images.shape, generator=draw)
+    for weight in network.parameters():
+        if weight.is_floating_point() and not weight.any():  # behind zeros, nothing would differ
+            weight.data = torch.rand(weight.shape, generator=draw, dtype=weight.dtype)
+    tree, graph = trace(network)
     with torch.no_grad():
-        for weight in network.parameters():
-            if not weight.any():  # behind zeros, nothing would differ
-                weight.uniform_(generator=draw)
-        tree, graph = trace(network)
         wanted = network(images.clone())
         try:
             same = torch.allclose(compiled(graph)(tree.eval(), images.clone()), wanted, 1e-3, 1e-5, equal_nan=True)

@@ -43,6 +43,7 @@ class Results:
         # the curve takes no more time than a test: logits after t steps are W times the spikes so far
         tested, self.curve = engine.test_over_time(model, getattr(self.data, self.chosen_on), run.loss_function,
                                                    run.device, run.args, run.test_say, at)
+        engine.check_finite(tested.loss, 'in the test', model, trains=False)
         self.lines.append((f'{what} SNN', tested.accuracy))
         run.say(f'{what} SNN: {self.chosen_on} accuracy {tested.accuracy:.2%} at T = {run.args.timesteps}, loss '
                 f'{tested.loss:.4f}')

@@ -17,7 +17,7 @@ folder=${PRETRAINED:-pretrained}
 mkdir -p "$folder"
 
 train() {  # train ann.py|snn.py FLAGS
-    python "$@" --lr_schedule cosine --label_smoothing 0.1 --seed 0 --resume auto ${EXTRA:-}
+    python "$1" --lr_schedule cosine --label_smoothing 0.1 --seed 0 --resume auto "${@:2}" ${EXTRA:-}
 }
 
 digits() {
@@ -76,6 +76,16 @@ max_pools() {  # T = 4, 2, 1, no file: batch norm's statistics taken anew, witho
                      --pretrained_ann trained_models/ann/max_pools_qcfs.pth --learning_rate "$rate" \
                      --epochs "$epochs" $more
     done
+}
+
+strided() {  # T = 4, no file: twelve epochs with ReLU, then QCFS
+    local network=(--architecture examples/network.py:strided "${data[@]}" --validation_fraction 0.04)
+    train ann.py "${network[@]}" "${sgd[@]}" --activation ReLU --lr_schedule step --lr_interval 1 --learning_rate 0.08 \
+                 --epochs 12 --cutout 8 --name strided_relu
+    train ann.py "${network[@]}" "${sgd[@]}" --levels 4 --learning_rate 0.06 --epochs 22 --cutout 8 \
+                 --pretrained_ann trained_models/ann/strided_relu.pth --name strided_qcfs
+    train snn.py "${network[@]}" "${tuned[@]}" --timesteps 4 --name strided_4 \
+                 --pretrained_ann trained_models/ann/strided_qcfs.pth
 }
 
 one_level() {  # T = 1, no file: that ANN trained further with one level

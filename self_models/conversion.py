@@ -4,6 +4,7 @@ from itertools import zip_longest
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from self_models.layers import Scale, compute_weights
 from self_models.plain import QUANTIZED, PlainNetwork, checked_bound, spiking
@@ -51,6 +52,7 @@ def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
     if not is_quantized(ann):
         raise ValueError('an ANN without QCFS has no bounds that become thresholds: train quantize(ann), or balance '
                          'the thresholds of spiking(ann, timesteps) with find_thresholds')
+    check_values(ann)
     kind = next((kind for kind in (VGG, ResNet) if isinstance(ann, kind) and type(ann).forward is kind.forward), None)
     if kind and 'forward' not in vars(ann):
         weight, head = next(ann.parameters()), [*ann.classifier.modules()][-1]
@@ -60,23 +62,31 @@ def convert(ann: nn.Module, timesteps: int, **options) -> SpikingNetwork:
         snn.to(weight.device, weight.dtype).train(ann.training)
         try:
             copy_weights(ann, snn)
-            copy_settings(ann, snn, dropout='dropout' not in options)
+            copy_settings(ann, snn, options.get('dropout'))
             return snn
         except LayoutError:
             pass
+    if 'dropout' in options:
+        raise ValueError('dropout is an option of a VGG or a ResNet: set p of the dropouts of your own network')
     return spiking(ann, timesteps, **options)
 
 
-def copy_settings(ann: nn.Module, snn: SpikingNetwork, dropout: bool) -> None:
-    """Freeze what is frozen in an ANN of the same layout, and drop where it drops; dropout: as often as it does."""
+@torch.no_grad()
+def copy_settings(ann: nn.Module, snn: SpikingNetwork, dropout: float | None) -> None:
+    """Freeze what is frozen in an ANN of the same layout, and drop where and as often as it drops; dropout: what the
+    spiking network was given in place of the ANN's, or None."""
+    def learned(module, what):  # pruning and norms compute a weight from others, of longer names
+        return [p.requires_grad for name, p in module.named_parameters()
+                if name.removeprefix('parametrizations.').startswith(what)]
+
     for source, norm, target in matching_layers(ann, snn):
-        target.weight.requires_grad_(source.weight.requires_grad)
+        target.weight.requires_grad_(any(learned(source, 'weight')))
         if target.bias is not None:
-            known = [each for each in (source.bias, *((norm.weight, norm.bias) if norm else ())) if each is not None]
-            target.bias.requires_grad_(any(each.requires_grad for each in known or [source.weight]))
+            biases = learned(source, 'bias') + (learned(norm, '') if norm else [])
+            target.bias.requires_grad_(any(biases) if biases else target.weight.requires_grad)
     dropouts = ([each for each in network.modules() if isinstance(each, nn.Dropout)] for network in (ann, snn))
     for own, new in zip(*dropouts):
-        new.training, new.p = own.training, own.p if dropout else new.p
+        new.training, new.p = own.training, own.p if dropout is None or new.p != dropout else new.p
 
 
 def scales_of(ann: nn.Module) -> bool | str:
@@ -96,6 +106,7 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     """
     ann = unwrapped(ann)
     if isinstance(snn, PlainNetwork):
+        check_values(ann)
         snn.copy_from(ann)
         return
     pairs = list(matching_layers(ann, snn))
@@ -191,6 +202,9 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
             raise LayoutError(f'{name} of the ANN is {source}, and {other} of the spiking network {target}: the two '
                               'are of different layouts')
         if isinstance(source, (nn.Conv2d, nn.Linear)):
+            if not isinstance(target.weight, nn.Parameter):
+                raise ValueError(f'the weight of {other} of the spiking network is computed from others, as by '
+                                 'pruning: make it permanent first, as prune.remove does')
             if target.bias is None and (source.bias is not None or i in norms):
                 raise LayoutError(f'{name} of the ANN has a bias or a batch norm, but {other} of the spiking network '
                                   'has no bias: build it with bias=True')
@@ -207,6 +221,16 @@ def folded_layer(layer: nn.Module, norm: nn.Module | None) -> tuple:
     bias = ((0 if layer.bias is None else layer.bias) - norm.running_mean) * factor
     weight = layer.weight * factor.view(-1, *[1] * (layer.weight.dim() - 1))
     return weight, bias if norm.bias is None else bias + norm.bias
+
+
+def check_values(ann: nn.Module) -> None:
+    """Raise ValueError if a bound or a batch norm of an ANN is not finite, or a bound or variance not above 0."""
+    for module in ann.modules():
+        if isinstance(module, QCFS):
+            checked_bound(module)
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not (
+                module.running_var is None or is_lazy(module.running_var)):
+            check_norm(module)
 
 
 def check_norm(norm: nn.Module) -> None:

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from self_models.architectures import (
     RESNET_BLOCKS,
@@ -97,7 +98,7 @@ def compute_weights(network: nn.Module) -> list[str]:
     others = []
     for name, module in network.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if type(hook).__module__.startswith('torch.nn.utils.'):
+            if isinstance(hook, BasePruningMethod) or type(hook).__module__.startswith('torch.nn.utils.'):
                 hook(module, ())
             else:
                 others.append(name)
@@ -172,6 +173,7 @@ def resnet_layers(resnet_name: str, labels: int, dataset: str, dropout: float, i
 
     Raises ValueError for an unknown name and for images under 2x2 pixels.
     """
+    resnet_name = resnet_name.upper()  # as published
     if resnet_name not in RESNET_BLOCKS:
         raise ValueError(f'unknown architecture {resnet_name!r}: choose one of {", ".join(RESNET_BLOCKS)}')
     parts = Parts(**parts)

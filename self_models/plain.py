@@ -32,7 +32,7 @@ from self_models.traced import (
     Refused,
     activations_of,
     compiled,
-    is_formed,
+    givers,
     is_max_pool,
     is_size,
     lost_train,
@@ -325,11 +325,11 @@ class PlainNetwork(Graphed, SpikingNetwork):
         found, lifs, kept = (
             {name: module for name, module in network.named_modules(remove_duplicate=False) if isinstance(module, kind)}
             for network, kind in ((ann, QCFS), (self, LIF), (self, QCFS)))
-        found = {name: module for name, module in found.items() if name not in kept}  # called on weights, or never
+        known, found = found, {name: module for name, module in found.items() if name not in kept}  # neurons now
         weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
         own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in lifs}
         paths = self.layer_names if set(self.layer_names) <= found.keys() else self.activations  # of a quantized copy
-        bounds = [checked_bound(found[name]) if name in found else None for name in paths]
+        bounds = [checked_bound(known[name]) if name in known else None for name in paths]
         left = {id(each) for each in found.values()} - {id(found[name]) for name in paths if name in found}
         if left:
             raise ValueError('the ANN and the spiking network have different layouts: the ANN has further QCFS')
@@ -532,9 +532,9 @@ def _depth(graph, modules):
     """How many LIFs are on the shortest way from the input to the output."""
     depths = {}
     for node in graph.nodes:
-        before = [depths[each] for each in node.all_input_nodes if each in depths and not _is_size(each)]
-        if is_formed(node, depths):
+        if node.meta.get('kind', VALUE) != VALUE:  # a weight or a size
             continue
+        before = [depths[each] for each in givers(node) if each in depths]
         if node.op == 'placeholder' or before:
             is_lif = node.op == 'call_module' and isinstance(modules.get(node.target), LIF)
             depths[node] = min(before, default=0) + is_lif
@@ -547,7 +547,7 @@ def _notes(graph, modules, direct):
     for node in graph.nodes:
         module = modules.get(node.target) if node.op == 'call_module' else None
         spikes = isinstance(module, LIF) or node.op == 'placeholder' and not direct
-        if spikes or any(each in spiked for each in node.all_input_nodes):
+        if spikes or any(each in spiked for each in givers(node)):
             spiked.add(node)
             if isinstance(module, MAX_POOLS) or module is None and is_max_pool(node.target):
                 name = node.target if module is not None else node.target.__name__

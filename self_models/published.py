@@ -28,13 +28,13 @@ class STDB(torch.autograd.Function):
 class LinearSpike(torch.autograd.Function):
     """Spike [z > 0] whose gradient is gamma max(0, 1 - |z|) (Bellec et al. 2018; published code).
 
-    LinearSpike.apply(z, gamma=0.3).
+    LinearSpike.apply(z, gamma=0.3), or as published LinearSpike.apply(z, dt), in which dt has no effect.
     """
 
     @staticmethod
-    def forward(ctx, z: torch.Tensor, gamma: float = 0.3) -> torch.Tensor:
+    def forward(ctx, z: torch.Tensor, gamma: float | torch.Tensor = 0.3) -> torch.Tensor:
         ctx.save_for_backward(z)
-        ctx.surrogate = Linear(gamma=gamma)
+        ctx.surrogate = Linear(gamma=0.3 if isinstance(gamma, torch.Tensor) else gamma)
         return (z > 0).to(z.dtype)
 
     @staticmethod

@@ -194,8 +194,8 @@ class LayerByLayer(SpikingNetwork):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, '_metadata'):
-            destination._metadata[prefix[:-1]]['carries'] = bool(self.carried)
+        if self.carried and hasattr(destination, '_metadata'):
+            destination._metadata[prefix[:-1]]['carries'] = True
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         whole = f'{prefix}thresholds' in state_dict
@@ -217,21 +217,28 @@ class LayerByLayer(SpikingNetwork):
 
     def set_neurons(self, what: str, values: list[float]) -> None:
         own = getattr(self, what)
-        if carries := what == 'thresholds' and self.carried:
-            self.carried = own.tolist()  # training may have changed both them and the weights
-        own[:len(values)] = torch.tensor(values, dtype=torch.float64).to(own)
-        if carries:
-            self.carry(own.tolist())
+        values = torch.tensor(values, dtype=torch.float64).to(own)
+        if what == 'thresholds' and self.carried:
+            self.carried = own.clamp(min=SMALLEST).tolist()  # training may have changed both them and the weights
+            self.carry(values.tolist())
+        own[:len(values)] = values
 
     @torch.no_grad()
     def carry(self, thresholds: Sequence[float]) -> None:
-        """Have the weights behind the first layers carry these thresholds, in place of those that they carry now."""
+        """Have the weights behind the first layers carry these thresholds, in place of those that they carry now.
+
+        Raises ValueError if such weights are computed from others; nothing is changed then.
+        """
         carried = self.carried or [1.0] * len(self.thresholds)
-        self.carried = [*thresholds, *carried[len(thresholds):]]
         behind = [*(stage.inputs for stage in self.stages()), ((len(carried) - 1, self.classifier[-1]),)]
-        for source, synapse in (each for inputs in behind for each in inputs):
-            if source >= 0 and self.carried[source] != carried[source]:
-                values = synapse.factor if isinstance(synapse, Scale) else synapse.weight
+        behind = [(source, synapse.factor if isinstance(synapse, Scale) else synapse.weight)
+                  for inputs in behind for source, synapse in inputs if source >= 0]
+        if not all(isinstance(values, nn.Parameter) for _, values in behind):
+            raise ValueError('weights that carry thresholds are computed from others, as by pruning: make them '
+                             'permanent first, as prune.remove does')
+        self.carried = [*thresholds, *carried[len(thresholds):]]
+        for source, values in behind:
+            if self.carried[source] != carried[source]:
                 values *= self.carried[source] / carried[source]
 
     @torch.no_grad()

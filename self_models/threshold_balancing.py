@@ -215,11 +215,12 @@ def _balance_plain(model, images, timesteps, percentile, progress):
     it, by the part of the network between them."""
     ways, lifs, weight = segments(model), model.lifs, weight_of(model)
     model.timesteps = 1
-    currents = {record.name: record.current.shape
+    currents = {record.name: (record.current.shape, record.current.dtype)
                 for record in model.record(images[:1].to(weight.device, weight.dtype))}
-    shapes = {name: tuple(shape[2:]) for name, shape in currents.items()} | {'input': tuple(images.shape[1:])}
+    shapes = {name: tuple(shape[2:]) for name, (shape, _) in currents.items()} | {'input': tuple(images.shape[1:])}
     # of an image, which the network may cut into several samples
-    sizes = {name: math.prod(shape[1:]) for name, shape in currents.items()} | {'input': math.prod(images.shape[1:])}
+    sizes = {name: math.prod(shape[1:]) for name, (shape, _) in currents.items()} | {
+        'input': math.prod(images.shape[1:])}
     values = [sizes[name] + sum(sizes[source] for source in way.sources) for name, way in zip(model.layer_names, ways)]
     groups, repeats = groups_of(images, max(values)), [each for each in model.modules() if isinstance(each, Repeat)]
     stores, worth, thresholds = {}, {}, []
@@ -264,9 +265,10 @@ def _balance_plain(model, images, timesteps, percentile, progress):
             stores = {source: store for source, store in stores.items() if source in needed}
             if output is not None:
                 stores[name] = output
-                worth[name] = torch.tensor(threshold, dtype=weight.dtype, device=weight.device)
+                dtype = currents[name][1]  # the network may change its type on the way
+                worth[name] = torch.tensor(threshold, dtype=dtype, device=weight.device)
                 if lif.bounds is not None:
-                    worth[name] = worth[name] * lif.bounds.to(weight.dtype).view(-1, *[1] * (len(shapes[name]) - 1))
+                    worth[name] = worth[name] * lif.bounds.to(dtype).view(-1, *[1] * (len(shapes[name]) - 1))
     return thresholds
 
 

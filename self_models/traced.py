@@ -185,7 +185,9 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     except Exception as error:  # tracing runs the network's own code
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())
         if isinstance(error, fx.proxy.TraceError):
-            reason = f'its way depends on values ({reason}): write its forward without conditions on them'
+            remedy = 'index it, as w[0], w[1]' if 'be iterated' in reason else (
+                'write its forward without conditions on them, such as assert')
+            reason = f'its way depends on values or shapes ({reason}): {remedy}'
         raise Refused(f'{name} cannot be traced: {reason}') from error
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
@@ -373,11 +375,10 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
 
         module = modules[node.target] if node.op == 'call_module' else None
         values = [each for each in node.all_input_nodes if kinds[each] == VALUE]
-        behind[node] = any(behind[each] for each in values)
+        behind[node] = any(behind[each] for each in values if each in givers(node))
         kinds[node], ranks[node] = VALUE, None
         if node.op == 'placeholder':
-            takers = (rank_that(said(user, modules)[1].removesuffix('()')) for user in node.users)
-            ranks[node] = next(filter(None, takers), None)
+            ranks[node] = rank_taken(node, modules)
         elif node.op == 'output':
             if not isinstance(node.args[0], fx.Node):
                 raise Refused(f'{name} gives more than one output: have it return the logits alone')
@@ -407,6 +408,12 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
 def is_formed(node: fx.Node, values) -> bool:
     """Whether a node gives a weight in the form of another tensor. values: the nodes that depend on the images."""
     return node.target in LIKE and source_of(node) not in values
+
+
+def givers(node: fx.Node) -> list[fx.Node]:
+    """The nodes with whose values a call computes: not the tensor in whose form it gives its first argument."""
+    source = source_of(node) if node.target in LIKE else None
+    return [source] if isinstance(source, fx.Node) else node.all_input_nodes
 
 
 def others(graph: fx.Graph, nodes: list[fx.Node]) -> set[str]:
@@ -453,7 +460,7 @@ def kind_of(node: fx.Node, kinds: dict, ranks: dict, refuse: Callable) -> str:
     number of samples, which are T times as many in a spiking network."""
     inputs = [kinds[each] for each in node.all_input_nodes]
     name = getattr(node.target, '__name__', str(node.target))
-    if node.op != 'get_attr' and _RANDOM.search(name):
+    if node.op in ('call_function', 'call_method') and _RANDOM.search(name):
         refuse('draws random numbers', 'leave them out')
     if is_size(node) and VALUE in inputs:
         dim = argument(node, 1, 'dim') if node.target == 'size' else None
@@ -473,8 +480,8 @@ def kind_of(node: fx.Node, kinds: dict, ranks: dict, refuse: Callable) -> str:
         return COUNT if first(index, ranks[node.args[0]]) else SIZE
     if node.target is operator.mul and SHAPE not in inputs:
         return COUNT
-    if name not in ('zeros', 'ones', 'full', 'expand', 'new_zeros', 'new_ones', 'new_full') or not counted(
-            node, kinds, 1 if node.op == 'call_method' else 0):
+    if name not in ('zeros', 'ones', 'full', 'expand', 'repeat', 'broadcast_to', 'new_zeros', 'new_ones',
+                    'new_full') or not counted(node, kinds, 1 if node.op == 'call_method' else 0):
         refuse('computes with the number of samples', 'write it without')
     return WEIGHT
 
@@ -498,6 +505,17 @@ def rank_that(name: str) -> int | None:
     return int(kind[2]) + 2 if kind and name != 'BatchNorm1d' else None
 
 
+def rank_taken(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
+    """How many dimensions the layers behind a node take, also behind sums and products; None if none tells."""
+    for user in node.users:
+        known = rank_that(said(user, modules)[1].removesuffix('()'))
+        if not known and user.op != 'call_module' and user.target in SUMS | PRODUCTS - MATRIX_PRODUCTS:
+            known = rank_taken(user, modules)
+        if known:
+            return known
+    return None
+
+
 def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.Node], ranks: dict) -> int | None:
     """How many dimensions a node gives, as far as its name and what it is given tell."""
     given, name = ranks[values[0]], what.removesuffix('()')
@@ -506,8 +524,17 @@ def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.
     if node.target in RESHAPES and len(node.args) > 1:
         sizes = node.args[1] if isinstance(node.args[1], (list, tuple)) else node.args[1:]
         return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
-    if name in ('unflatten', 'Unflatten', 'squeeze', 'getitem', *MATRIX_PRODUCTS):
-        return None
+    if name == 'getitem' and source_of(node).target not in (torch.chunk, 'chunk', torch.split, 'split'):
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return given and given + index.count(None) - sum(isinstance(each, int) for each in index)
+    if name == 'squeeze':
+        dims = argument(node, 1, 'dim')
+        return given and given - (len(dims) if isinstance(dims, (list, tuple)) else 1)
+    if name in ('unflatten', 'Unflatten'):
+        sizes = argument(node, 2, 'sizes') if module is None else module.unflattened_size
+        return given + len(sizes) - 1 if given and isinstance(sizes, (list, tuple)) else None
+    if name in ('type_as', 'to') or node.target in MATRIX_PRODUCTS:
+        return given
     if name in ('flatten', 'Flatten'):
         start, end = (argument(node, 1, 'start_dim', 0), argument(node, 2, 'end_dim', -1)) if module is None else (
             module.start_dim, module.end_dim)
@@ -659,13 +686,14 @@ def channels_of(node: fx.Node, modules: dict[str, nn.Module]) -> int | None:
     """How many channels (dimension 1) a node gives, as the layers before it say; None if they do not."""
     module = modules.get(node.target) if node.op == 'call_module' else None
     rank = node.meta.get('rank')
-    if isinstance(module, nn.Linear) and (rank or 2) > 2:  # its outputs are the last dimension
-        return channels_of(source_of(node), modules)
+    if isinstance(module, nn.Linear) and rank != 2:  # its outputs are the last dimension
+        return channels_of(source_of(node), modules) if rank else None
     for name in ('out_channels', 'out_features', 'num_features'):
         if isinstance(getattr(module, name, None), int) and getattr(module, name) > 0:  # 0: of a lazy layer
             return getattr(module, name)
     if node.target in CATS:
-        found = [channels_of(each, modules) for each in source_of(node)]
+        parts = source_of(node)
+        found = [None] if isinstance(parts, fx.Node) else [channels_of(each, modules) for each in parts]
         return None if None in found or argument(node, 1, 'dim', 0) != 1 else sum(found)
     if node.target is F.pad and len(argument(node, 1, 'pad')) >= 2 * (rank or 4) - 2:
         return None

@@ -300,6 +300,18 @@ def test_qcfs_by_hand():
     assert module.bound.grad.item() == pytest.approx(10 * -0.1 + 100 * 0.1 + 1e3 * 0.1 + 1e4 * 0.05 + 1e5)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('theta', [0.75, 1.5])  # which all types hold
+def test_qcfs_has_a_gradient_at_0_and_at_its_bound_as_a_clamp_has(dtype, theta):
+    module, want = QCFS(2, theta).to(torch.promote_types(dtype, torch.float32)), None
+    x = torch.tensor([-0.01, -0.0, 0.0, theta, 1.01 * theta], dtype=dtype, requires_grad=True)
+    weights = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0], dtype=dtype)
+    (module(x) * weights).sum().backward()
+    want, = torch.autograd.grad((x.clamp(0, theta) * weights).sum(), x)
+    assert torch.equal(x.grad, want) and want.tolist() == [0, 2, 4, 8, 0]
+    assert module.bound.grad.item() == 16  # at the bound, y = x: its gradient is 0
+
+
 def test_the_qcfs_activation_against_numbers_of_other_code():
     data = np.load(ROOT / 'tests' / 'data' / 'qcfs_activation.npz')
     module = QCFS(int(data['act_L']), float(data['act_theta'])).double()
@@ -470,11 +482,14 @@ def test_a_state_says_whether_weights_carry_thresholds(architecture):
         each.threshold_update(0.5, thresholds)
     assert fresh.balanced == len(fresh.layer_names)
     assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in snn.state_dict().items())
-    plain = network(architecture, dataset='DIGITS')
-    other = network(architecture, dataset='DIGITS')
-    other.carried = [1.0]
-    other.load_state_dict(plain.state_dict())
-    assert not other.carried
+    # also after it went through a file of the scripts
+    resumed, again = (network(architecture, dataset='DIGITS', bias=True, **(
+        {'scale': True} if architecture == 'RESNET12' else {})).double() for _ in range(2))
+    checkpoint.load_snn(resumed, {'state_dict': snn.state_dict(), **checkpoint.snn_state(snn)}, 'a.pth')
+    again.load_state_dict(resumed.state_dict())
+    again.threshold_update(2.0, snn.thresholds.tolist())
+    snn.threshold_update(2.0, snn.thresholds.tolist())
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in snn.state_dict().items())
 
 
 def test_what_is_frozen_or_does_not_drop_stays_so():
@@ -491,7 +506,7 @@ def test_what_is_frozen_or_does_not_drop_stays_so():
 
 def test_the_weights_of_a_pruned_spiking_network_are_those_that_are_left():
     snn, x = convert(trained_like('VGG5', 2, shape=(2, 16, 16)), 2), torch.rand(3, 2, 16, 16, dtype=torch.float64)
-    layer = snn.features[0]
+    layer, second, *_ = [module for module in snn.features if isinstance(module, nn.Conv2d)]
     prune.l1_unstructured(layer, 'weight', 0.5)
     with torch.no_grad():
         layer.weight_orig.mul_(1.7)  # as a step of training, or another checkpoint
@@ -499,6 +514,13 @@ def test_the_weights_of_a_pruned_spiking_network_are_those_that_are_left():
         snn(x).square().sum().backward()
     grad, got = layer.weight_orig.grad, snn(x)
     assert torch.equal(grad != 0, (grad != 0) & (layer.weight_mask != 0)) and grad.any()
+    prune.l1_unstructured(second, 'weight', 0.5)
+    before = snn.thresholds.clone()
+    with pytest.raises(ValueError, match='make them permanent first, as prune.remove does'):
+        snn.threshold_update(2.0, before.tolist())
+    assert torch.equal(snn.thresholds, before)
+    prune.remove(second, 'weight')
+    got = snn(x)
     prune.remove(layer, 'weight')
     assert torch.equal(got, snn(x))
 

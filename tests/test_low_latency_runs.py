@@ -91,6 +91,17 @@ def test_bounds_and_batch_norms_that_are_missing_or_wrong(spoil, said, quantized
     spoil(state['state_dict'])
     checkpoint.save(state, Path('spoilt.pth'))
     fails(snn, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--timesteps', 2)
+    fails(snn, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--keep_batch_norm', '--epochs', 1)
+    fails(ann, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--test_only')
+
+
+def test_a_test_with_a_loss_that_is_no_number_is_an_error(quantized):
+    state = load(quantized)
+    state['state_dict']['classifier.0.weight'].fill_(3e38)
+    checkpoint.save(state, Path('large.pth'))
+    for module, *flags in ((ann,), (snn, '--timesteps', 2)):
+        fails(module, 'in the test the loss became (nan|inf): use another copy of the checkpoint', *SMALL,
+              '--pretrained_ann', 'large.pth', '--test_only', *flags)
 
 
 def test_levels_of_0_are_no_levels(capsys):

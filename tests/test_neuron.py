@@ -84,6 +84,9 @@ def test_linear_gradient_by_hand():
     z = torch.tensor([-1.5, -1.0, -0.25, 0.0, 0.5, 2.0], dtype=torch.float64, requires_grad=True)
     LinearSpike.apply(z, 0.4).sum().backward()
     assert z.grad.tolist() == pytest.approx([0, 0, 0.3, 0.4, 0.2, 0])
+    z.grad = None
+    LinearSpike.apply(z, torch.full_like(z, 7)).sum().backward()  # as published, with the steps since the last spike
+    assert z.grad.tolist() == pytest.approx([0, 0, 0.225, 0.3, 0.15, 0])
 
 
 @pytest.mark.parametrize('activation', ['STDB', 'Linear'])

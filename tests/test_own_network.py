@@ -459,6 +459,7 @@ REFUSED_CALLS = {
     'in place': ['n.w.weight.mul_(2) + x[:, :, :3, :3]', 'over_a_view(n.w(x))', 'after_a_view(n.w(x))',
                  'torch.add(x, x, out=x)'],
     'depends on values': ['x if x.sum() > 0 else -x', 'sum(row for row in x)'],
+    'index it, as w[0], w[1]': ['sum(row for row in x)'],
     'cannot be traced': ['[x for _ in range(x.max())][0]', 'x * float(x)', 'torch.tensor(x.numpy())'],
     'no_grad': ['torch.no_grad()(n.w)(x)'], 'training=self.training': ['F.dropout(x)'], LOGITS: ['F.softmax(x, 1)'],
     'nn.BatchNorm': ['F.batch_norm(x, n.norm.running_mean, n.norm.running_var)']}
@@ -864,6 +865,70 @@ def test_the_encoding_is_that_of_the_making():
     for encoding in ('poisson', 'rate'):
         with pytest.raises(ValueError, match=f"encoding cannot become '{encoding}': make the network with it"):
             snn.encoding = encoding
+
+
+def test_what_only_asks_an_image_for_its_type_is_no_way_from_it():
+    def typed(n, x):
+        h = F.relu(n.conv1(F.relu(n.conv0(x)).type_as(x)))
+        return n.fc((h + torch.arange(8, device=x.device, dtype=x.dtype) / 8).expand_as(h).flatten(1)).type_as(x)
+
+    torch.manual_seed(0)
+    ann = Net(typed, conv0=nn.Conv2d(2, 4, 3, padding=1), conv1=nn.Conv2d(4, 4, 3, padding=1), fc=nn.Linear(256, 5))
+    ann, x = ann.double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    snn = made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT)
+    assert snn.depth == 2 and not snn.notes
+    agrees(snn, ann, x)
+
+
+def test_tokens_that_are_repeated_for_each_image():
+    def with_a_token(n, x):
+        x = n.patch(x).flatten(2).transpose(1, 2)
+        return n.fc(F.relu(n.fc0(torch.cat([n.token.repeat(x.shape[0], 1, 1), x], 1)))[:, 0])
+
+    torch.manual_seed(0)
+    ann = Net(with_a_token, patch=nn.Conv2d(2, 4, 4, 4), fc0=nn.Linear(4, 8), fc=nn.Linear(8, 5))
+    ann.token = nn.Parameter(torch.rand(1, 1, 4))
+    ann, x = ann.double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    snn = made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT)
+    assert torch.allclose(snn(x), step_by_step.run_own(ann, snn, x, False)[0].sum(0)) and snn(x).std() > 0
+
+
+def test_a_size_of_images_whose_rank_a_layer_behind_a_sum_tells():
+    def normed(n, x):
+        x = (x / 2 + 0.5 - n.mean) / n.mean
+        return n.fc(F.interpolate(F.relu(n.conv0(x)), size=x.shape[-2:]).mean((2, 3)))
+
+    ann = Net(normed, conv0=nn.Conv2d(2, 4, 3, stride=2), fc=nn.Linear(4, 5))
+    ann.register_buffer('mean', torch.rand(2, 1, 1) + 0.5)
+    ann, x = ann.double().eval(), torch.rand(3, *SHAPE, dtype=torch.float64)
+    agrees(made(ann, x, 4, activation='Linear', gamma=0.8, **DIRECT), ann, x)
+
+
+@pytest.mark.parametrize('way', [
+    lambda n, x: n.fc(n.relu(torch.cat(x.chunk(2, 1)[::-1], 1)).flatten(1)),
+    lambda n, x: n.fc(n.relu(n.rows(x[:, 0])).flatten(1)),
+    lambda n, x: n.fc(n.relu(n.rows(x.unflatten(1, (1, 2)))).flatten(1)),
+    lambda n, x: n.fc(n.relu(n.rows(x[:, :1].squeeze(1))).flatten(1))])
+def test_channels_that_nothing_tells_are_asked_for(way):
+    ann = Net(way, relu=nn.ReLU(), rows=nn.Linear(8, 8), fc=nn.LazyLinear(5))
+    ann(torch.rand(2, *SHAPE))
+    with pytest.raises(ValueError, match='^relu: how many channels it has is unknown: take one bound a layer'):
+        quantize(ann, channels=True)
+
+
+def test_balancing_a_network_that_changes_its_type_on_the_way():
+    def wider(n, x):
+        x = F.relu(n.conv0(x)).flatten(1).double()
+        return n.fc(F.relu(n.fc1(F.relu(n.fc0(x)))))
+
+    torch.manual_seed(0)
+    ann = Net(wider, conv0=nn.Conv2d(2, 4, 3), fc0=nn.Linear(144, 8), fc1=nn.Linear(8, 8), fc=nn.Linear(8, 5))
+    whole, found = copy.deepcopy(ann).double(), []
+    ann.fc0, ann.fc1, ann.fc = ann.fc0.double(), ann.fc1.double(), ann.fc.double()
+    for net in (ann, whole):
+        x = ternary((20, *SHAPE), 1).to(net.conv0.weight.dtype)
+        found.append(find_thresholds(spiking(net, 10), x, 10))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 # -- the layer-by-layer way -------------------------------------------------------------------------------------------
 

@@ -543,15 +543,79 @@ class Summed(Own):
         return self.last(self.head(torch.flatten(F.relu(sum([self.norm(self.inner(b)), b])), 1)))
 
 
+class Likened(Own):
+    def forward(self, x):
+        a = F.relu(self.grouped(x))
+        b = F.relu(self.mixed(torch.cat([F.avg_pool2d(x, 2), a.type_as(x)], 1).to(x)))
+        c = F.relu(self.norm(self.inner(b)) + b.expand_as(b))
+        return self.last(self.head(torch.flatten(c.type_as(a), 1)))
+
+
 def test_weights_in_the_form_of_others_and_zeros_are_no_inputs():
     counts = []
-    for ann in (Own(), Cast(), Summed()):
+    for ann in (Own(), Cast(), Summed(), Likened()):
         model = self_models.spiking(ann, 2, default_threshold=0.5, delay=0).eval()
         layers, connections = counted(model, torch.ones(1, 2, 4, 4))
         counts.append([{**row, 'name': ''}
                        for row in numbers.operation_numbers(connections.values(), 1)['connections']])
         assert model.depth == 2  # the image is in the first and the second
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] == counts[1] == counts[2] == counts[3]
+
+
+class Way(nn.Module):
+    def __init__(self, way, **modules):
+        super().__init__()
+        self.way = way
+        for name, module in modules.items():
+            setattr(self, name, module)
+        for p in self.parameters():
+            nn.init.constant_(p, float(p.dim() > 1))
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def voting(pool):
+    return Way(lambda n, x: n.fc(pool(F.relu(n.fc0(x.flatten(1))))), fc0=nn.Linear(16, 16), fc=nn.Linear(8, 5))
+
+
+def rows(pool):
+    return Way(lambda n, x: n.fc(pool(F.relu(n.fc0(x[:, 0]))).flatten(1)), fc0=nn.Linear(4, 4), fc=nn.Linear(4, 5))
+
+
+def turned(padding, **size):
+    return Way(lambda n, x: n.fc(F.relu(n.up(F.relu(n.down(x)), **size)).flatten(1)),
+               down=nn.Conv2d(1, 2, 3, stride=2, padding=1), fc=nn.Linear(32, 5),
+               up=nn.ConvTranspose2d(2, 2, 3, stride=2, padding=1, output_padding=padding))
+
+
+@pytest.mark.parametrize('one, same', [
+    (lambda: voting(nn.AvgPool1d(2)), lambda: voting(lambda x: F.avg_pool1d(x.unsqueeze(1), 2).squeeze(1))),
+    (lambda: rows(nn.AvgPool2d(2)), lambda: rows(lambda x: F.avg_pool2d(x.unsqueeze(1), 2).squeeze(1))),
+    (lambda: turned(0, output_size=(4, 4)), lambda: turned(1)),
+    (lambda: Way(lambda n, x: F.relu(n.fc0(x.flatten(1))) @ n.fc.weight, fc0=nn.Linear(16, 16), fc=nn.Linear(5, 16)),
+     lambda: Way(lambda n, x: F.linear(F.relu(n.fc0(x.flatten(1))), n.fc.weight.T), fc0=nn.Linear(16, 16),
+                 fc=nn.Linear(5, 16)))])
+def test_other_spellings_count_alike(one, same):
+    counts = []
+    for make in (one, same):
+        model = self_models.spiking(make(), 2, default_threshold=0.5, delay=0).eval()
+        _, connections = counted(model, torch.ones(1, 1, 4, 4))
+        counts.append([{**row, 'name': ''}
+                       for row in numbers.operation_numbers(connections.values(), 1)['connections']])
+    assert counts[0] == counts[1] and all(row['ann_macs'] > 0 for row in counts[0])
+
+
+def test_a_product_with_a_stack_of_matrices_by_hand():
+    stack = Way(lambda n, x: n.fc((F.relu(n.fc0(x.flatten(1))).unflatten(1, (4, 1, 4)) @ n.w).flatten(1)),
+                fc0=nn.Linear(16, 16), fc=nn.Linear(12, 5))
+    stack.w = nn.Parameter(torch.ones(4, 4, 3))
+    model = self_models.spiking(stack, 2, default_threshold=0.5, delay=0).eval()
+    _, connections = counted(model, torch.ones(1, 1, 4, 4))
+    row = numbers.operation_numbers(connections.values(), 1)['connections'][1]
+    # four groups of four neurons, each to the three of its group; all spike at both steps
+    assert row['kind'] == 'linear' and row['ann_macs'] == row['ann_macs_with_padding'] == 4 * 4 * 3
+    assert row['synaptic_operations'] == 2 * 4 * 4 * 3
 
 
 def test_the_image_itself_at_neurons_by_hand():

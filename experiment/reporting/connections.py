@@ -141,16 +141,19 @@ class Walk(Pass):
                 other = self.env[each]
                 ones = torch.ones_like(other, dtype=x.dtype) if isinstance(other, torch.Tensor) else other
                 return x if each in self.found else None if each is bias else ones
-            return self.replay(node, given) if module is None else ones_through(module, x)
+            return self.replay(node, given) if module is None else ones_through(module, x, value.shape[2:])
 
         name = node.target if module is not None else node.name
         self.calls[name] += 1
         name = f'{name} ({self.calls[name]})' if self.calls[name] > 1 else name
-        kind = 'linear' if weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
-        turned = 'ranspose' in str(node.target if module is None else type(module))
-        matrix_behind = self.function_of(node) in traced.MATRIX_PRODUCTS and traced.source_of(node) in self.found
-        per_weight = flow.spikes if turned or matrix_behind else value
-        self.meet(name, kind, flow, connect, math.prod(weight.shape[1:]) * per_weight.numel())
+        product = self.function_of(node) in traced.MATRIX_PRODUCTS
+        kind = 'linear' if product or weight.dim() < 3 else 'conv' + 'x'.join(map(str, weight.shape[2:]))
+        if product:  # a sum over the last dimension of what is in front of the @
+            macs = value.numel() * (flow.spikes if traced.source_of(node) in self.found else weight).shape[-1]
+        else:
+            turned = 'ranspose' in str(node.target if module is None else type(module))
+            macs = math.prod(weight.shape[1:]) * (flow.spikes if turned else value).numel()
+        self.meet(name, kind, flow, connect, macs)
         return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
     def passed(self, node, module, flow, value, before):
@@ -182,7 +185,11 @@ class Walk(Pass):
         elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(function):
             spikes = add_up(call, spikes) if flow.real else call()
         elif isinstance(module, (*traced.POOLS, nn.Upsample)) or function is F.interpolate or traced.is_pool(function):
-            spikes = add_up(call, spikes)
+            name = type(module).__name__ if module is not None else function.__name__
+            if f'{spikes.dim() - 1}d' in name:  # of a tensor without channels, (B, W) or (B, H, W)
+                spikes = add_up(lambda x: call(x.squeeze(1)).unsqueeze(1), spikes.unsqueeze(1)).squeeze(1)
+            else:
+                spikes = add_up(call, spikes)
         elif isinstance(module, nn.modules.padding._ConstantPadNd) or function in CONSTANTS:
             constants = call(blank=True)  # no spikes
             spikes, biased = call() - constants, biased or bool(constants.any())
@@ -235,14 +242,18 @@ def nothing(value: torch.Tensor) -> torch.Tensor:
     return value.new_zeros(()).expand(value.shape)
 
 
-def ones_through(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The outputs of a convolution or linear layer of weights 1 without a bias."""
+def ones_through(module: nn.Module, x: torch.Tensor, size: torch.Size | None = None) -> torch.Tensor:
+    """The outputs of a convolution or linear layer of weights 1 without a bias. size: (H, W) of the outputs of a
+    transposed convolution, if it was called with one."""
     if isinstance(module, nn.Linear):
         return x.sum(-1, keepdim=True).expand(*x.shape[:-1], module.out_features)
     weight = x.new_ones(()).expand(module.weight.shape)
     if module.transposed:
-        return getattr(F, f'conv_transpose{x.dim() - 2}d')(x, weight, None, module.stride, module.padding,
-                                                           module.output_padding, module.groups, module.dilation)
+        whole = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in zip(
+            x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size)]
+        further = module.output_padding if size is None else [a - b for a, b in zip(size, whole)]
+        return getattr(F, f'conv_transpose{x.dim() - 2}d')(x, weight, None, module.stride, module.padding, further,
+                                                           module.groups, module.dilation)
     return module._conv_forward(x, weight, None)  # with its padding mode
 
 
