@@ -224,7 +224,7 @@ def folded_layer(layer: nn.Module, norm: nn.Module | None) -> tuple:
 
 
 def check_values(ann: nn.Module) -> None:
-    """Raise ValueError if a bound or a batch norm of an ANN is not finite, or a bound or variance not above 0."""
+    """Raise ValueError if a bound or a batch norm of an ANN is not finite, a bound not above 0 or a variance below."""
     for module in ann.modules():
         if isinstance(module, QCFS):
             checked_bound(module)

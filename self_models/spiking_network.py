@@ -194,7 +194,7 @@ class LayerByLayer(SpikingNetwork):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.carried and hasattr(destination, '_metadata'):
+        if self.carried and hasattr(destination, '_metadata'):  # else it may be unknown, as of a former state's file
             destination._metadata[prefix[:-1]]['carries'] = True
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
@@ -219,7 +219,8 @@ class LayerByLayer(SpikingNetwork):
         own = getattr(self, what)
         values = torch.tensor(values, dtype=torch.float64).to(own)
         if what == 'thresholds' and self.carried:
-            self.carried = own.clamp(min=SMALLEST).tolist()  # training may have changed both them and the weights
+            # training may have changed both them and the weights
+            self.carried = (own.clamp(min=SMALLEST) if self.learn_threshold else own).tolist()
             self.carry(values.tolist())
         own[:len(values)] = values
 

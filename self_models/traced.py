@@ -526,6 +526,8 @@ def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.
         return len(sizes) if not isinstance(sizes[0], fx.Node) or len(sizes) > 1 else None
     if name == 'getitem' and source_of(node).target not in (torch.chunk, 'chunk', torch.split, 'split'):
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if not all(each is None or each is Ellipsis or type(each) in (int, slice) for each in index):
+            return None
         return given and given + index.count(None) - sum(isinstance(each, int) for each in index)
     if name == 'squeeze':
         dims = argument(node, 1, 'dim')
@@ -533,8 +535,10 @@ def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.
     if name in ('unflatten', 'Unflatten'):
         sizes = argument(node, 2, 'sizes') if module is None else module.unflattened_size
         return given + len(sizes) - 1 if given and isinstance(sizes, (list, tuple)) else None
-    if name in ('type_as', 'to') or node.target in MATRIX_PRODUCTS:
+    if name in ('type_as', 'to'):
         return given
+    if node.target in MATRIX_PRODUCTS:
+        return None
     if name in ('flatten', 'Flatten'):
         start, end = (argument(node, 1, 'start_dim', 0), argument(node, 2, 'end_dim', -1)) if module is None else (
             module.start_dim, module.end_dim)

@@ -173,6 +173,12 @@ class Walk(Pass):
             return [self.env.get(each, each) for each in given
                     if each not in self.found and not traced.adds_nothing(node, each)]
 
+        def pooled():
+            name = type(module).__name__ if module is not None else function.__name__
+            if f'{spikes.dim() - 1}d' in name:  # of a tensor without channels, (B, W) or (B, H, W)
+                return add_up(lambda x: call(x.squeeze(1)).unsqueeze(1), spikes.unsqueeze(1)).squeeze(1)
+            return add_up(call, spikes)
+
         spikes, biased, function = flow.spikes, flow.biased, self.function_of(node)
         if isinstance(module, PASSED) or function in CASTS:
             biased |= isinstance(module, NORMS)
@@ -183,13 +189,9 @@ class Walk(Pass):
         elif function in traced.PRODUCTS:
             spikes = math.prod([torch.as_tensor(each, device=spikes.device) != 0 for each in others()], start=spikes)
         elif isinstance(module, traced.MAX_POOLS) or traced.is_max_pool(function):
-            spikes = add_up(call, spikes) if flow.real else call()
+            spikes = pooled() if flow.real else call()
         elif isinstance(module, (*traced.POOLS, nn.Upsample)) or function is F.interpolate or traced.is_pool(function):
-            name = type(module).__name__ if module is not None else function.__name__
-            if f'{spikes.dim() - 1}d' in name:  # of a tensor without channels, (B, W) or (B, H, W)
-                spikes = add_up(lambda x: call(x.squeeze(1)).unsqueeze(1), spikes.unsqueeze(1)).squeeze(1)
-            else:
-                spikes = add_up(call, spikes)
+            spikes = pooled()
         elif isinstance(module, nn.modules.padding._ConstantPadNd) or function in CONSTANTS:
             constants = call(blank=True)  # no spikes
             spikes, biased = call() - constants, biased or bool(constants.any())
