@@ -15,7 +15,7 @@ class QCFS(nn.Module):
 
     levels: L, 1 or more. bound: theta at first, above 0. channels: a bound for each of so many channels, dimension 1 of
     the input; None for one bound. Raises ValueError for others. Gradients, straight through the floor:
-    dy/dx = [0 <= x <= theta]; dy/dtheta = y / theta - x / theta there, 1 above theta, 0 below 0.
+    dy/dx = [0 < x < theta]; dy/dtheta = y / theta - x / theta inside, 1 from theta on, 0 below.
     """
 
     def __init__(self, levels: int = 8, bound: float = 2.0, channels: int | None = None):
@@ -107,17 +107,14 @@ class _QCFS(torch.autograd.Function):
         step = theta / ctx.levels
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
-        if not x.is_cuda:
-            below, above = -torch.finfo(ctx.dtype).tiny, torch.nextafter(
-                torch.tensor(theta, dtype=ctx.dtype), torch.tensor(torch.inf, dtype=ctx.dtype)).item()
         grad_x, total = torch.empty_like(x), torch.zeros((), dtype=ctx.dtype, device=x.device)
         for values, given, out in blocks(x, grad, grad_x):
             values, given = values.to(ctx.dtype), given.to(ctx.dtype)
             inside = out if out.dtype == ctx.dtype else torch.empty_like(values)
             if x.is_cuda:
-                torch.mul(given, (values >= 0) & (values <= theta), out=inside)
-            else:  # the same in one pass, which takes what is between two numbers, without these
-                torch.ops.aten.hardtanh_backward.grad_input(given, values, below, above, grad_input=inside)
+                torch.mul(given, (values > 0) & (values < theta), out=inside)
+            else:  # the same in one pass
+                torch.ops.aten.hardtanh_backward.grad_input(given, values, 0.0, theta, grad_input=inside)
             if inside is not out:
                 out.copy_(inside)
             # theta dy/dtheta = y - x inside, y outside

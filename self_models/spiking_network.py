@@ -232,14 +232,14 @@ class LayerByLayer(SpikingNetwork):
         """
         carried = self.carried or [1.0] * len(self.thresholds)
         behind = [*(stage.inputs for stage in self.stages()), ((len(carried) - 1, self.classifier[-1]),)]
-        behind = [(source, synapse.factor if isinstance(synapse, Scale) else synapse.weight)
-                  for inputs in behind for source, synapse in inputs if source >= 0]
-        if not all(isinstance(values, nn.Parameter) for _, values in behind):
+        behind = [each for inputs in behind for each in inputs if each[0] >= 0]
+        if not all(isinstance(getattr(synapse, 'weight', None), (nn.Parameter, type(None))) for _, synapse in behind):
             raise ValueError('weights that carry thresholds are computed from others, as by pruning: make them '
                              'permanent first, as prune.remove does')
         self.carried = [*thresholds, *carried[len(thresholds):]]
-        for source, values in behind:
+        for source, synapse in behind:
             if self.carried[source] != carried[source]:
+                values = synapse.factor if isinstance(synapse, Scale) else synapse.weight
                 values *= self.carried[source] / carried[source]
 
     @torch.no_grad()
