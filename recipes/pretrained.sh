@@ -4,7 +4,7 @@
 #     bash recipes/pretrained.sh digits             # two minutes on two cores
 #     bash recipes/pretrained.sh quick              # CIFAR-10, T = 4: 42 minutes
 #     bash recipes/pretrained.sh quick longer two_steps one_step  # the better ones at T = 4, 2 and 1: two hours more
-#     EXTRA=--amp bash recipes/pretrained.sh max_pools one_level  # another network, no file: on two cores with bfloat16
+#     EXTRA=--amp bash recipes/pretrained.sh max_pools one_level strided  # others, no file: on two cores with bfloat16
 #     DATA='--dataset FOLDER --data_dir ~/Datasets/cifar10_jpeg' bash recipes/pretrained.sh quick
 #
 # If it was stopped, start it again: it resumes. Into another folder: PRETRAINED=DIR. EXTRA: flags for all runs, such as
