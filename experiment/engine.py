@@ -128,12 +128,13 @@ def check_finite(loss: float, where: str, model: nn.Module, trains: bool = True)
                   if not weight.isfinite().all()), None)
     said = [] if math.isfinite(loss) else [f'the loss became {loss}']
     said += [f'the weights of {wrong} left the finite range'] if wrong else []
-    if said and not trains:
-        raise UserError(f'{where} {", as ".join(said)}: use another copy of the checkpoint, or train it anew')
     if said:
-        raise UserError(f'{where} {", as ".join(said)}: lower --learning_rate' + (
+        remedy = 'lower --learning_rate' + (
             ', or the surrogate gradient with --alpha or --gamma, or raise the thresholds'
-            if isinstance(model, SpikingNetwork) else ''))
+            if isinstance(model, SpikingNetwork) else '')
+        if not trains:
+            remedy = 'use another copy of the checkpoint, or train it anew'
+        raise UserError(f'{where} {", as ".join(said)}: {remedy}')
 
 
 class Meter:

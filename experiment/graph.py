@@ -8,7 +8,7 @@ from torch import fx, nn
 from self_models.layers import Scale
 from self_models.plain import LIF, HeldDropout, PlainNetwork, Repeat
 from self_models.spiking_network import SpikingNetwork
-from self_models.traced import givers, is_formed
+from self_models.traced import givers
 
 NORMS = nn.modules.batchnorm._BatchNorm
 
@@ -73,7 +73,7 @@ class Pass(fx.Interpreter):
         value = super().run_node(node)
         before = [self.found[each] for each in givers(node) if each in self.found]
         first = value[0] if isinstance(value, (tuple, list)) and value else value
-        if node.op == 'placeholder' or before and isinstance(first, torch.Tensor) and not is_formed(node, self.found):
+        if node.op == 'placeholder' or before and isinstance(first, torch.Tensor):
             self.found[node] = self.made(node, value, before)
         for each in self.user_to_last_uses.get(node, ()):
             self.found.pop(each, None)

@@ -86,7 +86,9 @@ def copy_settings(ann: nn.Module, snn: SpikingNetwork, dropout: float | None) ->
             target.bias.requires_grad_(any(biases) if biases else target.weight.requires_grad)
     dropouts = ([each for each in network.modules() if isinstance(each, nn.Dropout)] for network in (ann, snn))
     for own, new in zip(*dropouts):
-        new.training, new.p = own.training, own.p if dropout is None or new.p != dropout else new.p
+        new.training = own.training
+        if new.p != dropout:
+            new.p = own.p
 
 
 def scales_of(ann: nn.Module) -> bool | str:

@@ -374,8 +374,8 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
             raise Refused(f'{where}: {what} {why}: {REMEDIES.get(remedy, remedy)}')
 
         module = modules[node.target] if node.op == 'call_module' else None
-        values = [each for each in node.all_input_nodes if kinds[each] == VALUE]
-        behind[node] = any(behind[each] for each in values if each in givers(node))
+        values = [each for each in givers(node) if kinds[each] == VALUE]
+        behind[node] = any(behind[each] for each in values)
         kinds[node], ranks[node] = VALUE, None
         if node.op == 'placeholder':
             ranks[node] = rank_taken(node, modules)
@@ -385,7 +385,7 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
             if behind[node.args[0]]:
                 raise Refused(f'{name} has an activation behind its last layer: leave it out, so that the output is '
                               'the logits')
-        elif not values or is_size(node) or is_formed(node, values):
+        elif not values or is_size(node):
             kinds[node] = kind_of(node, kinds, ranks, refuse)
         else:
             ranks[node] = rank_of(node, module, what, values, ranks)
@@ -403,11 +403,6 @@ def activations_of(tree: nn.Module, graph: fx.Graph) -> list[Call]:
     for node in graph.nodes:
         node.meta.update(kind=kinds[node], rank=ranks[node])
     return calls
-
-
-def is_formed(node: fx.Node, values) -> bool:
-    """Whether a node gives a weight in the form of another tensor. values: the nodes that depend on the images."""
-    return node.target in LIKE and source_of(node) not in values
 
 
 def givers(node: fx.Node) -> list[fx.Node]:
@@ -535,6 +530,8 @@ def rank_of(node: fx.Node, module: nn.Module | None, what: str, values: list[fx.
     if name in ('unflatten', 'Unflatten'):
         sizes = argument(node, 2, 'sizes') if module is None else module.unflattened_size
         return given + len(sizes) - 1 if given and isinstance(sizes, (list, tuple)) else None
+    if name == 'expand_as':
+        return ranks[argument(node, 1, 'other')]
     if name in ('type_as', 'to'):
         return given
     if node.target in MATRIX_PRODUCTS:
