@@ -1,4 +1,4 @@
-"""Train an ANN without biases, the first step of hybrid conversion (Rathi et al., ICLR 2020).
+"""Train an ANN with ReLU or QCFS, the first step of hybrid conversion (Rathi et al., ICLR 2020).
 
     python ann.py --architecture VGG5 --dataset DIGITS --optimizer Adam --learning_rate 1e-3 --epochs 20
     python ann.py --architecture VGG16 --dataset CIFAR10 --learning_rate 0.01 --batch_size 64 --log

@@ -4,8 +4,8 @@
                   --epochs 3
     python snn.py --pretrained_snn trained_models/snn/snn_vgg5_digits_12.pth --test_only
 
-Without a pretrained file it trains from scratch. The best epoch's network goes to
-trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
+A QCFS ANN is converted as it is, the thresholds of another are balanced. Without a pretrained file it trains from
+scratch. The best epoch's network goes to trained_models/snn/<identifier>.pth; a converted network counts as epoch 0.
 """
 from functools import partial
 

@@ -102,7 +102,7 @@ class Data(NamedTuple):
 
 
 def crop_and_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """Pad (B, C, H, W) with zeros (black), cut each image out at its own random place and flip every other one."""
+    """Pad (B, C, H, W) with zeros (black), cut each image out at a random place and flip it with probability 1/2."""
     count, _, height, width = images.shape
     padded = torch.nn.functional.pad(images, (padding,) * 4)
     top, left = torch.randint(2 * padding + 1, (2, count))

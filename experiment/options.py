@@ -185,7 +185,7 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
         help=f'{", ".join(ARCHITECTURES)}; or a function or class of your own that returns a network; default '
              '%(default)s')
     add('--dropout', type=below_one, default=dropout, metavar='P',
-        help='dropout after convolutions that no pool follows (in the classifier 0.5); default %(default)s')
+        help="dropout after convolutions that no pool follows (in a VGG's classifier 0.5); default %(default)s")
     add('--kernel_size', type=odd_int, default=3, metavar='K', help='of the VGG convolutions; default %(default)s')
 
     add = parser.add_argument_group('data').add_argument
@@ -201,8 +201,8 @@ def common_options(parser: argparse.ArgumentParser, learning_rate: float, optimi
         help='hold out this part of the training set and choose the best epoch on it; default 0: choose on the test '
              'set')
     add('--crop', type=number(int, 0, 32), default=4, metavar='PIXELS',
-        help='shift each training image of CIFAR or FOLDER at random by up to so many pixels, 0 to 32; every other one '
-             'is flipped, too; default %(default)s')
+        help='shift each training image of CIFAR or FOLDER at random by up to so many pixels, 0 to 32; each is '
+             'also flipped with probability 1/2; default %(default)s')
     add('--cutout', type=natural_int, default=0, metavar='PIXELS',
         help='blot out a square of this size in each training image, at a random place; default 0: none')
 

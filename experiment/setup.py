@@ -183,7 +183,7 @@ def check_steps(model: SpikingNetwork, args: Namespace) -> list[str]:
 
 def too_few_steps(model: SpikingNetwork) -> str | None:
     """What to say if a spiking network has too few time steps for its images to reach the output, else None."""
-    if model.timesteps > model.latency:
+    if model.timesteps > model.output_delay:
         return None
     what = 'nothing of the images' if has_biases(model) else 'no spike'
     return (f'--timesteps {model.timesteps}: on the shortest way each of {model.depth} spiking layers delays by one '

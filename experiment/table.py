@@ -69,8 +69,8 @@ class Results:
         if self.curve[-1] > self.curve[len(self.curve) * 9 // 10 - 1] or steps <= 16:
             why.append(f'{steps} time steps tell few rates apart')
             remedies.append('more --timesteps')
-        if model.latency > steps / 20:
-            why.append(f'the delays of {model.depth} layers take {model.latency} of the {steps} steps')
+        if model.output_delay > steps / 20:
+            why.append(f'the delays of {model.depth} layers take {model.output_delay} of the {steps} steps')
             remedies.append('--delay 0')
         if args.scaling_factor not in (None, 'auto'):
             why.append(f'at a scaling factor of {args.scaling_factor} neurons may be slow to fire, or saturate')

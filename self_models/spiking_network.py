@@ -91,8 +91,8 @@ class SpikingNetwork(nn.Module):
     fire in the step of their input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak:
     make `thresholds`, `leaks` parameters.
 
-    initial_leak: of all layers, until leak_update or learning. latency: the first step, from 0, at which a spike that
-    the images cause can be at the output; without biases, no fewer time steps than latency + 1 give more than nothing.
+    initial_leak: of all layers, until leak_update or learning. output_delay: steps before the first at which a spike
+    that the images cause can be at the output; without biases, T must be above it for more than nothing.
     """
 
     def __init__(self, activation: str, timesteps: int, leak: float, default_threshold: float, alpha: float,
@@ -116,7 +116,7 @@ class SpikingNetwork(nn.Module):
         self.input_layer = PoissonGenerator(rate)
 
     @property
-    def latency(self) -> int:
+    def output_delay(self) -> int:
         return self.depth * self.delay
 
     @property
@@ -320,7 +320,7 @@ class LayerByLayer(SpikingNetwork):
 
     def is_silent(self, x: torch.Tensor) -> bool:
         """Whether no spike can reach the output: without images, or with too few steps and no bias to cause one."""
-        if not len(x) or self.timesteps > self.latency:
+        if not len(x) or self.timesteps > self.output_delay:
             return not len(x)
         return all(getattr(synapse, 'bias', None) is None for stage in self.stages() for _, synapse in stage.inputs)
 
@@ -351,15 +351,15 @@ class LayerByLayer(SpikingNetwork):
 
     def record(self, x: torch.Tensor) -> Iterator[LayerRecord]:
         """Yield what every LIF layer is given and does, in the order of `layer_names`, as images x (B, C, H, W) go
-        through: input current, membrane potentials, spikes. `timesteps` must be above `latency`."""
+        through: input current, membrane potentials, spikes. `timesteps` must be above `output_delay`."""
         compute_weights(self)
         for index, (inputs, train) in enumerate(self.layers(self.input_train(x), 0, len(self.stages()))):
             yield LayerRecord(self.layer_names[index], self.lif_parameters(index), inputs, train)
 
     def input_train(self, x: torch.Tensor) -> SpikeTrain | DirectInput:
-        """The input of the first layer, without the last `latency` of the T steps, which cannot reach the output. At
-        least one step, for networks in which only biases make neurons fire."""
-        return self.encode(x, max(1, self.timesteps - self.latency))
+        """The input of the first layer, without the last `output_delay` of the T steps, which cannot reach the output.
+        At least one step, for networks in which only biases make neurons fire."""
+        return self.encode(x, max(1, self.timesteps - self.output_delay))
 
     def largest_convolution(self, shape: tuple) -> int:
         """The most values that one of the convolutions takes and gives, of one sample at one step.

@@ -132,7 +132,7 @@ def test_under_constant_current_a_neuron_fires_as_often_as_qcfs_says(timesteps):
 def test_every_neuron_against_step_by_step(architecture, activation, encoding, delay, initial, bias):
     model = filled(architecture, activation=activation, encoding=encoding, delay=delay, initial_potential=initial,
                    bias=bias, gamma=0.9, alpha=0.9, beta=0.2, **LEARNED)
-    model.timesteps = model.latency + 8
+    model.timesteps = model.output_delay + 8
     r = np.random.RandomState(1)
     model.threshold_update(1.0, r.uniform(0.6, 2.0, len(model.thresholds)))
     model.leak_update(r.uniform(0.5, 1.0, len(model.leaks)))
@@ -232,9 +232,9 @@ def test_the_curve_holds_the_outputs_of_fewer_steps(delay):
     model = filled('RESNET6', encoding='direct', delay=delay, initial_potential=0.5, bias=True, default_threshold=2.0)
     with torch.no_grad():
         model.classifier[0].bias.uniform_(-1, 1)
-    model.timesteps = model.latency + 4
+    model.timesteps = model.output_delay + 4
     x = ternary((2, 1, 8, 8), 5, low=0)
-    at = [model.latency + 1, model.latency + 2, model.latency + 4]
+    at = [model.output_delay + 1, model.output_delay + 2, model.output_delay + 4]
     curve = model.curve(x, at)
     for steps, outputs in zip(at, curve, strict=True):
         model.timesteps = steps

@@ -999,7 +999,7 @@ def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, n
     for model in (lean, plain):
         model.threshold_update(0.3, [value * 0.75 ** i for i, value in enumerate(found)])  # deep layers fire, too
     assert torch.equal(lean.thresholds, plain.thresholds) and lean.leaks.tolist() == plain.leaks.tolist()
-    assert (lean.depth, lean.latency) == (plain.depth, plain.latency)
+    assert (lean.depth, lean.output_delay) == (plain.depth, plain.output_delay)
     a, b, outputs = x.clone().requires_grad_(), x.clone().requires_grad_(), []
     for model, images in ((lean, a), (plain, b)):
         outputs.append(model(images))
@@ -1007,12 +1007,12 @@ def test_both_ways_agree(architecture, activation, delay, timesteps, encoding, n
     assert torch.allclose(*outputs, rtol=1e-6, atol=1e-9) and outputs[0].std() > 0
     at = [1, timesteps]
     assert torch.allclose(lean.curve(x, at), plain.curve(x, at), rtol=1e-6, atol=1e-9)
-    if timesteps > lean.latency:  # else the biases alone make the last layers fire
+    if timesteps > lean.output_delay:  # else the biases alone make the last layers fire
         same_spikes(lean, plain, x)
     same_gradients(lean, plain)
     if encoding == 'direct':
         # in one step STDB lets no gradient through a layer that did not fire
-        close(a.grad, b.grad, 1e-6, 'images', silent=timesteps == 1 or timesteps <= lean.latency)
+        close(a.grad, b.grad, 1e-6, 'images', silent=timesteps == 1 or timesteps <= lean.output_delay)
 
 
 @pytest.mark.parametrize('architecture', ['VGG5', 'VGG9', 'RESNET12'])
@@ -1560,7 +1560,7 @@ def test_optional_arguments_and_kept_activations():
 def test_the_shortest_way(name, depth):
     for delay in (0, 1):
         snn = spiking(own(name), 5, delay=delay)
-        assert (snn.depth, snn.latency) == (depth, delay * depth)
+        assert (snn.depth, snn.output_delay) == (depth, delay * depth)
 
 
 def test_a_network_without_parameters():

@@ -410,7 +410,7 @@ def test_every_network_of_few_steps_is_drawn(architecture, activation, encoding,
     found = json.loads(json.dumps(numbers.summary(model, layers, list(connections.values()), 3), allow_nan=False))
     assert sum(found['surrogate']['count']) + sum(
         found['surrogate'].get(key, 0) for key in ('never', 'below', 'above')) == found['surrogate']['total']
-    about = {'timesteps': timesteps, 'latency': model.latency, 'test_images': 3, **found,
+    about = {'timesteps': timesteps, 'latency': model.output_delay, 'test_images': 3, **found,
              'accuracy': {'time_steps': [timesteps], 'accuracy': [0.5], 'ann': 0.6}}
     surrogate = plots.draw_surrogate(about)
     assert surrogate.axes[0].get_title() == TITLES[activation]
@@ -750,7 +750,7 @@ def test_every_network_that_runs_is_drawn(architecture, activation, more, thresh
     found = numbers.summary(model, layers, list(connections.values()), 3)
     spikes = sum(layer['spikes_per_neuron'] for layer in found['layers'][1:])
     assert (spikes > 0) == (shade == 1 and threshold < 1)
-    about = {'timesteps': model.timesteps, 'latency': model.latency, 'test_images': 3, **found,
+    about = {'timesteps': model.timesteps, 'latency': model.output_delay, 'test_images': 3, **found,
              'accuracy': {'time_steps': [depth + more], 'accuracy': [0.0], 'ann': None}}
     found['layers'][-1]['name'] = found['operations']['connections'][-1]['name'] = '$^$'  # as a module may be called
     surrogate = plots.draw_surrogate(about)

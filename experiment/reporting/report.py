@@ -50,7 +50,7 @@ def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
     report = {
         'command': log.command(), 'checkpoint': known.checkpoint and str(known.checkpoint),
         'arguments': log.arguments(args), 'test_images': len(data.test), 'timesteps': model.timesteps,
-        'leak': model.leak, 'leaks': model.leaks.tolist(), 'depth': model.depth, 'latency': model.latency,
+        'leak': model.leak, 'leaks': model.leaks.tolist(), 'depth': model.depth, 'latency': model.output_delay,
         'delay': model.delay, 'encoding': model.encoding, 'initial_potential': model.initial_potential,
         'conversion': known.conversion,
         'accuracy': {'time_steps': known.at, 'accuracy': known.accuracy, 'ann': known.ann_accuracy},
