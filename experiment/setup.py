@@ -43,6 +43,8 @@ def set_up_device(args: Namespace) -> torch.device:
 
 def _device(args):
     wanted = torch.cuda.is_available() if args.gpu is None else args.gpu
+    if args.gpu is False:
+        return torch.device('cpu')
     numbers = [int(n) for n in args.devices.split(',')]
     if len(numbers) > 1 and not distributed.wanted():
         command = shlex.join(['torchrun', '--nproc_per_node', str(len(numbers)), '--', *sys.argv])
@@ -96,7 +98,8 @@ def build_ann(args: Namespace, data: Data, activation: str, levels: int, batch_n
     if options.is_own_network(args.architecture):
         model = own.build(args.architecture, len(data.classes), data.input_shape)
         try:
-            return self_models.quantize(model, levels, bounds == 'channel') if activation == 'QCFS' else model
+            with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
+                return self_models.quantize(model, levels, bounds == 'channel') if activation == 'QCFS' else model
         except ValueError as error:
             raise UserError(f'--architecture {args.architecture}: {error}') from error
     # in bfloat16 a training step takes 0.6 of the time in this layout; in float32 it makes no difference
@@ -116,9 +119,9 @@ def build_snn(args: Namespace, data: Data, state: dict | None = None) -> Spiking
     if options.is_own_network(args.architecture) or args.keep_batch_norm:
         ann = build_ann(args, data, **{**checkpoint.ann_layers(state), 'levels': 1})
         try:
-            if state and any(isinstance(module, self_models.QCFS) for module in ann.modules()):
-                ann = self_models.quantize(ann, 1)  # an SNN's file does not say that ReLUs beside a QCFS became QCFS
-            with warnings.catch_warnings(action='ignore'):  # its notes are said later, with the run's
+            with warnings.catch_warnings(action='ignore'):
+                if state and any(isinstance(module, self_models.QCFS) for module in ann.modules()):
+                    ann = self_models.quantize(ann, 1)  # an SNN's file does not say that its other ReLUs became QCFS
                 return self_models.spiking(ann, **neurons)
         except ValueError as error:
             raise UserError(f'--architecture {args.architecture}: {error}') from error

@@ -1,6 +1,5 @@
 """The results of snn.py: accuracy over time before training, and the table of accuracies at the end."""
 import contextlib
-from pathlib import Path
 
 from torch.optim import Optimizer
 
@@ -99,7 +98,8 @@ class Results:
         elif self.start.kind in ('snn', 'resume'):
             tested, history = self.start.path, self.start.state.get('history')
             with contextlib.suppress(UserError):  # the history of a best epoch's checkpoint ends at that epoch
-                later = checkpoint.load_training(Path(tested).with_suffix('.last.pth'), 'snn')['history']
+                later = checkpoint.load_training(
+                    f'{str(tested).removesuffix(".pth").removesuffix(".folded")}.last.pth', 'snn')['history']
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,

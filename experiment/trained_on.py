@@ -60,14 +60,14 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None, resumed: boo
     """Set args.split_seed, the seed that orders the training set.
 
     It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
-    of `state` on this set, as later trainings that held out images took it over.
+    of `state` on a set of this name, as later trainings that held out images took it over. A folder may have moved.
     """
     args.split_seed = args.seed
     if resumed:
         seed = state['args'].get('split_seed')
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
-        here = [entry for entry in trainings(state) if entry and _set(entry) == _set(vars(args))]
+        here = [entry for entry in trainings(state) if entry and entry['dataset'] == args.dataset]
         args.split_seed = here[0]['seed'] if here else args.seed
 
 
@@ -97,7 +97,10 @@ def notes(args: argparse.Namespace, images: Data, state: dict, path: str | Path)
     for entry in trainings(state):
         if entry is None:
             others.append('it does not say all that it was trained on')
-        elif _set(entry) == _set(vars(args)) and entry['images'] in (None, whole):
+        elif entry['dataset'] == args.dataset and entry['images'] in (
+                (None, whole) if _set(entry) == _set(vars(args)) else (whole,)):
+            if _set(entry) != _set(vars(args)):
+                others.append(f'its pictures, of {entry["data_dir"]}, are taken for these')
             count = entry['train_samples'] or whole - held_out_of(whole, entry['validation_fraction'])
             seeds.append(entry['seed'])
             seen.update(shuffled(whole, entry['seed'])[:count].tolist())

@@ -81,7 +81,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(n, C, H, W) -> (n, C', H', W')."""
-        if not takes_patches(self, x.shape[1:], x.device):
+        # the transforms of torch.func do not take the function below
+        if torch._C._are_functorch_transforms_active() or not takes_patches(self, x.shape[1:], x.device):
             return super().forward(x)
         dtype = compute_dtype(self.weight)
         bias = None if self.bias is None else self.bias.to(dtype)

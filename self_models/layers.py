@@ -140,6 +140,9 @@ def vgg_layers(vgg_name: str, labels: int, dataset: str, kernel_size: int, dropo
             layers += [*parts.conv(channels, item, kernel_size), parts.activation(item), Dropout(dropout)]
             channels = item
             height, width = (size + 2 * ((kernel_size - 1) // 2) - kernel_size + 1 for size in (height, width))
+        if min(height, width) < 1:  # a convolution with an even kernel takes a pixel off
+            raise ValueError(f'{vgg_name} with kernels of {kernel_size} leaves nothing of such images: choose an odd '
+                             'kernel_size, or larger images')
     hidden = VGG11_CIFAR100_HIDDEN if on_cifar100 else VGG_HIDDEN
     classifier = nn.Sequential(
         *parts.linear(channels * height * width, hidden), parts.activation(hidden), Dropout(0.5),

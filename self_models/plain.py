@@ -17,7 +17,7 @@ from self_models.encoding import ENCODINGS
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
 from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS, SMALLEST
-from self_models.spiking_network import SpikingNetwork, check_leak, check_threshold, check_timesteps
+from self_models.spiking_network import SpikingNetwork, check_leak, check_neurons, check_threshold, check_timesteps
 from self_models.surrogate import FLAGS, SURROGATES
 from self_models.traced import (
     COUNT,
@@ -57,14 +57,15 @@ class LIF(nn.Module):
     timesteps: T. threshold, leak: buffers (), or parameters if learn_threshold, learn_leak. activation: the surrogate
     gradient by its name, with the flags of surrogate.py. delay: steps from input to spike, 1 or 0. initial_potential:
     in thresholds. bounds: (C,) by which each channel (dimension 1) is divided before and multiplied after, or None.
-    once: the currents are (B, ...), the same at all steps. Equations: lif.py. Raises ValueError for currents whose
-    first dimension is no multiple of T.
+    once: the currents are (B, ...), the same at all steps. Equations: lif.py. Raises ValueError for settings that no
+    neuron has, and for currents whose first dimension is no multiple of T.
     """
 
     def __init__(self, timesteps: int = 1, threshold: float = 1.0, leak: float = 1.0, activation: str = 'STDB',
                  delay: int = 1, initial_potential: float = 0.0, learn_threshold: bool = False,
                  learn_leak: bool = False, backend: str = 'torch', bounds: torch.Tensor | None = None, **flags: float):
         super().__init__()
+        check_neurons(backend, activation, delay, initial_potential)
         self.timesteps, self.delay, self.initial_potential = check_timesteps(timesteps), delay, initial_potential
         self.activation, self.flags, self.backend, self.once = activation, flags, backend, False
         for name, value, learned in (('threshold', check_threshold(threshold), learn_threshold),

@@ -45,14 +45,19 @@ class LayerRecord:
         The potential is the one after the input of each of the window's n steps, which decides about the spike (p in
         lif.py); N is stored as in SpikeTrain. Both are computed again.
         """
-        steps, ready = self.window[1], prepared(self.inputs)
-        with torch.no_grad(), torch.autocast(self.inputs[0].train.tensors()[0].device.type, enabled=False):
-            for samples, current in currents(self.inputs, self.window, ready):
+        kind, steps = self.inputs[0].train.tensors()[0].device.type, self.window[1]
+        groups = currents(self.inputs, self.window, prepared(self.inputs))
+        while True:
+            # not around the yield: what the caller does between two groups is not for these modes
+            with torch.no_grad(), torch.autocast(kind, enabled=False):
+                samples, current = next(groups, (None, None))
+                if current is None:
+                    return
                 current = current.expand(steps, -1, -1)
                 potentials = torch.empty_like(current, memory_format=torch.contiguous_format)
                 lif_forward(current.flatten(1), torch.empty_like(potentials, dtype=torch.bool).flatten(1),
                             self.parameters, potentials=potentials.flatten(1))
-                yield samples, current, potentials
+            yield samples, current, potentials
 
 
 class Stage(NamedTuple):
@@ -100,12 +105,8 @@ class SpikingNetwork(nn.Module):
                  initial_potential: float = 0.0, learn_threshold: bool = False, learn_leak: bool = False,
                  width: float = 1.0):
         super().__init__()
-        for what, value, known in (('backend', backend, ('torch', 'triton')), ('activation', activation, SURROGATES),
-                                   ('encoding', encoding, ENCODINGS), ('delay', delay, (0, 1))):
-            if value not in known:
-                raise ValueError(f'unknown {what} {value!r}: choose {" or ".join(map(repr, known))}')
-        if not 0 <= initial_potential < 1:
-            raise ValueError(f'initial_potential must be at least 0 and below 1, not {initial_potential}')
+        check_neurons(backend, activation, delay, initial_potential)
+        check_choice('encoding', encoding, ENCODINGS)
         self.backend, self.encoding, self.delay = backend, encoding, delay
         self.initial_potential = float(initial_potential)
         self.activation, self.alpha, self.beta, self.gamma, self.width = activation, alpha, beta, gamma, width
@@ -277,7 +278,7 @@ class LayerByLayer(SpikingNetwork):
         if encoding.constant:
             x = x.to(dtype)
             return DirectInput(x.detach(), shape, steps, proxy=flatten(x, 1) if x.requires_grad else None)
-        spikes = torch.empty(steps, len(x), x[0].numel(), dtype=torch.bool, device=x.device)
+        spikes = torch.empty(steps, len(x), math.prod(shape), dtype=torch.bool, device=x.device)
         for t, row in enumerate(spikes):
             row.copy_(flatten(encoding.fires(x, t, self.input_layer.rate), 1)[0])
         return SpikeTrain(spikes, shape, 0, mask=flatten(x.sign().to(dtype), 1)[0])
@@ -402,6 +403,19 @@ def run_through(layers: Layers) -> SpikeTrain:
             next(layers)  # what it yields is not held, so a layer's input can go when the next layer runs
         except StopIteration as done:
             return done.value
+
+
+def check_choice(what: str, value: object, known: Iterable) -> None:
+    if value not in known:
+        raise ValueError(f'unknown {what} {value!r}: choose {" or ".join(map(repr, known))}')
+
+
+def check_neurons(backend: str, activation: str, delay: int, initial_potential: float) -> None:
+    check_choice('backend', backend, ('torch', 'triton'))
+    check_choice('activation', activation, SURROGATES)
+    check_choice('delay', delay, (0, 1))
+    if not 0 <= initial_potential < 1:
+        raise ValueError(f'initial_potential must be at least 0 and below 1, not {initial_potential}')
 
 
 def check_threshold(value: float) -> float:

@@ -215,8 +215,9 @@ def _balance_plain(model, images, timesteps, percentile, progress):
     it, by the part of the network between them."""
     ways, lifs, weight = segments(model), model.lifs, weight_of(model)
     model.timesteps = 1
-    currents = {record.name: (record.current.shape, record.current.dtype)
-                for record in model.record(images[:1].to(weight.device, weight.dtype))}
+    with torch.autocast(weight.device.type, enabled=False):
+        currents = {record.name: (record.current.shape, record.current.dtype)
+                    for record in model.record(images[:1].to(weight.device, weight.dtype))}
     shapes = {name: tuple(shape[2:]) for name, (shape, _) in currents.items()} | {'input': tuple(images.shape[1:])}
     # of an image, which the network may cut into several samples
     sizes = {name: math.prod(shape[1:]) for name, (shape, _) in currents.items()} | {
@@ -234,7 +235,7 @@ def _balance_plain(model, images, timesteps, percentile, progress):
 
     def values_of(source, group, first, stop):
         if source not in stores:  # direct input
-            return images[group].to(weight.device, weight.dtype)
+            return images[group].to(weight.device, weight.dtype, copy=True)  # their potentials are written over them
         spikes = stores[source].read(group, first, stop, weight.device).flatten(0, 1).view(-1, *shapes[source])
         if source == 'input':
             return spikes * images[group].sign().to(weight.device, weight.dtype).repeat(

@@ -67,11 +67,12 @@ REMEDIES = {  # of what is refused: what to put in its place
     'softmax': 'leave it out: the loss and the predictions take logits',
     'product': 'a spiking network adds up its inputs: leave the product of activations out, or add them',
     'samples': 'name the dimensions, from 1 on',
+    'copies': 'put the copies together with torch.cat, as in torch.cat([x, x, x], 1)',
     'other': 'use layers that are linear in their input, and nn.ReLU or QCFS between them'}
 _PRODUCTS = re.compile('ttention|matmul|bmm|einsum|LSTM|GRU|RNN|ransformer|ilinear|addcmul|outer|^dot$|^prod$')
 _NORMS = re.compile('Norm|norm|LRN')
-_ACTIVATIONS = re.compile('LU|lu$|lu6|igmoid|anh|[sS]hrink|ish$|clamp|clip|[sS]ign|hreshold|oftplus|^abs$|^exp|sqrt$|'
-                          'square|pow$|^max|^min|^amax|^amin|^heaviside')
+_ACTIVATIONS = re.compile('LU|lu$|lu6|igmoid|anh|[sS]hrink|ish$|clamp|clip|[sS]ign|hreshold|oftplus|^abs$|^exp(m1|2)?$|'
+                          'sqrt$|square|pow$|^max|^min|^amax|^amin|^heaviside')
 _RANDOM = re.compile('rand|bernoulli|normal(?!ize)|multinomial|poisson')
 # what a node of the graph gives: what depends on the input's values; a tensor that does not; a number that does not, or
 # that counts the samples; a shape that begins with that count
@@ -650,6 +651,8 @@ def refuse_by_name(name: str, refuse: Callable) -> None:
         refuse('would not follow into training', 'put nn.BatchNorm1d, 2d or 3d in its place')
     if _NORMS.search(name):
         refuse('depends on all the values of a sample', 'norm')
+    if name in ('expand', 'repeat', 'tile', 'broadcast_to', 'repeat_interleave'):
+        refuse('is not followed', 'copies')
     refuse('has no spiking counterpart', 'activation' if _ACTIVATIONS.search(name) else 'other')
 
 

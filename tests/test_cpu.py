@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from self_models import cpu
+from self_models import VGG, cpu
 from self_models.layers import conv
 
 CPU = torch.device('cpu')
@@ -31,6 +31,21 @@ def test_second_derivatives_and_empty_batches():
     assert torch.autograd.gradgradcheck(lambda x, weight: torch.func.functional_call(layer, {'weight': weight}, (x,)),
                                         (x, layer.weight))
     assert layer(x[:0]).shape == (0, 3, 3, 3)
+
+
+def test_an_ann_of_small_maps_under_the_transforms_of_torch_func():
+    ann, x = VGG('VGG5', dataset='DIGITS').double().eval(), torch.rand(3, 1, 8, 8, dtype=torch.float64)
+    given = dict(ann.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(ann, parameters, (x,)).pow(2).sum()
+
+    loss(given, x).backward()
+    for name, grad in torch.func.grad(loss)({name: value.detach() for name, value in given.items()}, x).items():
+        assert torch.allclose(grad, given[name].grad)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(
+        {name: value.detach() for name, value in given.items()}, x[:, None])  # the gradient of each image
+    assert torch.allclose(each['classifier.0.weight'].sum(0), given['classifier.0.weight'].grad)
 
 
 @pytest.mark.parametrize('layer, shape, device, answer', [

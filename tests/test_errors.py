@@ -52,6 +52,9 @@ def test_a_folder_that_cannot_be_written(module, flags):
 def test_network_and_data_that_do_not_go_together():
     fails(ann, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
     fails(snn, 'VGG9 halves the image 4 times', '-a', 'VGG9', '--dataset', 'DIGITS')
+    for size in (2, 4):  # each of their convolutions takes a pixel off
+        with pytest.raises(ValueError, match=f'VGG16 with kernels of {size} leaves nothing'):
+            self_models.VGG('VGG16', kernel_size=size)
 
 
 def test_more_samples_than_there_are():

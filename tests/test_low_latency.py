@@ -241,6 +241,22 @@ def test_the_curve_holds_the_outputs_of_fewer_steps(delay):
         assert torch.allclose(outputs, model(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('options', [{}, {'encoding': 'direct'}])
+def test_no_images_leave_nothing_to_record(options):
+    model = network('VGG5', dataset='DIGITS', timesteps=9, **options)
+    records = list(model.record(torch.zeros(0, 1, 8, 8)))
+    assert [record.spikes.tensors()[0].shape[1] for record in records] == [0] * 5
+
+
+def test_looking_at_potentials_leaves_gradients_and_autocast_as_they_are():
+    model = network('VGG5', dataset='DIGITS', timesteps=9, encoding='direct')
+    first, second = list(model.record(torch.rand(2, 1, 8, 8)))[:2]
+    with torch.autocast('cpu', torch.bfloat16):
+        for _ in zip(first.potentials(), second.potentials()):  # the second is left in its middle
+            assert torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
+        assert torch.is_grad_enabled() and torch.is_autocast_enabled('cpu')
+
+
 def test_learned_values_stay_in_their_ranges():
     model = network('VGG5', dataset='DIGITS', **LEARNED)
     with torch.no_grad():

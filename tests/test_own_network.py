@@ -440,6 +440,7 @@ REFUSED_CALLS = {
         'x.sign()', 'x.exp()', 'F.gelu(x)', 'F.leaky_relu(x)', 'F.relu6(x)', 'x.tanh()', 'F.threshold(x, 0.1, 0)'],
     NORM: [
         'x + x.norm(dim=1, keepdim=True)', 'F.normalize(x)', 'F.layer_norm(x, (8, 8))', 'F.group_norm(x, 2)'],
+    'torch.cat([x, x, x], 1)': ['x.expand(-1, 4, -1, -1)', 'x.repeat(1, 2, 1, 1)', 'torch.tile(x, (1, 2, 1, 1))'],
     LINEAR: [
         'x.sort(1)[0]', 'x[:, x.argmax()]', 'x.topk(4, 1)[0]', 'torch.where(x > 0, x, 0.1 * x)', 'x.round()', 'x % 1',
         'x // 1', 'x.std(1, keepdim=True)', 'x.int()', 'x.T', 'x.data', 'x.detach()', 'x + torch.rand_like(x)',
@@ -1486,6 +1487,14 @@ def test_the_curve_and_the_record(encoding, delay):
             snn.curve(x, wrong)
 
 
+@pytest.mark.parametrize('options, words', [
+    ({'initial_potential': 1.5}, 'initial_potential must be'), ({'delay': 2}, 'unknown delay 2'),
+    ({'activation': 'Nope'}, "unknown activation 'Nope'"), ({'backend': 'cuda'}, "unknown backend 'cuda'")])
+def test_neurons_that_there_are_not(options, words):
+    with pytest.raises(ValueError, match=words):
+        plain_way.LIF(4, **options)
+
+
 @pytest.mark.parametrize('once', [False, True])
 @pytest.mark.parametrize('options', [{}, LEARNED, {'activation': 'Linear'}, {'activation': 'Linear', **LEARNED}])
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
@@ -1570,6 +1579,30 @@ def test_a_network_without_parameters():
     snn, net = spiking(ann, 3, **DIRECT), quantized(ann, 1, x)
     assert find_thresholds(snn, x, 4) == [x.max().item()]
     assert torch.allclose(quiet(net, 1)(x), net(x)) and net(x).std() > 0
+
+
+def positive(ann):
+    """Its weights made positive, so that every neuron is given something."""
+    for weight in ann.parameters():
+        weight.data.abs_()
+    return ann
+
+
+def test_thresholds_of_activations_on_the_image_leave_it_as_it_is():
+    ann = positive(chain(nn.Flatten(), nn.ReLU(), nn.Linear(128, 4), nn.ReLU(), nn.Linear(4, 5))).float()
+    snn, x = spiking(ann, 4, **DIRECT, initial_potential=0.5), torch.rand(3, *SHAPE)
+    before = x.clone()
+    found = find_thresholds(snn, x, 1)
+    assert torch.equal(x, before) and found[0] == pytest.approx(x.max().item()) and find_thresholds(snn, x, 1) == found
+
+
+def test_thresholds_under_autocast_are_those_without():
+    ann = positive(chain(nn.Flatten(), nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 5)))
+    ann = ann.float()
+    snn, x = spiking(ann, 4, **DIRECT), torch.rand(3, *SHAPE)
+    found = find_thresholds(snn, x, 4)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert find_thresholds(snn, x, 4) == found
 
 
 def test_frozen_parts_stay_frozen():

@@ -611,6 +611,28 @@ def test_an_snn_holds_out_what_its_ann_did(trained, monkeypatch, capsys):
     assert [entry['seed'] for entry in load('trained_models/snn/t.pth')['trained_on']] == [0, 0]
 
 
+def test_a_folder_of_pictures_may_have_moved(tmp_path, monkeypatch, capsys):
+    for n in range(24):
+        for part in ('train', 'test'):
+            path = tmp_path / 'old' / part / f'class{n % 2}' / f'{n}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('L', (8, 8), 9 * n).save(path)
+    monkeypatch.chdir(tmp_path)
+    flags = ['-a', 'RESNET6', '--dataset', 'FOLDER', '--image_size', 8, '--no-gpu', '--num_workers', 0, '--epochs', 1,
+             '--validation_fraction', 0.5]
+    run(ann, *flags, '--data_dir', 'old', '--name', 'a')
+    (tmp_path / 'old').rename('new')
+    capsys.readouterr()
+    run(ann, *flags, '--data_dir', 'new', '--name', 'b', '--seed', 1, '--pretrained_ann', 'trained_models/ann/a.pth')
+    said = (f'12 images are held out, as in the training of trained_models/ann/a.pth by seed 0; '
+            'trained_models/ann/a.pth was trained on 0 of them, as far as is known: its pictures, of '
+            f'{tmp_path / "old"}, are taken for these')
+    assert said in capsys.readouterr().out.splitlines()
+    (tmp_path / 'new/train/class0/0.png').unlink()  # not as many: other pictures, as far as is known
+    run(ann, *flags, '--data_dir', 'new', '--name', 'c', '--pretrained_ann', 'trained_models/ann/a.pth')
+    assert 'other images, too, of FOLDER' in capsys.readouterr().out
+
+
 def test_of_several_trainings_the_split_of_the_first_is_taken(trained, capsys):
     run(ann, *SMALL, '--pretrained_ann', trained, '--seed', 1, '--epochs', 1, '--name', 'a')
     capsys.readouterr()

@@ -34,6 +34,10 @@ def test_bfloat16_without_instructions_for_it_is_said(monkeypatch):
     assert setup.notes(amp, torch.device('cuda'), model) == []
 
 
+def test_no_gpu_means_the_cpu_whatever_devices_are_named():
+    assert setup.set_up_device(ann.get_args_parser().parse_args(['--no-gpu', '--devices', '0,1'])).type == 'cpu'
+
+
 def test_devices_mean_nothing_on_a_cpu():
     args = ann.get_args_parser().parse_args(['--devices', '1'])
     assert setup.notes(args, torch.device('cpu'), torch.nn.Linear(1, 1)) == [

@@ -148,6 +148,15 @@ def test_unfinished_runs_are_marked(written):
     assert (row['converted'], row[ON_TEST], row['epochs done'], row['s/epoch']) == ('40.00', '40.00', '0 of 2 *', '-')
 
 
+def test_chosen_columns_come_with_a_line_on_unfinished_runs(written, capsys):
+    paths = [written('a', epochs(0.9, 0.9)), written('b', epochs(0.5), seed=1)]
+    snn_script.main(['--summarize', *paths, '--columns', 'leak', 'test accuracy'])
+    shown, said = capsys.readouterr()
+    assert '70.00 ± 28.28' in shown and said == 'snn_script.py: unfinished: b.jsonl (1 of 2 epochs)\n'
+    snn_script.main(['--summarize', paths[0], '--columns', 'leak', 'test accuracy'])
+    assert capsys.readouterr().err == ''
+
+
 def test_runs_of_several_processes_are_another_experiment(written):
     runs = [Path(written(name, epochs(0.5, 0.6), seed=seed)) for seed, name in enumerate('abc')]
     for path in runs[1:]:
@@ -179,6 +188,16 @@ def test_each_seed_may_start_from_an_ann_of_its_own(written):
     assert [line.split() for line in shown.splitlines()[1:]] == [['x/ann_seed0.pth', '3'], ['y/ann_seed0.pth', '1']]
     with pytest.raises(UserError, match='none of these runs tried scaling factors'):
         summary.narrow_table(list(map(summary.read, paths)), ['timesteps', '0.7'])
+
+
+@pytest.mark.parametrize('files', [
+    ['d_seed0_seed0.pth', 'd_seed0_seed1.pth'],  # SNNs of two seeds from the ANN of seed 0, each trained further
+    ['d_seed0/x_seed0.pth', 'd_seed1/x_seed1.pth']])
+def test_a_networks_name_may_hold_two_seeds(written, files):
+    paths = [written(f's{seed}', epochs(0.5, 0.6 + seed / 10), seed=seed, pretrained_snn=file)
+             for seed, file in enumerate(files)]
+    (row,), = table(paths)[0]
+    assert (row['seeds'], row[ON_TEST]) == ('2', '65.00 ± 7.07')
 
 
 def test_a_setting_that_some_runs_do_not_have(written):
@@ -472,6 +491,15 @@ def test_every_run_of_the_results_stands_in_a_table():
     text = ''.join((ROOT / name).read_text() for name in READ_MES)
     shown = {path for match in tables.TABLE.finditer(text) for path in tables.files(match['files'])}
     assert shown == set(map(str, (ROOT / 'results').rglob('*.jsonl')))
+
+
+@pytest.mark.parametrize('page', [b"<!-- table: results/snn/digits_12/*.jsonl --columns 'leak -->\n", b'caf\xe9\n',
+                                  b'<!-- table: /a.jsonl --columns leak -->\n'], ids=['quote', 'latin', 'path'])
+def test_a_page_that_cannot_be_read_is_named(tmp_path, page):
+    (tmp_path / 'page.md').write_bytes(page)
+    with pytest.raises(UserError, match='page.md: .*correct its comments'):
+        tables.main([tmp_path / 'page.md'])
+    assert (tmp_path / 'page.md').read_bytes() == page
 
 
 def test_a_table_whose_files_are_gone():

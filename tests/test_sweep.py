@@ -140,6 +140,7 @@ def test_bare_resume_stays_bare(module):
     ('x/a.pth y/b.pth', ['a', 'b']),
     ('x/a.pth y/a.pth', ['x-a.pth', 'y-a.pth']),
     ('x/A.pth x/a.pth', ['A-1', 'a-2']),  # one file where case does not count
+    ('x/写真.pth x/dög.pth', ['写真', 'dög']),  # in whichever order they are given
     ('"x/a b.pth" "x/a?b.pth"', ['a-b-1', 'a-b-2'])])
 def test_names_of_files(module, files, expected):
     for flags, said in (('', ''), ('-a VGG5', 'architecture-VGG5_'), ('-a VGG5 --dataset DIGITS', 'vgg5_digits_100_')):
@@ -215,6 +216,20 @@ def test_refused(module, tmp_path, capsys, line, said):
     assert caught.value.code == 2
     assert error.count('\n') == 1 and all(text in error for text in said), error
     assert os.listdir(tmp_path) == ['snn.py']
+
+
+def test_a_script_of_other_origin_is_written_over_by_no_command_and_in_the_way_of_none(
+        module, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'script.sh').write_text('echo x\n')
+    generate(module, '--script mine.sh')
+    metrics = ROOT / 'results/snn/digits_12'
+    sweep.main(module, [], ['--summarize', *map(str, metrics.glob('*.jsonl'))])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        generate(module, '')
+    assert caught.value.code == 2
+    assert "'script.sh' was not written by this command; choose another name" in capsys.readouterr().err
+    assert (tmp_path / 'script.sh').read_text() == 'echo x\n'
 
 
 @pytest.mark.parametrize('flag', ['--report', '--export_nir'])

@@ -3,6 +3,7 @@
 It needs no torch.
 """
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import statistics
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     factor: float | None  # the scaling factor that --scaling_factor auto chose, and
     scan: dict[float, float]  # {factor: accuracy} of those that it tried, on
     scanned_on: str | None  # train or validation images
-    pretrained: dict  # {flag: file} of the network that it began with; in settings without the run's seed
+    pretrained: dict  # {flag: file} of the network that it began with; they are among the settings, too
 
 
 def read(path: str | Path) -> Run:
@@ -85,7 +85,7 @@ def _numbers(values):
     return {float(key): float(value) for key, value in values.items()}
 
 
-def _settings(args, seed):
+def _settings(args):
     """(a run's arguments that make it the experiment that it is, Run.folder, Run.pretrained)."""
     settings = {key: value for key, value in args.items() if key not in NOT_SETTINGS and value is not None}
     # only pictures in folders are told apart by their place
@@ -103,8 +103,6 @@ def _settings(args, seed):
     if 'lr_reduce' in settings:  # an int in files of former versions
         settings['lr_reduce'] = float(settings['lr_reduce'])
     pretrained = {key: settings[key] for key in ('pretrained_ann', 'pretrained_snn') if settings.get(key)}
-    for key in pretrained:  # each seed may start from a network of that seed
-        settings[key] = re.sub(rf'(seed[-_]?){seed}(?!\d)', r'\1*', settings[key])
     return settings, folder, pretrained
 
 
@@ -112,7 +110,7 @@ def _run(path, about, epochs):
     args, machine, processes = about['args'], about.get('machine'), about.get('processes', 1)
     seed = int(args['seed'])
     # batches are of each process
-    settings, folder, pretrained = _settings({**args, 'processes': processes} if processes > 1 else args, seed)
+    settings, folder, pretrained = _settings({**args, 'processes': processes} if processes > 1 else args)
     chosen_on = 'validation' if any('validation_accuracy' in epoch for epoch in epochs) else 'test'
     chosen = f'{chosen_on}_accuracy'
     start = next((epoch for epoch in epochs if epoch['epoch'] == 0 and 'ann_accuracy' in epoch), {})
@@ -134,20 +132,28 @@ def _run(path, about, epochs):
         scan=_numbers(start.get('scan', {})), scanned_on=start.get('scanned_on'), pretrained=pretrained)
 
 
+def _without_seed(run, before):
+    """The run, its seed a * in the names of the files that it began with, behind what the pattern `before` matches."""
+    return run._replace(settings={**run.settings, **{
+        flag: re.sub(rf'{before}{run.seed}(?!\d)', r'\1*', file, flags=re.DOTALL)
+        for flag, file in run.pretrained.items()}})
+
+
 def rows(runs: Iterable[Run]) -> list[list[Run]]:
     """Lists of runs with the same settings, whose best epoch was chosen on the same set. Raises UserError."""
     def key(run):
         return run.chosen_on, run.folder, json.dumps(run.settings, sort_keys=True)
 
-    runs = list(runs)
-    exact = [run._replace(settings={**run.settings, **run.pretrained}) for run in runs]
-    count, found = Counter(map(key, exact)), {}
-    for run, itself in zip(runs, exact):
-        # runs that start from one file are a row; of the others, those that each start from their own seed's network
-        run = itself if count[key(itself)] > 1 else run
-        found.setdefault(key(run), []).append(run)
+    # runs that start from one file are a row; of the others, those that each start from their own seed's network, whose
+    # name may hold that seed at its end or throughout
+    forms = [{key(form): form for form in (run, _without_seed(run, '(.*seed[-_]?)'), _without_seed(run, '(seed[-_]?)'))}
+             for run in runs]
+    count, found = Counter(itertools.chain.from_iterable(forms)), {}
+    for of_run in forms:
+        chosen = next((each for each in of_run if count[each] > 1), list(of_run)[-1])
+        found.setdefault(chosen, []).append(of_run[chosen])
     for row in found.values():
-        for run, other in combinations(row, 2):
+        for run, other in itertools.combinations(row, 2):
             if other.seed == run.seed:
                 raise UserError(f'{run.path} and {other.path} are of the same settings and seed, which would count '
                                 'twice; leave one out')
@@ -292,6 +298,12 @@ def narrow_table(runs: list[Run], chosen: list[str], as_markdown: bool = False) 
     return text_of(shown, as_markdown)
 
 
+def unfinished(runs: list[Run]) -> list[str]:
+    """A line that names the runs with epochs to go, if there are any."""
+    named = [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]
+    return [f'unfinished: {", ".join(named)}'] if named else []
+
+
 def tables(runs: list[Run], as_markdown: bool = False) -> str:
     """The text that --summarize prints: a table of runs whose best epoch was chosen on test images, one of the others.
 
@@ -305,8 +317,7 @@ def tables(runs: list[Run], as_markdown: bool = False) -> str:
             parts.append(text_of(results(row_list), as_markdown))
     if scanned := [row for row in rows(runs) if any(run.scan for run in row)]:
         parts += ['Of the converted network, by scaling factor:', text_of(scans(scanned), as_markdown)]
-    if unfinished := [f'{run.path} ({run.done} of {run.asked} epochs)' for run in runs if run.done < run.asked]:
-        parts.append(('\\*' if as_markdown else '*') + f' unfinished: {", ".join(unfinished)}')
+    parts += [('\\*' if as_markdown else '*') + f' {line}' for line in unfinished(runs)]
     return '\n\n'.join(parts)
 
 

@@ -36,9 +36,6 @@ class Values(argparse.Action):
 def script_path(text: str) -> str:
     if not text.endswith('.sh'):
         raise argparse.ArgumentTypeError(f'{text!r} does not end in .sh; name a script')
-    path = Path(text)
-    if path.is_file() and '\n# Runs of ' not in path.read_text(errors='replace')[:200]:
-        raise argparse.ArgumentTypeError(f'{text!r} was not written by this command; choose another name')
     return text
 
 
@@ -112,7 +109,7 @@ def distinct(texts: list[str]) -> bool:
 
 def plain(text: str) -> str:
     """The text with a dash in place of characters that are special in a file name."""
-    return re.sub(r'[^A-Za-z0-9.,=+_-]+', '-', text)
+    return re.sub(r'[^\w.,=+-]+', '-', text)
 
 
 def labels(texts: list[str]) -> list[str]:
@@ -249,6 +246,8 @@ def summarize(args: argparse.Namespace, prog: str) -> None:
         print(f'{prog}: left out, as later runs have replaced them: {", ".join(aside)}; to see them, give '
               'only these', file=sys.stderr)
     runs = summary.read_all(args.summarize)
+    for line in summary.unfinished(runs) if args.columns else ():  # the other tables mark such runs
+        print(f'{prog}: {line}', file=sys.stderr)
     try:
         print(summary.narrow_table(runs, args.columns, args.markdown) if args.columns else
               summary.tables(runs, args.markdown), flush=True)
@@ -262,7 +261,9 @@ def summarize(args: argparse.Namespace, prog: str) -> None:
 
 def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> None:
     """Write the script of the runs that args.flags ask for, and say how to start it."""
-    kind, root, flags = module.__name__, os.path.dirname(module.__file__), args.flags
+    kind, root, flags, path = module.__name__, os.path.dirname(module.__file__), args.flags, Path(args.script)
+    if path.is_file() and '\n# Runs of ' not in path.read_text(errors='replace')[:200]:
+        target.error(f'argument --script: {args.script!r} was not written by this command; choose another name')
     total = math.prod(map(len, flags.values()))
     limit = total if args.parallel else min(args.jobs or 1, total)
     add_log = limit > 1 and 'log' not in flags and not args.slurm  # a Slurm task has its own file
@@ -275,26 +276,26 @@ def write(module: ModuleType, target: argparse.ArgumentParser, args: argparse.Na
         made_by=' '.join(shlex.join(['python', f'{kind}_script.py', *argv]).splitlines()),
         runs='\n'.join(f'run "$PYTHON" {kind}.py {shlex.join(command)}' for command in commands),
         go_home=f'CDPATH= cd -- "{home}" || exit 1' if home else f'# Start it in the folder of {kind}.py.',
-        job_name=plain(Path(args.script).stem), at_once=f'%{args.jobs}' if args.jobs else '',
+        job_name=plain(path.stem), at_once=f'%{args.jobs}' if args.jobs else '',
         sbatch=''.join(f'#SBATCH --{flag}={getattr(args, flag)}\n' for flag in SBATCH if getattr(args, flag)))
     try:
         # atomically, as a bash that runs the script reads it bit by bit
-        write_atomically(Path(args.script), lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
+        write_atomically(path, lambda file: file.write(text.encode('utf-8', 'surrogateescape')))
     except UserError as reason:
         raise UserError(f'{reason}; --script names another place') from reason
-    mode = os.stat(args.script).st_mode
-    os.chmod(args.script, mode | (mode & 0o444) >> 2)  # executable for whom it is readable
+    mode = path.stat().st_mode
+    path.chmod(mode | (mode & 0o444) >> 2)  # executable for whom it is readable
 
     pace = (f'at most {args.jobs} at a time' if args.jobs else 'as Slurm has room') if args.slurm else (
         'one after another' if limit == 1 else 'all at once' if limit == total else f'at most {limit} at a time')
     varying = ' × '.join(shlex.join(dict.fromkeys(words(pairs))) for pairs in flags.values() if len(pairs) > 1)
-    path = shlex.quote(args.script)
+    quoted = shlex.quote(args.script)
     print(f'{args.script}: ' + (f'{total} runs ({varying}), {pace}' if total > 1 else '1 run')
-          + f'; start it with: {"sbatch" if args.slurm else "bash"} {path}'
+          + f'; start it with: {"sbatch" if args.slurm else "bash"} {quoted}'
           + ('' if home else f' in the folder of {kind}.py'))
     if args.slurm:
         resumes = ('--resume', 'auto') in flags.get('resume', [])
-        print(f'to start a failed task again: sbatch --array=N {path}; ' + (
+        print(f'to start a failed task again: sbatch --array=N {quoted}; ' + (
             'it resumes from its last checkpoint' if resumes else
             'to have it resume from its last checkpoint, add --resume auto to the flags'))
     if add_log:
