@@ -64,12 +64,12 @@ class Pass(fx.Interpreter):
         self.network, self.found = network, {}
         self.extra_traceback = False  # it would lengthen a UserError
 
-    def made(self, node: fx.Node, value, before: list):
+    def made(self, node: fx.Node, value: object, before: list) -> object:
         """What a subclass finds for a call that gives `value`. before: what it found for the calls that this one uses.
         None for a call that does not depend on the images' values, such as a size."""
         raise NotImplementedError
 
-    def run_node(self, node):
+    def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
         before = [self.found[each] for each in givers(node) if each in self.found]
         first = value[0] if isinstance(value, (tuple, list)) and value else value
@@ -96,7 +96,7 @@ class Pass(fx.Interpreter):
 class BlankPass(Pass):
     """A Pass of one blank image (1, ...), for the shapes: modules that keep a shape return their input."""
 
-    def call_module(self, target, args, kwargs):
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> object:
         if isinstance(self.submodules[target], (LIF, Repeat, HeldDropout, NORMS)):
             return (*args, *kwargs.values())[0]
         return super().call_module(target, args, kwargs)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 from itertools import count
 from types import ModuleType, SimpleNamespace
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from experiment import UserError
 from experiment.graph import NORMS, BlankPass, identity
 from self_models.conversion import folded_layer
 from self_models.layers import Scale
-from self_models.plain import HeldDropout, Repeat
+from self_models.plain import LIF, HeldDropout, Repeat
 from self_models.spiking_network import SpikingNetwork
 from self_models.traced import (
     CATS,
@@ -38,15 +39,16 @@ SHAPED = {identity, 'view', 'reshape', torch.reshape, 'flatten', torch.flatten, 
 MINUS, NEGATIVE = {operator.sub, torch.sub, torch.subtract, 'sub'}, {operator.neg, torch.neg, 'neg'}
 POOLS = {'avg_pool2d': nn.AvgPool2d, 'adaptive_avg_pool2d': nn.AdaptiveAvgPool2d}
 ONE = np.ones(())
+# the nodes whose outputs add up to what a call gives: {name: a factor, () or (C,)}
+Way = dict[str, np.ndarray]
 
 
 class Nodes(BlankPass):
     """A pass that makes the nodes and edges of a NIR graph. Raises UserError, which names the module, for what NIR does
     not know.
 
-    shapes: of what each node gives, (C, ...). found: for each call the nodes whose outputs add up to what it gives,
-    {name: a factor, () or (C,)}. The factor goes into the weights behind it: in a plain network a spike is worth its
-    threshold.
+    shapes: of what each node gives, (C, ...). found: a Way for each call. Its factors go into the weights behind it: in
+    a plain network a spike is worth its threshold.
     """
 
     def __init__(self, network: SpikingNetwork, nir: ModuleType, input_shape: tuple):
@@ -57,7 +59,7 @@ class Nodes(BlankPass):
         self.dtype = values(weight).dtype
         self.run(weight.new_zeros(1, *input_shape))
 
-    def made(self, node, value, before):
+    def made(self, node: fx.Node, value: object, before: list[Way]) -> Way | str:
         if not isinstance(value, torch.Tensor):
             self.refuse(node)
         shape = tuple(value.shape[1:])
@@ -94,7 +96,7 @@ class Nodes(BlankPass):
 
     # -- what a call becomes ------------------------------------------------------------------------------------------
 
-    def neurons(self, layer, lif, way):
+    def neurons(self, layer: str, lif: LIF | None, way: Way) -> Way:
         """An LIF layer. lif: its module in a plain network, whose spikes are worth their threshold; else None."""
         bounds = ONE if lif is None or lif.bounds is None else values(lif.bounds).astype(np.float64)
         sources, index = self.ready(times(way, 1 / bounds)), self.network.layer_names.index(layer)
@@ -113,7 +115,7 @@ class Nodes(BlankPass):
             node = self.nir.LIF(tau=all_of(self.dt / lost), r=all_of(1 / lost), v_leak=all_of(0), **common)
         return {self.add(f'{layer}.neuron', node, shape, *sources): ONE if lif is None else threshold * bounds}
 
-    def synapse(self, node, module, way, given):
+    def synapse(self, node: fx.Node, module: nn.Module, way: Way, given: tuple) -> Way:
         """A convolution or a linear layer, with the batch norm that is all that its outputs go to."""
         names, factor = self.together(way)
         weight, bias = (None if each is None else values(each)
@@ -143,14 +145,14 @@ class Nodes(BlankPass):
         padding = [p + each * d for p, each, d in zip(padding, more, module.dilation, strict=True)]
         return {self.convolution(node.target, weight, bias, module.stride, padding, module.dilation, *names): ONE}
 
-    def norm(self, name, norm, way):
+    def norm(self, name: str, norm: nn.Module, way: Way) -> Way:
         """A batch norm that is not behind a synapse alone."""
         names, factor = self.together(way)
         ones = SimpleNamespace(weight=torch.eye(len(norm.running_var)).to(norm.running_var), bias=None)
         weight, bias = folded_layer(ones, norm)
         return {self.mix(name, values(weight) * factor.astype(self.dtype), *names, bias=values(bias)): ONE}
 
-    def sum(self, node):
+    def sum(self, node: fx.Node) -> Way:
         total = {}
         for i, each in enumerate(node.args):
             if adds_nothing(node, each):
@@ -160,7 +162,7 @@ class Nodes(BlankPass):
                 total[name] = total.get(name, 0) + sign * factor
         return total
 
-    def side_by_side(self, name, parts, channels):
+    def side_by_side(self, name: str, parts: list[Way], channels: int) -> Way:
         """A concatenation of channels: each call goes to its own channels."""
         way, start = {}, 0
         for part in parts:
@@ -172,7 +174,7 @@ class Nodes(BlankPass):
             start += own
         return way
 
-    def flattened(self, node, name, way, given, shape):
+    def flattened(self, node: fx.Node, name: str, way: Way, given: tuple, shape: tuple) -> Way:
         start = next((i for i in range(len(given)) if (*given[:i], math.prod(given[i:])) == shape), None)
         if start is None:
             self.refuse(node, ' but to flatten')
@@ -182,7 +184,7 @@ class Nodes(BlankPass):
         made = self.nir.Flatten({'input': np.array(given)}, start_dim=start)  # NIR's shapes have no batch
         return {self.add(name, made, shape, *names): factor}
 
-    def pool(self, node, name, module, way, given, shape):
+    def pool(self, node: fx.Node, name: str, module: nn.Module | None, way: Way, given: tuple, shape: tuple) -> Way:
         """An average pool or a mean over the map; anything else is refused."""
         function = getattr(node.target, '__name__', '')
         if module is None and function in POOLS:
@@ -216,7 +218,7 @@ class Nodes(BlankPass):
 
     # -- nodes --------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, node, shape: Sequence[int], *sources: str) -> str:
+    def add(self, name: str, node: object, shape: Sequence[int], *sources: str) -> str:
         """Add a node of that name, or with a number behind it if there is one; returns its name."""
         free = (f'{name}_{i}' if i else name for i in count())
         name = next(each for each in free if each not in self.nodes)
@@ -224,7 +226,8 @@ class Nodes(BlankPass):
         self.edges.extend((source, name) for source in sources)
         return name
 
-    def convolution(self, name, weight, bias, stride, padding, dilation, *sources):
+    def convolution(self, name: str, weight: np.ndarray, bias: np.ndarray | None, stride: Sequence[int],
+                    padding: Sequence[int], dilation: Sequence[int], *sources: str) -> str:
         size, bias = self.shapes[sources[0]][1:], np.zeros(len(weight), weight.dtype) if bias is None else bias
         if len(size) == 1:
             node = self.nir.Conv1d(size[0], weight, stride[0], padding[0], dilation[0], 1, bias)
@@ -232,7 +235,7 @@ class Nodes(BlankPass):
             node = self.nir.Conv2d(size, weight, stride, padding, dilation, 1, bias)
         return self.add(name, node, node.output_type['output'], *sources)
 
-    def mix(self, name, matrix, *sources, bias=None):
+    def mix(self, name: str, matrix: np.ndarray, *sources: str, bias: np.ndarray | None = None) -> str:
         """Add a matrix (C', C) of the channels: a convolution of 1 pixel; of features, a linear layer."""
         ones = [1] * (len(self.shapes[sources[0]]) - 1)
         if ones:
@@ -241,33 +244,33 @@ class Nodes(BlankPass):
         bias = np.zeros(len(matrix), matrix.dtype) if bias is None else bias
         return self.add(name, self.nir.Affine(matrix, bias), matrix.shape[:1], *sources)
 
-    def scale(self, name, factor, *sources):
+    def scale(self, name: str, factor: np.ndarray, *sources: str) -> str:
         """Add a factor () or (C,) of the channels."""
         factor = np.broadcast_to(factor, self.shapes[sources[0]][:1]).astype(self.dtype)
         return self.mix(name, np.diag(factor), *sources)
 
-    def ready(self, way):
+    def ready(self, way: Way) -> list[str]:
         """The names of nodes that give what a way does; a factor becomes a node of its own."""
         return [name if np.all(factor == 1) else self.scale(f'{name}.scale', factor, name)
                 for name, factor in way.items()]
 
-    def together(self, way):
+    def together(self, way: Way) -> tuple[list[str], np.ndarray]:
         """(names of nodes, the one factor of what they give)."""
         factor, *others = way.values()
         return (list(way), factor) if all(np.array_equal(each, factor) for each in others) else (self.ready(way), ONE)
 
-    def norm_of(self, node):
+    def norm_of(self, node: fx.Node) -> nn.Module | None:
         """The batch norm that is all that a synapse's outputs go to, or None."""
         norm = self.module_of(next(iter(node.users))) if len(node.users) == 1 else None
         synapse = isinstance(self.module_of(node), SYNAPSES)
         return norm if synapse and isinstance(norm, NORMS) else None
 
-    def refuse(self, node, how='', remedy=None):
+    def refuse(self, node: fx.Node, how: str = '', remedy: str | None = None) -> NoReturn:
         where, what = said(node, self.submodules)
         raise UserError(f'--export_nir: {where}: NIR does not know {what}{how}: {remedy or "leave --export_nir out"}')
 
 
-def times(way: dict, number) -> dict:
+def times(way: Way, number: float | np.ndarray) -> Way:
     return {name: factor * number for name, factor in way.items()}
 
 

@@ -6,9 +6,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from experiment import UserError
 from self_models import surrogate
@@ -119,11 +119,12 @@ class Switch(argparse.Action):
 
     WORDS = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
 
-    def __init__(self, option_strings, dest, default=False, help=None):
+    def __init__(self, option_strings: list[str], dest: str, default: bool | None = False, help: str | None = None):
         strings = [*option_strings, *('--no-' + s[2:] for s in option_strings if s.startswith('--'))]
         super().__init__(strings, dest, nargs='?', default=default, help=help, metavar='BOOL')
 
-    def __call__(self, parser, namespace, value, option_string=None):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: str | None,
+                 option_string: str | None = None) -> None:
         negative = option_string.startswith('--no-')
         if value is None:
             result = not negative
@@ -138,19 +139,19 @@ class Switch(argparse.Action):
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage, and that knows no abbreviations."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: object):
         super().__init__(allow_abbrev=False, **options)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         fail(self.prog, message, 2)
 
-    def print_help(self, file=None):
+    def print_help(self, file: TextIO | None = None) -> None:
         try:
             super().print_help(file)
         except OSError:  # the output is full; exit() handles it, as some versions of argparse ignore the error
             pass
 
-    def exit(self, status=0, message=None):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         flush_output()  # of --help
         super().exit(status, message)
 
@@ -159,15 +160,16 @@ class Parser(OneLineParser):
     """A OneLineParser whose result also holds `given`, the names of the arguments on the command line, and `defaults`,
     the default of each argument."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: object):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         if message.startswith('unrecognized arguments: ') and not message.split(': ')[1].startswith('-'):
             message += '; put a value with spaces in quotes'
         super().error(message)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None,
+                         ) -> tuple[argparse.Namespace, list[str]]:
         unset = object()
         probe = argparse.Namespace(**{action.dest: unset for action in self._actions})
         super().parse_known_args(args, probe)

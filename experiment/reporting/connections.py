@@ -102,14 +102,14 @@ class Walk(Pass):
         self.calls, self.constant = Counter(), ENCODINGS[network.encoding].constant
         self.weight = next(network.parameters())
 
-    def made(self, node, value, before):
+    def made(self, node: fx.Node, value: object, before: list[Flow]) -> Flow | None:
         layer, flow = 'input' if node.op == 'placeholder' else self.layer_of(node), None
         if before:
             with torch.autocast(self.weight.device.type, enabled=False):
                 flow = self.behind(node, layer, value, before)
         return self.source(layer, value, node) if layer else flow
 
-    def behind(self, node, layer, value, before):
+    def behind(self, node: fx.Node, layer: str | None, value: torch.Tensor, before: list[Flow]) -> Flow | None:
         """The Flow behind a call that is no source."""
         flow, module, function = joined(before), self.module_of(node), self.function_of(node)
         if layer or node.op == 'output':
@@ -121,16 +121,16 @@ class Walk(Pass):
             return self.synapse(node, module, flow, value)
         return self.passed(node, module, flow, value, before)
 
-    def arrive(self, layer, flow):
+    def arrive(self, layer: str, flow: Flow) -> None:
         """What reaches neurons, or the output, without a synapse."""
         if flow.sources:
             self.meet(f'{layer}.identity', 'identity', flow, lambda x: x)
 
-    def replay(self, node, instead):
+    def replay(self, node: fx.Node, instead: Callable) -> object:
         """A call with instead(argument) for each argument that is a call's."""
         return getattr(self, node.op)(node.target, *fx.node.map_arg((node.args, node.kwargs), instead))
 
-    def synapse(self, node, module, flow, value):
+    def synapse(self, node: fx.Node, module: nn.Module | None, flow: Flow, value: torch.Tensor) -> Flow:
         """The Flow behind a synapse, which has no spikes any more."""
         bias = traced.argument(node, 2, 'bias') if module is None else module.bias
         weight = module.weight if module is not None else next(
@@ -156,7 +156,8 @@ class Walk(Pass):
         self.meet(name, kind, flow, connect, macs)
         return Flow(nothing(value), {}, True, flow.constant, (name,), flow.biased or bias is not None)
 
-    def passed(self, node, module, flow, value, before):
+    def passed(self, node: fx.Node, module: nn.Module | None, flow: Flow, value: torch.Tensor,
+               before: list[Flow]) -> Flow:
         """The Flow behind a call that passes spikes on."""
         def call(x=None, blank=False):
             def given(each):
@@ -214,13 +215,13 @@ class Outline(Walk, BlankPass):
         self.parameters = dict(zip(network.layer_names, zip(network.thresholds.tolist(), network.leaks.tolist())))
         self.run(self.weight.new_zeros(1, *shape))
 
-    def source(self, layer, value, node):
+    def source(self, layer: str, value: torch.Tensor, node: fx.Node) -> Flow:
         threshold, leak = self.parameters.get(layer, (None, None))
         self.layers[layer] = Layer(layer, value.numel(), threshold, leak=leak)
         constant = self.constant and layer == 'input'
         return Flow(torch.ones_like(value), {layer: None}, constant, constant)
 
-    def meet(self, name, kind, flow, connect, padded_macs=0):
+    def meet(self, name: str, kind: str, flow: Flow, connect: Callable, padded_macs: int = 0) -> None:
         plain, spikes, steps = kind == 'identity', flow.spikes.double(), self.network.timesteps
         with torch.enable_grad():
             ones = torch.ones_like(spikes, requires_grad=True)
@@ -231,7 +232,7 @@ class Outline(Walk, BlankPass):
             macs=0 if plain else reached, macs_with_padding=padded_macs, additions=reached if plain else 0,
             constant=flow.constant, mac_steps=0 if plain or not flow.real else 1 if flow.constant else steps)
 
-    def arrive(self, layer, flow):
+    def arrive(self, layer: str, flow: Flow) -> None:
         super().arrive(layer, flow)
         if flow.biased:  # two biases that meet at a neuron count as one
             through = [self.connections[name] for name in flow.through or [f'{layer}.identity']]

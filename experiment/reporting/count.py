@@ -4,8 +4,10 @@
 """
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
+from torch import fx
 from tqdm import tqdm
 
 from experiment import engine
@@ -71,16 +73,16 @@ class PlainCount(Walk):
         super().__init__(network)
         self.outline, self.images, self.window = outline, images, (0, network.timesteps)
 
-    def run(self):
+    def run(self) -> None:
         super().run(self.network.encode(self.images))
 
-    def spikes_of(self, layer, value, node):
+    def spikes_of(self, layer: str, value: torch.Tensor, node: fx.Node) -> tuple[torch.Tensor, int, Callable]:
         """Of a layer (spikes (n, B, ...) bool, their first step, what gives the potentials that it fired on)."""
         def potentials():
             return [self.network._recorded(layer, self.module_of(node), self.env[node.args[0]]).potentials]
         return (value != 0).unflatten(0, (self.network.timesteps, -1)), 0, potentials
 
-    def source(self, layer, value, node):
+    def source(self, layer: str, value: torch.Tensor, node: fx.Node) -> Flow:
         found = self.outline.layers[layer]
         if layer == 'input' and self.constant:
             by_step = torch.full((self.window[1],), math.nan, dtype=torch.float64)
@@ -96,7 +98,7 @@ class PlainCount(Walk):
         found.spikes = found.spikes + by_step
         return flow
 
-    def meet(self, name, kind, flow, connect, padded_macs=0):
+    def meet(self, name: str, kind: str, flow: Flow, connect: Callable, padded_macs: int = 0) -> None:
         connection, (start, steps) = self.outline.connections[name], self.window
         connection.first_step = min((self.outline.layers[each].first_step for each in flow.sources), default=0)
         connection.steps, connection.bias_steps = max(0, start + steps - connection.first_step), steps
@@ -120,16 +122,16 @@ class PlainCount(Walk):
 class LayerCount(PlainCount):
     """The same for a layer-by-layer network, at the steps that can reach the output."""
 
-    def run(self):
+    def run(self) -> None:
         self.records = self.network.record(self.images)
         self.next_record()
         Walk.run(self, self.weight.new_zeros(1, *self.images.shape[1:]))  # for the shapes
 
-    def next_record(self):
+    def next_record(self) -> None:
         self.record = next(self.records, None)
         self.window = self.record.window if self.record else (0, self.network.timesteps)
 
-    def spikes_of(self, layer, value, node):
+    def spikes_of(self, layer: str, value: torch.Tensor, node: fx.Node) -> tuple[torch.Tensor, int, Callable]:
         train, record = self.record.spikes, self.record
         if layer == 'input':
             train = record.inputs[0].train
