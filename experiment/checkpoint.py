@@ -147,11 +147,11 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     weights = {key: value for key, value in weights.items() if key not in neurons}
     problems += [f'no {key}' for key in wanted if key not in weights]
     problems += [f'surplus {key}' for key in weights if key not in wanted]
-    kept = []
+    kept, spoilt = [], []
     for key in (key for key in wanted if key in weights):
         if not is_dense(weights[key], wanted[key].is_floating_point()):
             kind = 'floats' if wanted[key].is_floating_point() else 'integers'
-            problems.append(f'{key} is not a dense tensor of {kind}')
+            spoilt.append(f'{key} is not a dense tensor of {kind}')
         elif weights[key].shape != wanted[key].shape:
             if key in may_differ and weights[key].shape[1:] == wanted[key].shape[1:]:
                 kept.append(key)
@@ -159,17 +159,24 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
                 found, asked = ('x'.join(map(str, each[key].shape)) for each in (weights, wanted))
                 problems.append(f'{key} is {found}, not {asked}')
         elif not torch.isfinite(weights[key].to(wanted[key].dtype)).all():
-            problems.append(f'{key} is not finite')
-    if problems:
+            spoilt.append(f'{key} is not finite')
+    if spoilt and not problems:
+        raise UserError(f'{path}: {_first(spoilt)}; use another copy, or train it anew')
+    if problems := problems + spoilt:
         known = state.get('args', {})
         of = str(known.get('architecture'))
         holds = f' (it holds a {of} for {known["dataset"]})' if {'architecture', 'dataset'} <= known.keys() else ''
         published = not is_own_network(of) and isinstance(model, (VGG, ResNet, SpikingNetwork))
         flags = ', --image_size and --kernel_size' if published else ' and --image_size'
-        first, more = sorted(problems)[:MOST_SHOWN], len(problems) - MOST_SHOWN
         raise UserError(f'{path}: does not fit this network{holds}; set --architecture, --dataset{flags} '
-                        f'as it was trained: {", ".join(first)}' + (f' and {more} more' if more > 0 else ''))
+                        f'as it was trained: {_first(problems)}')
     return {key: value for key, value in weights.items() if key not in kept}, kept
+
+
+def _first(problems):
+    """The first few of them, and how many more there are."""
+    more = len(problems) - MOST_SHOWN
+    return ', '.join(sorted(problems)[:MOST_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 def last_layer(model: nn.Module) -> list[str]:
@@ -291,8 +298,8 @@ def load_snn(model: SpikingNetwork, state: dict, path: Path | str, leaks: bool =
 def thresholds_key(model: nn.Module, settings: dict) -> dict:
     """What balanced thresholds depend on: {'weights': a hash, **settings}."""
     neurons = neuron_keys(model)
-    weights = {key: value for key, value in model.state_dict().items() if key not in neurons}
-    return {'weights': digest(weights), **settings}
+    tensors = [*model.state_dict().items(), *model.named_buffers()]  # some buffers are not in the state
+    return {'weights': digest({key: value for key, value in tensors if key not in neurons}), **settings}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

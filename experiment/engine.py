@@ -364,7 +364,9 @@ def save(model: nn.Module, optimizer: Optimizer, run: 'Run', progress: 'Progress
     if fresh:
         write = partial(torch.save, state)
         with files.replacing(paths.best, write), files.replacing(paths.last, write):  # the latter ends first
-            files.set_aside([*paths, paths.folded, paths.events], said.append)
+            # a folder of that name may hold something else, such as a report
+            events = [paths.events] if any(paths.events.glob('events.out.tfevents*')) else []
+            files.set_aside([*paths, paths.folded, *events], said.append)
     else:
         checkpoint.save(state, paths.last)
         if improved:

@@ -188,8 +188,10 @@ def replacing(path: Path, write: Callable[[IO], object]) -> Iterator[None]:
                 raise
     except (OSError, RuntimeError) as error:
         cause = error
-        while cause and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
+        while cause and not isinstance(cause, (OSError, KeyboardInterrupt)):  # torch.save makes a RuntimeError of both
             cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         reason = getattr(cause, 'strerror', None) or (str(error) or repr(error)).splitlines()[0]
         raise UserError(f'{path}: cannot be written ({reason}); the file that was there is untouched') from error
 

@@ -7,7 +7,8 @@ _ANN = {'activation': 'ReLU', 'levels': 8, 'batch_norm': False}
 _SNN = {'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'learn_threshold': False, 'learn_leak': False,
         'keep_batch_norm': False}
 # settings that a cache of thresholds does not name
-CACHE_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False}
+CACHE_KEY = {'percentile': 100.0, 'encoding': 'poisson', 'delay': 1, 'initial_potential': 0.0, 'carried': False,
+             'code': None}
 _CLASSES = {'STDPSpike': 'STDB', 'LinearSpike': 'Linear'}  # surrogates, as published files name them
 
 

@@ -1,4 +1,5 @@
 """From an ANN's checkpoint to a spiking network, its thresholds balanced or taken from the cache."""
+import hashlib
 import math
 import os
 import tempfile
@@ -10,9 +11,11 @@ from torch.utils.data import Dataset
 
 from experiment import UserError, checkpoint, distributed, engine, files, setup
 from experiment.data import Data, epoch_loader
+from experiment.graph import graph_of
 from experiment.run import Run
 from experiment.start import Start
 from self_models.conversion import copy_weights, find_thresholds, is_quantized
+from self_models.plain import LIF, HeldDropout, PlainNetwork, Repeat
 from self_models.spiking_network import SpikingNetwork
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # that --scaling_factor auto tries
@@ -53,7 +56,7 @@ def _balanced_thresholds(model, data, args, say):
         'architecture': args.architecture, 'dataset': args.dataset, 'images': checkpoint.digest({'images': images}),
         'timesteps': args.calibration_timesteps, 'percentile': args.threshold_percentile, 'seed': args.seed,
         'encoding': args.encoding, 'delay': args.delay, 'initial_potential': args.initial_potential,
-        'carried': bool(model.carried)})
+        'carried': bool(model.carried), 'code': _code(model)})
     if args.pretrained_ann:
         thresholds, note = checkpoint.cached_thresholds(args.pretrained_ann, key, model.balanced)
         say(note)
@@ -75,6 +78,15 @@ def _balanced_thresholds(model, data, args, say):
         except UserError as error:
             say(f'thresholds are not cached: {error}')
     return thresholds
+
+
+def _code(model):
+    """A hash of what a plain network calls, as its weights do not tell it; None of any other network."""
+    if not isinstance(model, PlainNetwork):
+        return None
+    layers = [f'{name} {module}' for name, module in model.named_modules()
+              if not any(module.children()) and not isinstance(module, (LIF, HeldDropout, Repeat))]  # these hold T
+    return hashlib.sha256('\n'.join([str(graph_of(model)), *layers]).encode()).hexdigest()
 
 
 def chosen_factor(scan: dict[float, float], count: int) -> float:

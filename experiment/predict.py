@@ -32,7 +32,7 @@ def lines(args: argparse.Namespace, device: torch.device) -> list[str]:
     if args.dataset not in INPUT_SHAPES:
         raise UserError(f'--predict: {path} is of an unknown data set {args.dataset}; name one whose images have '
                         'the same shape with --dataset')
-    shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
+    shape = setup.input_shape(args)
     model = setup.build_snn(args, data.Data(None, None, state['classes'], shape), state).to(device).eval()
     checkpoint.load_snn(model, state, path, leaks='leak' not in args.given)
     if silent := setup.too_few_steps(model):

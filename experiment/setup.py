@@ -12,7 +12,7 @@ import self_models
 from experiment import UserError, checkpoint, distributed, options, own
 from experiment import data as data_sets
 from experiment.data import Data
-from self_models import cpu
+from self_models import INPUT_SHAPES, cpu
 from self_models.conversion import check_values, has_biases
 from self_models.spiking_network import SpikingNetwork
 from self_models.surrogate import FLAGS
@@ -80,6 +80,11 @@ def notes(args: Namespace, device: torch.device, model: torch.nn.Module) -> list
         said.append('--amp: this processor has no instructions for bfloat16 and computes it many times slower than '
                     'float32; leave the flag out')
     return said
+
+
+def input_shape(args: Namespace) -> tuple[int, int, int]:
+    """(C, H, W) of the images of --dataset."""
+    return (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
 
 
 def load_data(args: Namespace) -> Data:

@@ -122,7 +122,7 @@ def check_network(args: Namespace, start: Start, layers: dict) -> None:
         classes, device = CLASS_COUNTS.get(args.dataset), 'cpu'
     if not classes:
         return
-    shape = (3, args.image_size, args.image_size) if args.dataset == 'FOLDER' else INPUT_SHAPES[args.dataset]
+    shape = setup.input_shape(args)
     try:
         with torch.device(device):
             model = setup.build_ann(args, Data(None, None, [''] * classes, shape), **layers)

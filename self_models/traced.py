@@ -3,6 +3,7 @@
 Between the activations, all is linear in the activations at each time step, so that a spiking network can run it over
 T * B images unchanged. A network with anything else is refused by name before anything runs.
 """
+import contextlib
 import copy
 import inspect
 import operator
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.optim.swa_utils import AveragedModel
 
-from self_models.layers import Scale
+from self_models.layers import Scale, compute_weights
 from self_models.qcfs import QCFS
 
 SYNAPSES = (nn.modules.conv._ConvNd, nn.Linear)
@@ -35,6 +36,7 @@ LINEAR_MODULES = (*SYNAPSES, nn.modules.batchnorm._BatchNorm, *POOLS, *MAX_POOLS
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, 'relu', 'relu_'}
 FUNCTION_DROPOUTS = {F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d,
                      F.dropout3d: nn.Dropout3d}
+PATH_DROPS = {'stochastic_depth': 3, 'drop_block2d': 5, 'drop_block3d': 5}  # torchvision's: where `training` stands
 FUNCTION_SYNAPSES = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d,
                      F.conv_transpose3d}
 MATRIX_PRODUCTS = {operator.matmul, torch.matmul, torch.mm, 'matmul', 'mm'}
@@ -107,11 +109,12 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, module, name):
-        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if isinstance(module, (nn.Sequential, nn.ModuleList)) or 'forward' in vars(module):
             return False
-        known = isinstance(module, (*LINEAR_MODULES, *ACTIVATIONS))
+        # of the class itself: a parametrization makes a class of torch's from any
         home = type(module).forward.__module__
-        return known and home.startswith(('torch.', 'self_models.')) or super().is_leaf_module(module, name)
+        known = isinstance(module, (*LINEAR_MODULES, *ACTIVATIONS)) or super().is_leaf_module(module, name)
+        return known and home.startswith(('torch.', 'self_models.'))
 
     def call_module(self, m, forward, args, kwargs):
         if m not in self.submodule_paths:  # made by the network's code, as nn.ReLU()(x): its own calls are taken
@@ -123,8 +126,9 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args, **options):
         if self.surroundings != _surroundings():
-            raise Refused(f'{type(self.root).__name__} runs a part of itself under no_grad or autocast, which its '
-                          'spiking network would not: leave that out; requires_grad_(False) freezes weights')
+            raise Refused(f'{type(self.root).__name__} runs a part of itself under no_grad or autocast, or in a '
+                          'torch.autograd.Function of its own, which its spiking network would not: write it without; '
+                          'requires_grad_(False) freezes weights')
         return super().create_node(*args, **options)
 
     def trace(self, *args, **options):
@@ -178,6 +182,12 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
     if 'forward' in vars(ann):
         raise Refused(f"{name} has a forward of its own beside that of its class, which a copy of its calls does not "
                       'run: put it into the class')
+    if _results(ann):
+        with torch.no_grad():
+            compute_weights(ann)
+    if kept := _results(ann):
+        raise Refused(f'{name} keeps {kept[0]}, a result with a gradient, which cannot be copied: detach it, or '
+                      'delete it')
     try:
         tree = copy.deepcopy(ann)
         traced, graph, inputs = _followed(ann)
@@ -189,9 +199,14 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             remedy = 'index it, as w[0], w[1]' if 'be iterated' in reason else (
                 'write its forward without conditions on them, such as assert')
             reason = f'its way depends on values or shapes ({reason}): {remedy}'
+        elif '_Proxy' in reason or "'len'" in reason:
+            reason += ": write x.size(0) for len(x), // for int() of a quotient, and no range() of a size"
         raise Refused(f'{name} cannot be traced: {reason}') from error
     for key, value in vars(traced).items():  # tensors that its code makes
         if isinstance(value, torch.Tensor) and key not in vars(tree):
+            if value.requires_grad:
+                raise Refused(f'{name} computes with a weight that torch.fx does not follow: read it as self.NAME, not '
+                              'from a list')
             setattr(tree, key, value)
     modules = dict(tree.named_modules())
     read_in_order(graph, modules)
@@ -200,12 +215,35 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
         # further: arguments at their defaults
         if not node.users and node.op != 'output' and (node.op != 'placeholder' or node in further):
             graph.erase_node(node)
-    used = set()
+    used, idle = set(), _idle(ann, graph)
     for node in list(graph.nodes):
-        if node.op == 'call_function' and node.target in FUNCTION_DROPOUTS and not argument(node, 2, 'training', True):
+        if node in idle:
+            node.replace_all_uses_with(source_of(node))
+            graph.erase_node(node)
+        elif node.target in FUNCTION_DROPOUTS and not argument(node, 2, 'training', True):
             owner, dropout = owner_of(node, modules), FUNCTION_DROPOUTS[node.target](argument(node, 1, 'p', 0.5))
             replace(graph, node, put(tree, Call(node, owner, None), dropout.train(modules[owner].training), used))
     return tree, graph
+
+
+def _results(ann):
+    """The names of tensors that a network keeps and that were computed from others with a gradient."""
+    return ['.'.join(filter(None, (path, key))) for path, module in ann.named_modules()
+            for key, value in vars(module).items() if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+
+
+def _idle(ann, graph):
+    """The calls of a graph that change nothing: functions that drop paths, in evaluation, and dropouts that drop in
+    training no more than in evaluation."""
+    idle = {node for node in graph.nodes if (place := PATH_DROPS.get(getattr(node.target, '__name__', None)))
+            and not argument(node, place, 'training', True)}
+    dropouts = [node for node in graph.nodes if node.target in FUNCTION_DROPOUTS]
+    if dropouts:
+        with contextlib.suppress(Exception):  # its code for training cannot be traced
+            again = [node for node in _followed(ann, training=True)[1].nodes if node.target in FUNCTION_DROPOUTS]
+            if len(again) == len(dropouts):
+                idle.update(node for node, other in zip(dropouts, again) if not argument(other, 2, 'training', True))
+    return idle
 
 
 def _followed(ann, training=False):
@@ -560,6 +598,8 @@ def check(node: fx.Node, module: nn.Module | None, what: str, kinds: dict, ranks
                  if isinstance(each, fx.Node) and kinds[each] == VALUE]
     rank = ranks[next(each for each in node.all_input_nodes if kinds[each] == VALUE)]
     counts = any(kinds[each] in (COUNT, SHAPE) for each in node.all_input_nodes)
+    if isinstance(target, type):  # a NamedTuple, a dataclass
+        refuse('gives more than one output', 'return the logits alone')
     if counts and target not in RESHAPES:
         refuse('computes with the number of samples', 'write it without')
     if module is not None:

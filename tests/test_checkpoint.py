@@ -285,6 +285,14 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_weights_that_are_spoilt_are_not_said_to_be_of_another_network():
+    state = {'state_dict': resnet6().state_dict(), 'args': {'architecture': 'RESNET6', 'dataset': 'DIGITS'}}
+    state['state_dict']['pre_process.0.weight'].view(-1)[0] = torch.nan
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_weights(resnet6(), state, 'a.pth')
+    assert str(caught.value) == 'a.pth: pre_process.0.weight is not finite; use another copy, or train it anew'
+
+
 def test_another_data_sets_ann_keeps_all_but_its_last_layer():
     source, target = resnet6(labels=7), resnet6()
     head = target.classifier[0].weight.clone()

@@ -1,5 +1,6 @@
 """What befalls a training run from outside: a second run of its name, a kill, a full disk."""
 import errno
+import math
 import os
 import re
 import resource
@@ -294,6 +295,27 @@ def test_a_disk_that_fills_at_any_byte_of_a_checkpoint_is_called_full(tmp_path):
         with pytest.raises(UserError) as full:
             files.write_atomically(path, lambda file, room=room: torch.save(state, Full(file, room)))
         assert str(full.value).startswith(f'{path}: cannot be written (No space left on device); the file that')
+        assert all_but_locks(tmp_path) == {path: before}
+
+
+class Stopped(Full):
+    """A file in the middle of which the process is told to stop."""
+
+    def write(self, data):
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            self.room = math.inf
+            raise KeyboardInterrupt
+        return self.file.write(data)
+
+
+def test_a_stop_at_any_byte_of_a_checkpoint_is_no_error_of_the_disk(tmp_path):
+    path, state = tmp_path / 'x.pth', {'weights': torch.zeros(999), 'name': 'x'}
+    torch.save(state, path)
+    before = path.read_bytes()
+    for room in range(0, len(before), 97):
+        with pytest.raises(KeyboardInterrupt):
+            files.write_atomically(path, lambda file, room=room: torch.save(state, Stopped(file, room)))
         assert all_but_locks(tmp_path) == {path: before}
 
 

@@ -4,7 +4,7 @@ import copy
 import pickle
 import re
 import warnings
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np  # noqa: F401  for a text that is evaluated
 import pytest
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 import self_models.layers as layers
 import self_models.plain as plain_way
@@ -24,6 +24,7 @@ from self_models.architectures import RESNET_STAGES
 from self_models.conversion import LayoutError, fold_channels
 from self_models.layers import Scale
 from self_models.threshold_balancing import DeadLayerError
+from self_models.traced import compiled, trace
 
 DIRECT = {'encoding': 'direct', 'delay': 0}
 LEARNED = {'learn_threshold': True, 'learn_leak': True}
@@ -415,6 +416,10 @@ class Several(Inputs):
         return self.more(logits, x)
 
 
+class Logits(NamedTuple):
+    logits: torch.Tensor
+
+
 RELU, NORM, LOGITS = 'put nn.ReLU or QCFS in its place', 'put batch norm in its place', 'leave it out: the loss'
 ADD, LINEAR, SAMPLES = 'or add them', 'use layers that are linear', 'samples'
 REFUSED_MODULES = [
@@ -503,9 +508,97 @@ def test_calls_that_are_refused(expression, words):
     (Inputs, '2 inputs'), (Keywords, '2 inputs'), (Any, 'any number of inputs'),
     (lambda: Several(lambda logits, x: (logits, x)), 'more than one output'),
     (lambda: Several(lambda logits, x: {'logits': logits}), 'more than one output'),
+    (lambda: Several(lambda logits, x: Logits(logits)), 'more than one output: return the logits alone'),
     (lambda: Several(lambda logits, x: None), 'more than one output')])
 def test_networks_that_are_refused(ann, words):
     refused(ann(), words)
+
+
+class ConvReLU(nn.Conv2d):
+    def forward(self, x):
+        return F.relu(super().forward(x))
+
+
+class OwnLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x):
+        return F.linear(x, self.weight)
+
+
+def test_a_parametrized_layer_is_followed_as_far_as_one_without():
+    net = chain(parametrizations.weight_norm(ConvReLU(2, 4, 3)), nn.Conv2d(4, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(), parametrizations.spectral_norm(OwnLinear())).eval()
+    assert len(spiking(net, 2).lifs) == 2 == sum(isinstance(each, QCFS) for each in quantize(net).modules())
+
+
+def test_a_module_runs_the_forward_that_it_was_given():
+    net = chain(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
+    net[1].forward = lambda x: F.relu6(x)
+    refused(net, '1: relu6() ')
+    net[1].forward, x = lambda x: F.relu(-x), torch.rand(2, *SHAPE)
+    net[3].forward = lambda x: F.linear(x, 2 * net[3].weight)  # of a layer, too
+    tree, graph = trace(net)
+    assert torch.equal(compiled(graph)(tree, x), F.linear(F.relu(-net[0](x)).flatten(1), 2 * net[3].weight))
+    assert len(spiking(net, 2).lifs) == 1
+
+
+def test_weights_that_it_does_not_follow_are_refused():
+    net = Net(lambda n, x: n.fc((F.relu(n.conv(x)) * n.all[0].softmax(0)[0]).flatten(1)), conv=nn.Conv2d(2, 4, 3),
+              fc=nn.Linear(144, 5))
+    net.factors = nn.Parameter(torch.randn(2))
+    net.all = [net.factors]
+    refused(net, 'read it as self.NAME')
+
+
+@pytest.mark.parametrize('training', [lambda n: False, lambda n: n.training and n.drops])
+def test_a_dropout_that_never_drops_stays_idle(training):
+    net = Net(lambda n, x: n.fc(F.dropout(F.relu(n.conv(x)), 0.5, training(n)).flatten(1)), conv=nn.Conv2d(2, 4, 3),
+              fc=nn.Linear(144, 5))
+    net.drops = False
+    snn, x = spiking(net, 2, **DIRECT, default_threshold=0.1).train(), torch.rand(2, *SHAPE)
+    assert torch.equal(snn(x), snn.eval()(x)) and snn(x).any()
+    net.drops = True
+    snn = spiking(net, 2, **DIRECT, default_threshold=0.1).train()
+    assert torch.equal(snn(x), snn.eval()(x)) == (training(net.train()) is False)
+
+
+def test_results_that_a_network_keeps():
+    net, x = Net(lambda n, x: n.fc(n.seen(F.relu(n.conv(x))).flatten(1)), conv=nn.Conv2d(2, 4, 3),
+                 fc=nn.Linear(144, 5)), torch.rand(2, *SHAPE)
+    net.seen = lambda x: setattr(net, 'kept', x) or x
+    net(x)
+    with pytest.raises(ValueError, match='Net keeps kept, a result with a gradient.* detach it'):
+        spiking(net, 2)
+    del net.kept
+    net.seen = lambda x: x
+    prune.l1_unstructured(net.conv, 'weight', 0.5)  # which keeps the product of weight and mask
+    want = spiking(net, 2, **DIRECT)(x)
+    prune.remove(net.conv, 'weight')
+    assert torch.equal(spiking(net, 2, **DIRECT)(x), want)
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize('expression, words', [
+    ('Twice.apply(x)', 'torch.autograd.Function of its own'), ('x.view(len(x), -1)', 'x.size(0) for len(x)'),
+    ('x.flatten(1)[:, :int(x.size(1) / 2)]', '// for int()')])
+def test_refusals_say_what_to_write(expression, words):
+    refused(calling(expression), words)
+
+
+def test_paths_that_are_dropped_in_training_are_whole_in_a_spiking_network():
+    drop = pytest.importorskip('torchvision').ops.StochasticDepth(0.5, 'row')
+    net = chain(nn.Conv2d(2, 4, 3), nn.ReLU(), drop, nn.Flatten(), nn.Linear(144, 5)).train()
+    same, x = chain(*net[:2], *net[3:]), torch.rand(2, *SHAPE)
+    assert torch.equal(spiking(net, 2, **DIRECT)(x), spiking(same, 2, **DIRECT)(x))
+    assert isinstance(quantize(net)[2], type(drop))  # the QCFS ANN's training drops them
 
 
 def test_a_network_is_refused_for_its_hooks():

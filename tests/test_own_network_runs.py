@@ -229,6 +229,24 @@ def accuracy_of(out, what):
     return float(re.findall(rf'{what}: test accuracy ([\d.]+)%', out)[-1])
 
 
+def test_cached_thresholds_are_of_the_networks_code_too(tmp_path, capsys):
+    flags = of('chain', *CALIBRATION, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 4, '--test_only')
+    run(ann, *of('chain', *ADAM, '--epochs', 1, '--name', 'a'))
+
+    def cached(*more):
+        capsys.readouterr()
+        run(snn, *flags, *more)
+        return 'thresholds taken from' in capsys.readouterr().out
+
+    assert not cached() and cached() and cached('--timesteps', 6)
+    text = NETWORKS.replace('nn.AvgPool2d(2)', 'nn.MaxPool2d(2)')
+    assert text != NETWORKS
+    (tmp_path / 'nets.py').write_text(text)
+    with warnings.catch_warnings(action='ignore'):
+        sys.modules.pop('_own_network_nets')
+        assert not cached() and cached()
+
+
 # -- what it reaches --------------------------------------------------------------------------------------------------
 
 def test_the_example_learns_the_digits_at_four_time_steps(capsys):

@@ -717,6 +717,12 @@ def read(folder):
     return json.loads(Path(folder, 'report.json').read_text(), parse_constant=no_json)
 
 
+def test_a_report_may_lie_in_the_folder_of_the_runs_own_name():
+    for _ in range(2):
+        run(snn, *FLAGS, '--epochs', 1, '--name', 'mine', '--report', 'logs/snn/mine')
+        assert {path.name for path in Path('logs/snn/mine').iterdir()} >= {'report.json', 'accuracy.png'}
+
+
 def test_reports_of_a_run_and_of_its_best_epoch_agree(in_an_empty_folder, capsys):
     run(snn, *FLAGS, '--epochs', 2, '--name', 'mine', '--alpha', 0.5, '--report', 'a/b')
     capsys.readouterr()
@@ -843,6 +849,8 @@ def test_a_report_has_nothing_of_another_run_or_report(in_an_empty_folder, monke
 
     assert curves('trained_models/snn/a.pth') == curves('trained_models/snn/a.last.pth') == [1, 2]
     assert curves('trained_models/snn/b.pth') == [3, 4, 5]
+    shutil.copy('trained_models/snn/a.pth', 'trained_models/snn/a.folded.pth')
+    assert curves('trained_models/snn/a.folded.pth') == [1, 2]
     assert curves('other/b.pth') == [1]  # its own, of the best epoch
     shutil.copy('trained_models/snn/b.last.pth', 'other/b.last.pth')
     assert curves('other/b.pth') == [1]
