@@ -84,9 +84,14 @@ def _code(model):
     """A hash of what a plain network calls, as its weights do not tell it; None of any other network."""
     if not isinstance(model, PlainNetwork):
         return None
-    layers = [f'{name} {module}' for name, module in model.named_modules()
-              if not any(module.children()) and not isinstance(module, (LIF, HeldDropout, Repeat))]  # these hold T
-    return hashlib.sha256('\n'.join([str(graph_of(model)), *layers]).encode()).hexdigest()
+    graph, modules, lines = graph_of(model), dict(model.named_modules()), []
+    for name in dict.fromkeys(node.target for node in graph.nodes if node.op == 'call_module'):
+        module = modules[name]
+        if not isinstance(module, (LIF, HeldDropout, Repeat)):  # which hold T and more that balancing does not heed
+            settings = {key: value for key, value in vars(module).items() if key[0] != '_' and key != 'training'
+                        and isinstance(value, (bool, int, float, str, tuple, type(None)))}
+            lines.append(f'{name} {type(module).__name__} {sorted(settings.items())}')
+    return hashlib.sha256('\n'.join([str(graph), *lines]).encode()).hexdigest()
 
 
 def chosen_factor(scan: dict[float, float], count: int) -> float:

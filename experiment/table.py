@@ -1,5 +1,6 @@
 """The results of snn.py: accuracy over time before training, and the table of accuracies at the end."""
 import contextlib
+from pathlib import Path
 
 from torch.optim import Optimizer
 
@@ -97,9 +98,10 @@ class Results:
                                                   self.time_steps(100))
         elif self.start.kind in ('snn', 'resume'):
             tested, history = self.start.path, self.start.state.get('history')
+            path = Path(tested)
             with contextlib.suppress(UserError):  # the history of a best epoch's checkpoint ends at that epoch
                 later = checkpoint.load_training(
-                    f'{str(tested).removesuffix(".pth").removesuffix(".folded")}.last.pth', 'snn')['history']
+                    path.with_name(f'{path.stem.removesuffix(".folded")}.last.pth'), 'snn')['history']
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,

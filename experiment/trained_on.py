@@ -60,14 +60,16 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None, resumed: boo
     """Set args.split_seed, the seed that orders the training set.
 
     It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
-    of `state` on a set of this name, as later trainings that held out images took it over. A folder may have moved.
+    of `state` on this set, as later trainings that held out images took it over; else of one on a set of this name, as
+    a folder may have moved.
     """
     args.split_seed = args.seed
     if resumed:
         seed = state['args'].get('split_seed')
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
-        here = [entry for entry in trainings(state) if entry and entry['dataset'] == args.dataset]
+        named = [entry for entry in trainings(state) if entry and entry['dataset'] == args.dataset]
+        here = [entry for entry in named if _set(entry) == _set(vars(args))] or named
         args.split_seed = here[0]['seed'] if here else args.seed
 
 

@@ -165,7 +165,7 @@ def matching_layers(ann: nn.Module, snn: nn.Module):
     and a plain identity's Scale.
     """
     def is_own(module):
-        return not type(module).forward.__module__.startswith(('torch.', 'self_models.'))
+        return 'forward' in vars(module) or not type(module).forward.__module__.startswith(('torch.', 'self_models.'))
 
     def leaves(network):
         return [(name, module) for name, module in network.named_modules() if is_own(module) or not list(

@@ -112,6 +112,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of any shape -> the same shape and type."""
+        if torch._C._are_functorch_transforms_active():
+            return super().forward(x)
         return x * dropout_factors(x, self.p) if self.training and self.p else x
 
 

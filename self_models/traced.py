@@ -199,11 +199,12 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
             remedy = 'index it, as w[0], w[1]' if 'be iterated' in reason else (
                 'write its forward without conditions on them, such as assert')
             reason = f'its way depends on values or shapes ({reason}): {remedy}'
-        elif '_Proxy' in reason or "'len'" in reason:
+        elif any(each in reason for each in ("'len'", 'int()', 'as an integer')):
             reason += ": write x.size(0) for len(x), // for int() of a quotient, and no range() of a size"
         raise Refused(f'{name} cannot be traced: {reason}') from error
+    read = {node.target for node in graph.nodes if node.op == 'get_attr'}
     for key, value in vars(traced).items():  # tensors that its code makes
-        if isinstance(value, torch.Tensor) and key not in vars(tree):
+        if isinstance(value, torch.Tensor) and key not in vars(tree) and key in read:
             if value.requires_grad:
                 raise Refused(f'{name} computes with a weight that torch.fx does not follow: read it as self.NAME, not '
                               'from a list')
@@ -229,7 +230,8 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
 def _results(ann):
     """The names of tensors that a network keeps and that were computed from others with a gradient."""
     return ['.'.join(filter(None, (path, key))) for path, module in ann.named_modules()
-            for key, value in vars(module).items() if isinstance(value, torch.Tensor) and value.grad_fn is not None]
+            for key, value in {**vars(module), **module._buffers}.items()
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None]
 
 
 def _idle(ann, graph):
@@ -242,7 +244,8 @@ def _idle(ann, graph):
         with contextlib.suppress(Exception):  # its code for training cannot be traced
             again = [node for node in _followed(ann, training=True)[1].nodes if node.target in FUNCTION_DROPOUTS]
             if len(again) == len(dropouts):
-                idle.update(node for node, other in zip(dropouts, again) if not argument(other, 2, 'training', True))
+                idle.update(node for node, other in zip(dropouts, again)
+                            if not argument(node, 2, 'training', True) and not argument(other, 2, 'training', True))
     return idle
 
 
@@ -377,8 +380,9 @@ def shares_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     if node.op == 'call_module':
         return isinstance(modules[node.target], (nn.Identity, nn.Flatten, nn.Unflatten, *DROPOUTS)) or (
             writes_to_input(node, modules))
-    return node.op.startswith('call') and (node.target in VIEWS or node.target in FUNCTION_DROPOUTS or (
-        writes_to_input(node, modules)))
+    return node.op.startswith('call') and (
+        node.target in VIEWS or node.target in FUNCTION_DROPOUTS or writes_to_input(node, modules)
+        or getattr(node.target, '__name__', '') in PATH_DROPS)
 
 
 def writes_to_input(node: fx.Node, modules: dict[str, nn.Module]) -> bool:

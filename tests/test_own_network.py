@@ -467,7 +467,8 @@ REFUSED_CALLS = {
     'depends on values': ['x if x.sum() > 0 else -x', 'sum(row for row in x)'],
     'index it, as w[0], w[1]': ['sum(row for row in x)'],
     'cannot be traced': ['[x for _ in range(x.max())][0]', 'x * float(x)', 'torch.tensor(x.numpy())'],
-    'no_grad': ['torch.no_grad()(n.w)(x)'], 'training=self.training': ['F.dropout(x)'], LOGITS: ['F.softmax(x, 1)'],
+    'training=self.training': ['F.dropout(x)', 'F.dropout(x, 0.5, not n.training)'],
+    'no_grad': ['torch.no_grad()(n.w)(x)'], LOGITS: ['F.softmax(x, 1)'],
     'nn.BatchNorm': ['F.batch_norm(x, n.norm.running_mean, n.norm.running_var)']}
 
 
@@ -553,6 +554,14 @@ def test_weights_that_it_does_not_follow_are_refused():
     refused(net, 'read it as self.NAME')
 
 
+def test_what_the_graph_does_not_read_is_no_matter():
+    def forward(n, x):
+        n.penalty = sum(weight.pow(2).sum() for weight in n.fc.parameters())
+        return n.fc(F.relu(n.conv(x)).flatten(1))
+
+    assert len(spiking(Net(forward, conv=nn.Conv2d(2, 4, 3), fc=nn.Linear(144, 5)), 2).lifs) == 1
+
+
 @pytest.mark.parametrize('training', [lambda n: False, lambda n: n.training and n.drops])
 def test_a_dropout_that_never_drops_stays_idle(training):
     net = Net(lambda n, x: n.fc(F.dropout(F.relu(n.conv(x)), 0.5, training(n)).flatten(1)), conv=nn.Conv2d(2, 4, 3),
@@ -591,6 +600,13 @@ class Twice(torch.autograd.Function):
     ('x.flatten(1)[:, :int(x.size(1) / 2)]', '// for int()')])
 def test_refusals_say_what_to_write(expression, words):
     refused(calling(expression), words)
+
+
+def test_a_published_network_may_have_a_forward_of_its_own_put_on_a_module():
+    net, x = VGG('VGG5', dataset='DIGITS', activation='QCFS').eval(), torch.rand(2, 1, 8, 8)
+    before = quiet(net, 4)(x)
+    net.classifier[-1].forward = lambda x: F.linear(x, 2 * net.classifier[-1].weight)
+    assert torch.allclose(quiet(net, 4)(x), 2 * before) and before.any()
 
 
 def test_paths_that_are_dropped_in_training_are_whole_in_a_spiking_network():

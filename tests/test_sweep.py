@@ -218,8 +218,7 @@ def test_refused(module, tmp_path, capsys, line, said):
     assert os.listdir(tmp_path) == ['snn.py']
 
 
-def test_a_script_of_other_origin_is_written_over_by_no_command_and_in_the_way_of_none(
-        module, tmp_path, monkeypatch, capsys):
+def test_a_script_of_other_origin_is_written_over_by_no_command_and_in_the_way_of_none(module, tmp_path, capsys):
     (tmp_path / 'script.sh').write_text('echo x\n')
     generate(module, '--script mine.sh')
     metrics = ROOT / 'results/snn/digits_12'

@@ -54,11 +54,12 @@ def main(paths: list[str | Path]) -> None:
     for path in map(Path, paths):
         try:
             text = rewritten(path.read_bytes().decode())
+            figures = [(figure['path'], files(figure['files'])) for figure in FIGURE.finditer(text)]
         except (ValueError, NotImplementedError) as error:  # not UTF-8, an open quote, an absolute path
             raise UserError(f'{path}: {error}; correct its comments, or save it as UTF-8') from error
         write_atomically(path, lambda file, text=text: file.write(text.encode()))
-        for figure in FIGURE.finditer(text):
-            summary.draw_over_time_steps(summary.read_all(files(figure['files'])), path.parent / figure['path'])
+        for figure, named in figures:
+            summary.draw_over_time_steps(summary.read_all(named), path.parent / figure)
 
 
 if __name__ == '__main__':
