@@ -602,8 +602,8 @@ def test_refusals_say_what_to_write(expression, words):
     refused(calling(expression), words)
 
 
-def test_a_published_network_may_have_a_forward_of_its_own_put_on_a_module():
-    net, x = VGG('VGG5', dataset='DIGITS', activation='QCFS').eval(), torch.rand(2, 1, 8, 8)
+def test_a_published_network_may_have_a_forward_of_its_own_put_on_a_module(narrow):
+    x, net = torch.rand(2, 2, 16, 16, dtype=torch.float64), quantize(published('VGG5', batch_norm=True)).eval()
     before = quiet(net, 4)(x)
     net.classifier[-1].forward = lambda x: F.linear(x, 2 * net.classifier[-1].weight)
     assert torch.allclose(quiet(net, 4)(x), 2 * before) and before.any()
