@@ -103,10 +103,10 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     QCFS bounds become thresholds. As spikes are 0 or 1, a bound also multiplies the weights of the next synapse, or the
     Scale of a plain identity. Bounds of channels go into the weights on both sides, and the threshold is 1. If the
     spiking network has biases, a threshold multiplies the weights behind it for an ANN with ReLU, too, now and when it
-    is balanced. Raises ValueError as `convert` does, and LayoutError, a ValueError, for an ANN and a spiking network of
-    different layouts; nothing is copied then.
+    is balanced. Raises ValueError as `convert` does, and for an ANN and a spiking network of different layouts (of VGG
+    and ResNet a LayoutError, which is one); nothing is copied then.
     """
-    ann = unwrapped(ann)
+    ann, snn = unwrapped(ann), unwrapped(snn)
     if isinstance(snn, PlainNetwork):
         check_values(ann)
         snn.copy_from(ann)

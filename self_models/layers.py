@@ -92,6 +92,19 @@ class Parts:
         return [layer, BatchNorm1d(outputs)] if self.batch_norm else [layer]
 
 
+class Exact(nn.Module):
+    """Buffers that `exact` names move with the module, but keep their type: in bfloat16 a leak of 0.999 is 1."""
+    exact: tuple[str, ...] = ()
+
+    def _apply(self, fn, *args, **options):
+        kept = {name: self._buffers[name] for name in self.exact if name in self._buffers}
+        super()._apply(fn, *args, **options)
+        for name, values in kept.items():
+            if not values.is_meta:
+                self._buffers[name] = values.to(self._buffers[name].device)
+        return self
+
+
 def compute_weights(network: nn.Module) -> list[str]:
     """Compute the weights that torch's pruning and older norms of weights compute before a module is called, for code
     that calls none. Returns the paths of modules that have other hooks, which do not run."""

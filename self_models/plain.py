@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch._compile import _disable_dynamo  # torch.compiler.disable, without importing the compiler at once
 
 from self_models.encoding import ENCODINGS
+from self_models.layers import Exact
 from self_models.lif import LIFParameters, lif_backward, lif_forward, parameter_gradients, surrogate_state
 from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS, SMALLEST
@@ -51,21 +52,24 @@ QUANTIZED = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5, 'leak':
 BLOCK, SHORTEST = 2 ** 19, 2 ** 15  # values of a tensor that a thread processes at once, and of one row of it
 
 
-class LIF(nn.Module):
+class LIF(Exact):
     """Leaky integrate-and-fire neurons in place of an activation: currents (T * B, ...) -> theta s(t), (T * B, ...).
 
     timesteps: T. threshold, leak: buffers (), or parameters if learn_threshold, learn_leak. activation: the surrogate
     gradient by its name, with the flags of surrogate.py. delay: steps from input to spike, 1 or 0. initial_potential:
     in thresholds. bounds: (C,) by which each channel (dimension 1) is divided before and multiplied after, or None.
-    once: the currents are (B, ...), the same at all steps. Equations: lif.py. Raises ValueError for settings that no
-    neuron has, and for currents whose first dimension is no multiple of T.
+    The attribute once: the currents are (B, ...), the same at all steps; False at first. Equations: lif.py. Raises
+    ValueError for settings that no neuron has, and for currents whose first dimension is no multiple of T.
     """
+    exact = 'threshold', 'leak'
 
     def __init__(self, timesteps: int = 1, threshold: float = 1.0, leak: float = 1.0, activation: str = 'STDB',
                  delay: int = 1, initial_potential: float = 0.0, learn_threshold: bool = False,
                  learn_leak: bool = False, backend: str = 'torch', bounds: torch.Tensor | None = None, **flags: float):
         super().__init__()
         check_neurons(backend, activation, delay, initial_potential)
+        if unknown := flags.keys() - FLAGS.keys():
+            raise ValueError(f'unknown {", ".join(sorted(unknown))}: choose of {", ".join(FLAGS)}')
         self.timesteps, self.delay, self.initial_potential = check_timesteps(timesteps), delay, initial_potential
         self.activation, self.flags, self.backend, self.once = activation, flags, backend, False
         for name, value, learned in (('threshold', check_threshold(threshold), learn_threshold),
@@ -75,6 +79,7 @@ class LIF(nn.Module):
             else:
                 self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer('bounds', bounds)
+        self.parameters_of()  # raises ValueError for values that make no surrogate
 
     def parameters_of(self) -> LIFParameters:
         """Its LIFParameters."""
@@ -236,7 +241,7 @@ class Repeat(nn.Module):
 
 
 class PlainRecord(NamedTuple):
-    """What one LIF is given and does: current, potentials and spikes (T, B, ...) at each step, spikes as 0 and 1. The
+    """What one LIF is given and does: current, potentials and spikes (T, B, ...) at each step, spikes as bool. The
     potential is the one that the neuron fires on."""
     name: str
     parameters: LIFParameters

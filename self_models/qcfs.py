@@ -48,9 +48,11 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
     """Set the bounds of a network whose weights were trained with ReLU, before it is trained further with QCFS.
 
     images: (B, ...), some training images. Of 16 parts of the largest input of a layer, or of its channel, the one is
-    taken with which QCFS is nearest to ReLU, in the mean of squares. Layers are set in the order of their calls. If
-    none of its inputs is above 0, a bound stays as it is.
+    taken with which QCFS is nearest to ReLU, in the mean of squares. Layers are set in the order of their calls; one
+    that is called several times gets the largest bound. If none of its inputs is above 0, a bound stays as it is.
     """
+    fitted = {}
+
     def set_bound(module, given):
         x = given[0]
         others = [d for d in range(x.dim()) if d != 1 or not module.bound.dim()]
@@ -61,7 +63,9 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
             bounds.append(module.bound.clone())
             errors.append((module.forward(x) - x.relu()).square().mean(others))
         best = torch.stack(errors).argmin(0, keepdim=True)
-        module.bound.copy_(torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before))
+        bound = torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before)
+        fitted[module] = torch.maximum(bound, fitted.get(module, bound))
+        module.bound.copy_(fitted[module])
 
     modes, hooks = [(module, module.training) for module in ann.modules()], []
     for module in ann.modules():

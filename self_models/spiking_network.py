@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from self_models.encoding import ENCODINGS
-from self_models.layers import Scale, compute_weights, initialize
+from self_models.layers import Exact, Scale, compute_weights, initialize
 from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import SynapticInput, currents, lif_layer, prepared, window
 from self_models.published import PoissonGenerator
@@ -94,7 +94,8 @@ class SpikingNetwork(nn.Module):
     activation: the surrogate by its name, with alpha, beta, gamma and width, see surrogate.py. encoding: 'poisson'
     (rate coding), 'direct' (the image itself at each step) or another, see encoding.py. delay: 1, or 0 for neurons that
     fire in the step of their input. initial_potential: u(-1) in thresholds, in [0, 1). learn_threshold, learn_leak:
-    make `thresholds`, `leaks` parameters.
+    make `thresholds`, `leaks` parameters; in what spiking() makes, `threshold` and `leak` of each LIF, of which
+    `thresholds` and `leaks` are copies.
 
     initial_leak: of all layers, until leak_update or learning. output_delay: steps before the first at which a spike
     that the images cause can be at the output; without biases, T must be above it for more than nothing.
@@ -170,7 +171,7 @@ class SpikingNetwork(nn.Module):
         return at
 
 
-class LayerByLayer(SpikingNetwork):
+class LayerByLayer(Exact, SpikingNetwork):
     """What the spiking VGG and ResNet share: a layer runs over all time steps before the next one does.
 
     A subclass builds its modules, calls `set_layers` and defines `stages()`, which lists its LIF layers.
@@ -178,6 +179,7 @@ class LayerByLayer(SpikingNetwork):
     thresholds, leaks: parameters if learned, else buffers. carried: the thresholds that the weights behind each layer
     were multiplied by, so that its spikes are worth their threshold; None if spikes are worth 1, as published.
     """
+    exact = 'thresholds', 'leaks'
 
     def set_layers(self, names: list[str], depth: int, first: int, carries: bool) -> None:
         """names: of the LIF layers' synapses; depth: LIF layers on the shortest way from input to output; first: how
@@ -200,12 +202,15 @@ class LayerByLayer(SpikingNetwork):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         whole = f'{prefix}thresholds' in state_dict
+        weights = {prefix + name for name, _ in self.named_parameters()} - {f'{prefix}thresholds', f'{prefix}leaks'}
+        replaced = whole or weights <= state_dict.keys()  # else some weights stay, and so does what they carry
         for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
             state_dict.setdefault(prefix + what, getattr(self, what))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         # the weights are those of a network like this one, or of an ANN
         carries = whole and local_metadata.get('carries', bool(self.carried))
-        self.carried = self.thresholds.tolist() if carries else None
+        if replaced:
+            self.carried = self.thresholds.tolist() if carries else None
 
     def __getstate__(self):
         return {**self.__dict__, '_numbers': {}}  # the tensors of a copy count their changes anew

@@ -17,8 +17,8 @@ from self_models.lif import LIFParameters, lif_forward
 from self_models.lif_layer import CHUNK_BYTES, SynapticInput, dtypes, input_current, prepare
 from self_models.plain import PlainNetwork, Repeat, along_channels, segments
 from self_models.spike_train import DirectInput, SpikeTrain, at_least_float32, flatten
-from self_models.spiking_network import SpikingNetwork
-from self_models.traced import weight_of
+from self_models.spiking_network import SpikingNetwork, check_timesteps
+from self_models.traced import unwrapped, weight_of
 
 BLOCK_BYTES = 128 << 20  # the most float memory of a convolution or product, but for a single image at a single step
 SPOOL_BYTES = 256 << 20  # a layer's spikes are kept in memory up to this, beyond it in a temporary file
@@ -102,6 +102,7 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
     Memory grows neither with B nor with T: images go through a few at a time, a few steps at a time, and a layer's
     spikes wait for the next layer as bits, in a temporary file if there are many (B T N / 8 bytes).
     """
+    model, timesteps = unwrapped(model), check_timesteps(timesteps)
     plain = isinstance(model, PlainNetwork)
     if images.dim() != 4 and not plain or not len(images) or not images.is_floating_point():
         raise ValueError(f'images must be floats of shape (B, C, H, W) with B of 1 or more, not {tuple(images.shape)} '
@@ -120,7 +121,7 @@ def find_thresholds(model: SpikingNetwork, images: torch.Tensor, timesteps: int,
         for module in training:
             module.training = True
         model.network_update(*before[0])
-        model.leak_update(before[1])
+        model.set_neurons('leaks', before[1])  # whatever training has made of them
     model.threshold_update(1.0, thresholds)
     return thresholds
 

@@ -837,7 +837,8 @@ class Traced(Graphed, nn.Module):
 def quantize(ann: nn.Module, levels: int = 8, channels: bool = False, bound: float = 2.0) -> nn.Module:
     """A copy of an ANN with a QCFS of its own for every call of a ReLU.
 
-    levels, bound: of QCFS; channels: a bound for each channel, not one for the layer. The copy is of the ANN's own
+    levels, bound: of QCFS; channels: a bound for each channel, not one for the layer. A QCFS that is there stays as it
+    is: to train with other levels, set its `levels`. The copy is of the ANN's own
     class if each ReLU is a module that is called once, and called in the same way as QCFS. Else it runs by its graph
     (Traced), and a warning says if code for training is left out. Weights keep their names.
 

@@ -1598,6 +1598,7 @@ def test_the_curve_and_the_record(encoding, delay):
 
 @pytest.mark.parametrize('options, words', [
     ({'initial_potential': 1.5}, 'initial_potential must be'), ({'delay': 2}, 'unknown delay 2'),
+    ({'gama': 1.0}, 'unknown gama'), ({'once': True}, 'unknown once'), ({'width': 0}, 'width'),
     ({'activation': 'Nope'}, "unknown activation 'Nope'"), ({'backend': 'cuda'}, "unknown backend 'cuda'")])
 def test_neurons_that_there_are_not(options, words):
     with pytest.raises(ValueError, match=words):
@@ -1712,6 +1713,49 @@ def test_thresholds_under_autocast_are_those_without():
     found = find_thresholds(snn, x, 4)
     with torch.autocast('cpu', torch.bfloat16):
         assert find_thresholds(snn, x, 4) == found
+
+
+def test_thresholds_of_wrapped_networks_and_of_a_whole_float():
+    snn, x = spiking(own('residual'), 4, **DIRECT), torch.rand(3, *SHAPE, dtype=torch.float64)
+    found = find_thresholds(snn, x, 4)
+    assert find_thresholds(torch.optim.swa_utils.AveragedModel(snn), x, 4.0) == found
+    copy_weights(own('residual'), torch.compile(snn))
+    assert snn.thresholds.tolist() == pytest.approx(found)
+    with pytest.raises(ValueError, match='timesteps must be'):
+        find_thresholds(snn, x, 0)
+
+
+def test_a_leak_that_training_has_left_above_1_is_kept():
+    snn, x = spiking(own('residual'), 4, **DIRECT, learn_leak=True), torch.rand(3, *SHAPE, dtype=torch.float64)
+    snn.lifs[0].leak.data.fill_(1.0625)
+    find_thresholds(snn, x, 4)
+    assert snn.leaks[0] == 1.0625
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_neurons_keep_their_numbers_in_16_bits(dtype):
+    for snn in (spiking(own('residual'), 4, leak=0.999, default_threshold=1.001),
+                network('VGG5', dataset='DIGITS', leak=0.999, default_threshold=1.001),
+                nn.Sequential(plain_way.LIF(4, 1.001, 0.999))[0]):
+        cast = snn.to(dtype)
+        values = (cast.thresholds, cast.leaks) if hasattr(cast, 'leaks') else (cast.threshold, cast.leak)
+        assert {*values[0].view(-1).tolist()} == {1.001} and {*values[1].view(-1).tolist()} == {0.999}
+
+
+def test_a_shared_qcfs_is_fitted_to_all_its_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = QCFS(4)
+
+        def forward(self, x):
+            return self.act(0.1 * self.act(x))
+
+    ann, alone = Twice(), nn.Sequential(QCFS(4))
+    x = torch.rand(64, 5) * 10
+    fit_bounds(ann, x)
+    fit_bounds(alone, x)
+    assert ann.act.bound == alone[0].bound > 5
 
 
 def test_frozen_parts_stay_frozen():
@@ -1951,6 +1995,16 @@ def test_a_state_dict_carries_thresholds_and_leaks(architecture, narrow):
         assert fresh.load_state_dict(snn.state_dict()).missing_keys == []
         assert torch.equal(fresh(x), snn(x)) and fresh.leaks.tolist() == snn.leaks.tolist() and snn(x).std() > 0
         assert torch.equal(fresh.thresholds, snn.thresholds)
+
+
+def test_a_part_of_a_state_leaves_what_the_weights_carry(narrow):
+    snn, x = convert(quantized(published('RESNET6'), 4, IMAGES['direct']), 4), IMAGES['direct']
+    same, thresholds = copy.deepcopy(snn), snn.thresholds.tolist()
+    snn.load_state_dict({'classifier.0.weight': snn.classifier[0].weight.clone()}, strict=False)
+    for each in (snn, same):
+        each.threshold_update(0.5, thresholds)
+    assert type(snn).__name__ == 'RESNET_SNN_STDB' and snn.balanced == len(thresholds)
+    assert torch.equal(snn(x), same(x)) and same(x).std() > 0
 
 
 def test_a_threshold_given_through_functional_call_gets_its_gradient(narrow):
