@@ -117,6 +117,8 @@ def main(args):
         found = convert(model, start.state, balances, data, run)
     elif balances:
         from_ann.scale_thresholds(model, from_ann.balanced_thresholds(model, data, run), data, run)
+    elif start.kind == 'scratch':  # also of neurons that take the place of a QCFS
+        model.threshold_update(1.0, [args.default_threshold] * len(model.layer_names))
     for what in ['thresholds', *(['leaks'] if args.learn_leak or model.leak is None else [])]:
         run.say(f'{what}: ' + ' '.join(f'{value:.4g}' for value in getattr(model, what).tolist()))
 

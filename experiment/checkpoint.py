@@ -140,7 +140,9 @@ def fitting(model: nn.Module, state: dict, path: Path | str,
     weight raises a UserError that lists the first of them.
     """
     names = {plain_name(key): key for key in model.state_dict()}  # the user's own network may have a child 'module'
-    weights = {names.get(plain_name(key), plain_name(key)): value for key, value in state['state_dict'].items()}
+    same = state['state_dict'].keys() == model.state_dict().keys()
+    weights = {key if same else names.get(plain_name(key), plain_name(key)): value
+               for key, value in state['state_dict'].items()}
     problems = ['names twice, with and without module.'] if len(weights) < len(state['state_dict']) else []
     neurons = neuron_keys(model)  # thresholds and leaks are elsewhere in the file, whether learned or not
     wanted = {key: value for key, value in model.state_dict().items() if key not in neurons}
@@ -222,8 +224,8 @@ def snn_state(model: SpikingNetwork) -> dict:
 def ann_layers(state: dict | None) -> dict:
     """{activation, batch_norm, levels, bounds} of the network in an ANN's checkpoint, or of the ANN of an SNN's.
 
-    The names of the weights tell all but the levels of QCFS, which are in args; None if not. state: None for a network
-    from scratch, which has ReLU.
+    The names of the weights tell what args do not, as in published files; levels may be None. state: None for a
+    network from scratch, which has ReLU.
     """
     weights, saved = (state['state_dict'], state.get('args', {})) if state else ({}, {})
     names = {str(key): value for key, value in weights.items()}
@@ -234,8 +236,10 @@ def ann_layers(state: dict | None) -> dict:
     activation, levels = saved.get('activation'), saved.get('levels')
     if activation not in ('ReLU', 'QCFS'):
         activation = 'QCFS' if bounds else 'ReLU'
-    channel = activation == 'QCFS' and any(getattr(value, 'ndim', 0) for value in bounds)
-    return {'activation': activation, 'bounds': 'channel' if channel else 'layer',
+    kind = 'channel' if any(getattr(value, 'ndim', 0) for value in bounds) else 'layer'
+    if saved.get('bounds') in ('layer', 'channel'):  # a weight of your own network may be called as a bound is
+        kind = saved['bounds']
+    return {'activation': activation, 'bounds': kind if activation == 'QCFS' else 'layer',
             'batch_norm': 'running_var' in {key.rsplit('.', 1)[-1] for key in names},
             'levels': levels if type(levels) is int and levels > 0 else None}
 

@@ -4,6 +4,7 @@ import math
 import os
 import tempfile
 from argparse import Namespace
+from functools import reduce
 
 import torch
 from torch import nn
@@ -91,6 +92,8 @@ def _code(model):
             settings = {key: value for key, value in vars(module).items() if key[0] != '_' and key != 'training'
                         and isinstance(value, (bool, int, float, str, tuple, type(None)))}
             lines.append(f'{name} {type(module).__name__} {sorted(settings.items())}')
+    lines += [checkpoint.digest({node.target: value}) for node in graph.nodes if node.op == 'get_attr'
+              and isinstance(value := reduce(getattr, node.target.split('.'), model._space), torch.Tensor)]
     return hashlib.sha256('\n'.join([str(graph), *lines]).encode()).hexdigest()
 
 

@@ -96,7 +96,8 @@ def _run(network, labels, input_shape, refuse):
     network.train()
     copied = copy.deepcopy(network)
     for mode in ('evaluation', 'training'):  # a single pass of training may leave parts out at random
-        output = copied.train(mode == 'training')(torch.zeros_like(images))
+        copied.train(mode == 'training')
+        output = copied(torch.zeros_like(images))
         if not isinstance(output, torch.Tensor):
             refuse(f'its forward gives a {type(output).__name__} in {mode}, not a tensor of logits')
         if output.shape != (2, labels):
@@ -112,16 +113,18 @@ def _run(network, labels, input_shape, refuse):
 
 def _compare(network, images, refuse):
     """Refuse a network that computes something else than its graph, of which a spiking one is made, in evaluation."""
-    draw, network = torch.Generator().manual_seed(0), copy.deepcopy(network).eval()
+    draw, network = torch.Generator().manual_seed(0), copy.deepcopy(network)
+    network.eval()
     images = torch.rand(images.shape, generator=draw)
     for weight in network.parameters():
         if weight.is_floating_point() and not weight.any():  # behind zeros, nothing would differ
             weight.data = torch.rand(weight.shape, generator=draw, dtype=weight.dtype)
     tree, graph = trace(network)
+    tree.eval()
     with torch.no_grad():
         wanted = network(images.clone())
         try:
-            same = torch.allclose(compiled(graph)(tree.eval(), images.clone()), wanted, 1e-3, 1e-5, equal_nan=True)
+            same = torch.allclose(compiled(graph)(tree, images.clone()), wanted, 1e-3, 1e-5, equal_nan=True)
         except Exception as error:
             refuse('what torch.fx follows of its forward fails: ', error)
     if not same:

@@ -178,7 +178,11 @@ def check_levels(model: torch.nn.Module, args: Namespace) -> None:
     wanted = args.levels if args.activation == 'QCFS' else None
     for levels in {module.levels for module in model.modules() if isinstance(module, self_models.QCFS)} - {wanted}:
         raise UserError(f'--architecture {args.architecture}: its code has QCFS of {levels} levels: say so with '
-                        f'--activation QCFS --levels {levels}')
+                        f'--activation QCFS --levels {levels}; all QCFS need the same')
+    bounds = [module.bound.dim() for module in model.modules() if isinstance(module, self_models.QCFS)]
+    if args.bounds == 'channel' and args.activation == 'QCFS' and not any(bounds):
+        raise UserError(f'--bounds channel: the code of {args.architecture} has QCFS of its own, with a bound a layer; '
+                        'leave the flag out')
 
 
 def check_steps(model: SpikingNetwork, args: Namespace) -> list[str]:

@@ -72,6 +72,8 @@ def find_ann(args: Namespace) -> Start:
         quantizes = start.kind == 'ann' and (args.activation, layers['activation']) == ('QCFS', 'ReLU')
         if quantizes:  # QCFS takes the place of ReLU
             del layers['activation'], layers['bounds']
+        elif layers['activation'] == 'ReLU':
+            del layers['bounds']  # without effect
         for flag in layers.keys() - {'levels'}:
             if flag in args.given and getattr(args, flag) != layers[flag]:
                 raise UserError(f'--{flag} {getattr(args, flag)}: the network in {start.path} has {flag} '
@@ -167,6 +169,8 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
         said.append('--balance_blocks has no effect here: it belongs to ANNs of ReLU without batch norm')
     if not quantized:
         return said
+    said += [f'--{flag} has no effect here: it belongs to training' for flag in ('crop', 'cutout')
+             if args.test_only and flag in args.given]
     _settle(args, QUANTIZED)
     said += [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
              'less accurate than its ANN until it is fine-tuned'

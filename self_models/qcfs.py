@@ -72,7 +72,8 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
         if isinstance(module, QCFS):
             hooks.append(module.register_forward_pre_hook(set_bound))
     try:
-        ann.eval()(images)
+        ann.eval()
+        ann(images)
     finally:
         ann.train(modes[0][1])
         for module, mode in modes:  # some may be frozen

@@ -187,6 +187,41 @@ def some_levels():
     return nn.Sequential(mlp(QCFS(4), nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 10))
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean, self.std = torch.tensor(0.5), torch.tensor(0.2)  # no buffers
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def normed():
+    return nn.Sequential(Normed(), mlp(nn.ReLU(), nn.Linear(8, 10)))
+
+
+class Scaled(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.weight = module, nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return x + self.weight * self.module(x)
+
+
+def scaled():
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), Scaled(nn.Conv2d(8, 8, 3, padding=1)), nn.ReLU(), nn.Flatten(),
+                         nn.Linear(288, 10))
+
+
+class StillNormed(ByHand):  # a train() that gives nothing back
+    def forward(self, x):
+        return self.layers(x)
+
+    def train(self, mode=True):
+        super().train(mode)
+
+
 made = for_seven()
 number = 5
 """
@@ -238,13 +273,64 @@ def test_cached_thresholds_are_of_the_networks_code_too(tmp_path, capsys):
         run(snn, *flags, *more)
         return 'thresholds taken from' in capsys.readouterr().out
 
-    assert not cached() and cached() and cached('--timesteps', 6)
+    assert not cached() and cached() and cached('--timesteps', 6, '--default_threshold', 2)
     text = NETWORKS.replace('nn.AvgPool2d(2)', 'nn.MaxPool2d(2, 2)')  # of another length, so that no cached code runs
     assert text != NETWORKS
     (tmp_path / 'nets.py').write_text(text)
     with warnings.catch_warnings(action='ignore'):
         sys.modules.pop('_own_network_nets')
         assert not cached() and cached()
+
+
+def test_cached_thresholds_are_of_the_networks_numbers_too(tmp_path, capsys):
+    flags = of('normed', *CALIBRATION, '--pretrained_ann', 'trained_models/ann/a.pth', '--timesteps', 4, '--test_only')
+    run(ann, *of('normed', *ADAM, '--epochs', 1, '--name', 'a'))
+    for changed in (False, True):
+        if changed:
+            (tmp_path / 'nets.py').write_text(NETWORKS.replace('tensor(0.2)', 'tensor(0.25)'))
+            sys.modules.pop('_own_network_nets')
+        capsys.readouterr()
+        run(snn, *flags)
+        run(snn, *flags)
+        assert capsys.readouterr().out.count('thresholds taken from') == 1
+
+
+def test_a_weight_may_be_called_as_a_bound_is():
+    run(ann, *of('Named', *QUANTIZED, '--epochs', 1, '--name', 'q'))
+    run(ann, *of('Named', *QUANTIZED, '--epochs', 2, '--name', 'q', '--resume'))
+    run(snn, *of('Named', '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 4, '--test_only'))
+
+
+def test_a_part_may_be_called_module_beside_a_weight_of_its_own():
+    run(ann, *of('scaled', '--epochs', 1, '--name', 's'))
+    run(snn, *of('scaled', '--pretrained_ann', 'trained_models/ann/s.pth', *CALIBRATION, '--timesteps', 4,
+                 '--epochs', 1))
+
+
+def test_a_train_of_its_own_may_give_nothing_back():
+    run(ann, *of('StillNormed', '--epochs', 1, '--name', 'r'))
+    run(ann, *of('StillNormed', *QUANTIZED, '--pretrained_ann', 'trained_models/ann/r.pth', '--epochs', 1, '--name',
+                 'q'))
+    run(snn, *of('StillNormed', '--pretrained_ann', 'trained_models/ann/q.pth', '--timesteps', 2, '--epochs', 1))
+
+
+def test_a_default_threshold_holds_for_its_own_qcfs_from_scratch(capsys):
+    run(snn, *of('four_levels', '--timesteps', 8, '--default_threshold', 0.5, '--epochs', 1))
+    assert '\nthresholds: 0.5\n' in capsys.readouterr().out
+
+
+def test_bounds_of_channels_that_nothing_learns(capsys):
+    fails(ann, '--bounds channel: the code of nets.py:four_levels has QCFS of its own', *of('four_levels', *QUANTIZED),
+          '--bounds', 'channel')
+    flags = of('chain', '--bounds', 'channel', '--name', 'c')  # of ReLU
+    run(ann, *flags, '--epochs', 1)
+    run(ann, *flags, '--epochs', 2, '--resume')
+    assert capsys.readouterr().out.count('--bounds has no effect here: it belongs to --activation QCFS') == 2
+
+
+def test_pictures_are_not_cut_for_a_test_of_qcfs(anns, capsys):
+    run(snn, *converted(anns, 'Shared', '--test_only', '--cutout', 3))
+    assert '--cutout has no effect here: it belongs to training\n' in capsys.readouterr().out
 
 
 # -- what it reaches --------------------------------------------------------------------------------------------------
