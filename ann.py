@@ -36,7 +36,7 @@ def main(args):
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_ann(args, data, args.activation, args.levels, args.batch_norm, args.bounds).to(device)
-    setup.check_levels(model, args)
+    setup.check_qcfs(model, args)
     optimizer = engine.make_optimizer(model, args)
     if start.resumed:
         checkpoint.load_weights(model, start.state, start.path)

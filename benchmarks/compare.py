@@ -286,6 +286,11 @@ def show_growth(row, args):
         worker = Worker('plain' if row.architecture == 'network' else 'ours', 'growth', row._replace(steps=n), args)
         found[n] = worker.bytes
         worker.close()
+        if not found[n]:
+            print(f'{worker.name} failed on growth at T = {n} of {row}', file=sys.stderr)
+            args.failed.append(worker.name)
+            del found[n]
+            break
         growth = '' if before is None else (
             f'{(found[n] - found[before]) / (n - before) / 2**20:>21.2f} MB{held / 2**20:>17.2f} MB')
         print(f'{n:>6}{found[n] / 2**20:>8.0f} MB{growth}', flush=True)
@@ -297,21 +302,21 @@ def installed(name):
     return name not in PEERS or importlib.util.find_spec(name.removesuffix('_memopt'))
 
 
-def names_of(row, args):
-    """The implementations that a row compares, the first one with the others."""
+def names_of(row, args, task='train'):
+    """The implementations that a row compares in a task, the first one with the others."""
     known = OF_EXAMPLE if row.architecture == 'network' else (*IMPLEMENTATIONS, 'ann_qcfs', 'plain')
     default = OF_EXAMPLE if row.architecture == 'network' else IMPLEMENTATIONS
     if row.architecture.startswith('RESNET'):  # of the others' networks only this one is built
         default = [name for name in default if name not in PEERS or name == 'spikingjelly' and row.direct]
-    return [name for name in args.implementations or default if name in known and installed(name)]
+    return [name for name in args.implementations or default
+            if name in known and installed(name) and (task != 'test' or name not in TRAINING_ONLY)]
 
 
 def run_task(task, row, args):
     """Measure, print, and return what was found."""
     import networks
-    names = names_of(row, args)
     if task in ('train', 'test'):
-        found = measure(row, task, [name for name in names if task == 'train' or name not in TRAINING_ONLY], args)
+        found = measure(row, task, names_of(row, args, task), args)
         table(found)
         say_limit(row, task, found)
     elif task == 'balance':
@@ -347,7 +352,7 @@ def main():
         if not installed(name):
             print(f'{name}: not installed')
     for row in args.rows:  # before hours of measuring
-        if {'train', 'test'} & set(args.tasks) and not names_of(row, args):
+        if not all(names_of(row, args, task) for task in {'train', 'test'} & set(args.tasks)):
             return f'--implementations: none of these builds {row.architecture} and is installed'
     args.failed = []
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,

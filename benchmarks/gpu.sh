@@ -6,7 +6,7 @@
 #     bash benchmarks/gpu.sh low_latency_VGG16 train_1                                    # these
 #     RESULTS=DIR bash benchmarks/gpu.sh --device cpu  # tiny, to try it without a GPU; into another folder
 #
-# A piece whose output is there is skipped. A training that is out of time keeps its checkpoint and resumes when this is
+# A piece whose output is there is skipped, but for tests. A training that is out of time keeps its checkpoint and resumes when this is
 # run again; any other piece that fails or is out of time is done again. PIECE.part holds what was printed. The pieces
 # behind it run all the same; the status is 1 then.
 set -uo pipefail
@@ -15,9 +15,13 @@ device=cuda
 if [ "${1:-}" = --device ]; then device=$2; shift 2; fi
 wanted=" $* "
 folder=$(mkdir -p "${RESULTS:-results/gpu}" && cd "${RESULTS:-results/gpu}" && pwd)
-failed=()
+failed=() known=' '
 
 if [ "$device" = cuda ]; then
+    if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        echo 'torch finds no CUDA device' >&2
+        exit 1
+    fi
     deep=(VGG16 RESNET20) rows=(VGG16:100:64 VGG16:4:128 RESNET20:4:64) repeats=5
     tests=(tests/test_*.py)
     export DATA=${DATA:---dataset CIFAR10} SEEDS=${SEEDS:-1}
@@ -32,9 +36,10 @@ fi
 
 piece() {  # name, command
     local name=$1 status
+    known+="$name "
     shift
     if [ "$wanted" != '  ' ] && [ "${wanted/ $name /}" = "$wanted" ]; then return; fi
-    if [ -e "$folder/$name.txt" ]; then echo "$name: is there already"; return; fi
+    if [ -e "$folder/$name.txt" ] && [[ $name != test_* ]]; then echo "$name: is there already"; return; fi
     echo "$name: ..."
     timeout 230 "$@" > "$folder/$name.part" 2>&1
     status=$?
@@ -77,6 +82,9 @@ for file in "${tests[@]}"; do
     piece "$(basename "$file" .py)" python -m pytest -rs "$file"
 done
 
+for name in $wanted; do
+    if [[ $known != *" $name "* ]]; then echo "$name: there is no such piece" >&2; failed+=("$name"); fi
+done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "to be run again: ${failed[*]}"
     exit 1

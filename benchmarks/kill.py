@@ -22,8 +22,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
-from conftest import same  # noqa: E402
 from experiment.reporting import summary  # noqa: E402
+from values import same  # noqa: E402
 
 SMALL = ['-a', 'RESNET6', '--dataset', 'DIGITS', '--train_samples', '96', '--test_samples', '50', '--no-gpu',
          '--optimizer', 'Adam', '-lr', '1e-3']

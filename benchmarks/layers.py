@@ -9,6 +9,7 @@ Takes the flags of snn.py. For each layer it prints
     error         |SNN's mean output - ANN's output| / |ANN's output| of the layer (Euclidean norms)
     silent        the share of its neurons that do not spike at all, and the share that is 0 in the ANN
 """
+import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -87,7 +88,7 @@ def main(args):
     print(f'{"layer":<24}{"up to it":>10}{"it alone":>10}{"error":>8}{"silent":>9}{"in the ANN":>12}')
     for name in [name for what, name in sums if what == 'size']:
         print(f'{name:<24}{sums["up to", name] / count:>10.2%}{sums["alone", name] / count:>10.2%}'
-              f'{(sums["error", name] / sums["size", name]) ** 0.5:>8.2f}'
+              f'{(sums["error", name] / (sums["size", name] or math.nan)) ** 0.5:>8.2f}'
               f'{sums["silent", name] / sums["values", name]:>9.1%}{sums["zero", name] / sums["values", name]:>12.1%}')
 
 

@@ -29,6 +29,8 @@ def main(args):
     args.output = 'mean'  # without the factor of conversion
     device = setup.set_up_device(args)
     start = find_snn(args, device)
+    if not from_ann.balances(args, start):
+        raise UserError(f'{args.pretrained_ann}: holds a QCFS ANN, which is not balanced; give one of ReLU')
     data = setup.load_data(args)
     engine.seed_all(args.seed)
     model = setup.build_snn(args, data, start.state).to(device)

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import step_by_step
-from conftest import fill
 from examples.network import network
 from experiment import engine
 from self_models import RESNET_SNN_STDB, VGG, VGG_SNN_STDB, LIFParameters, ResNet, find_thresholds, spiking
@@ -22,6 +21,7 @@ from self_models.lif import lif_backward, lif_forward
 from self_models.lif_layer import CHUNK_BYTES
 from self_models.plain import LIF
 from self_models.surrogate import SURROGATES
+from values import fill
 
 EXAMPLE = 'network'  # the row of examples/network.py
 LOW_LATENCY = {'encoding': 'direct', 'delay': 0, 'initial_potential': 0.5}

@@ -236,10 +236,10 @@ def ann_layers(state: dict | None) -> dict:
     activation, levels = saved.get('activation'), saved.get('levels')
     if activation not in ('ReLU', 'QCFS'):
         activation = 'QCFS' if bounds else 'ReLU'
-    kind = 'channel' if any(getattr(value, 'ndim', 0) for value in bounds) else 'layer'
-    if saved.get('bounds') in ('layer', 'channel'):  # a weight of your own network may be called as a bound is
-        kind = saved['bounds']
-    return {'activation': activation, 'bounds': kind if activation == 'QCFS' else 'layer',
+    # a weight of your own network may be called as a bound is
+    channel = activation == 'QCFS' and saved.get('bounds') != 'layer' and any(
+        getattr(value, 'ndim', 0) for value in bounds)
+    return {'activation': activation, 'bounds': 'channel' if channel else 'layer',
             'batch_norm': 'running_var' in {key.rsplit('.', 1)[-1] for key in names},
             'levels': levels if type(levels) is int and levels > 0 else None}
 
@@ -311,7 +311,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         found.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
-        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return found.hexdigest()
 
 

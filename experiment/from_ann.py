@@ -90,8 +90,8 @@ def _code(model):
         module = modules[name]
         if not isinstance(module, (LIF, HeldDropout, Repeat)):  # which hold T and more that balancing does not heed
             settings = {key: value for key, value in vars(module).items() if key[0] != '_' and key != 'training'
-                        and isinstance(value, (bool, int, float, str, tuple, type(None)))}
-            lines.append(f'{name} {type(module).__name__} {sorted(settings.items())}')
+                        and isinstance(value, (bool, int, float, str, tuple, list, type(None)))}
+            lines.append(f'{name} {module} {sorted(settings.items())}')
     lines += [checkpoint.digest({node.target: value}) for node in graph.nodes if node.op == 'get_attr'
               and isinstance(value := reduce(getattr, node.target.split('.'), model._space), torch.Tensor)]
     return hashlib.sha256('\n'.join([str(graph), *lines]).encode()).hexdigest()

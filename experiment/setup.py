@@ -173,14 +173,18 @@ def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace
     return line
 
 
-def check_levels(model: torch.nn.Module, args: Namespace) -> None:
-    """Raise UserError if the code of your own network has QCFS of other levels than the flags say."""
+def check_qcfs(model: torch.nn.Module, args: Namespace) -> None:
+    """Raise UserError if the code of your own network has QCFS of other levels or bounds than the flags say."""
+    found = [module for module in model.modules() if isinstance(module, self_models.QCFS)]
     wanted = args.levels if args.activation == 'QCFS' else None
-    for levels in {module.levels for module in model.modules() if isinstance(module, self_models.QCFS)} - {wanted}:
+    for levels in {module.levels for module in found} - {wanted}:
         raise UserError(f'--architecture {args.architecture}: its code has QCFS of {levels} levels: say so with '
                         f'--activation QCFS --levels {levels}; all QCFS need the same')
-    bounds = [module.bound.dim() for module in model.modules() if isinstance(module, self_models.QCFS)]
-    if args.bounds == 'channel' and args.activation == 'QCFS' and not any(bounds):
+    kinds = {module.bound.dim() for module in found}
+    if len(kinds) > 1:
+        raise UserError(f'--architecture {args.architecture}: some of its QCFS have a bound a layer, others a bound a '
+                        'channel: give all the same')
+    if kinds == {0} and args.bounds == 'channel':
         raise UserError(f'--bounds channel: the code of {args.architecture} has QCFS of its own, with a bound a layer; '
                         'leave the flag out')
 

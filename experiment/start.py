@@ -170,7 +170,7 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
     if not quantized:
         return said
     said += [f'--{flag} has no effect here: it belongs to training' for flag in ('crop', 'cutout')
-             if args.test_only and flag in args.given]
+             if args.test_only and flag in args.given and getattr(args, flag) != args.defaults[flag]]
     _settle(args, QUANTIZED)
     said += [f'--{key} {getattr(args, key)}: the bounds of QCFS fit {key} {value}; with another value the network is '
              'less accurate than its ANN until it is fine-tuned'

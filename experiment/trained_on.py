@@ -60,8 +60,8 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None, resumed: boo
     """Set args.split_seed, the seed that orders the training set.
 
     It is --seed. Of a resumed run it is the seed from before. If images are held out, it is that of the first training
-    of `state` on this set, as later trainings that held out images took it over; else of one on a set of this name, as
-    a folder may have moved.
+    of `state` on this set, as later trainings that held out images took it over. A folder may have moved: then of one
+    on as many images, or on any set of this name.
     """
     args.split_seed = args.seed
     if resumed:
@@ -69,8 +69,10 @@ def choose_split_seed(args: argparse.Namespace, state: dict | None, resumed: boo
         args.split_seed = seed if type(seed) is int and seed >= 0 else args.seed
     elif state and args.validation_fraction:
         named = [entry for entry in trainings(state) if entry and entry['dataset'] == args.dataset]
-        here = [entry for entry in named if _set(entry) == _set(vars(args))] or named
-        args.split_seed = here[0]['seed'] if here else args.seed
+        here = [entry for entry in named if _set(entry) == _set(vars(args))]
+        counts = {entry['images'] for entry in here} - {None}
+        alike = [entry for entry in named if entry in here or entry['images'] in counts] or named
+        args.split_seed = alike[0]['seed'] if alike else args.seed
 
 
 def check_classes(images: Data, state: dict, path: str | Path, resumed: bool) -> list[str]:

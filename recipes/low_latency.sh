@@ -17,8 +17,8 @@
 # EPOCHS: of the ANN; default 100. With EPOCHS=46 a seed takes 1 h 50 min and gets a point less at T of 8 and 4.
 # FURTHER: epochs of the ANN's training with four levels; default 46. SEEDS: of the ANN and its SNNs, run one after
 # another; default '0 1'. EXTRA: flags for all runs, such as --train_samples 5000. EPOCHS, FURTHER and EXTRA are part of
-# the names, if given; DATA is not: for other data move trained_models and logs away first. AMP= leaves --amp out, for a
-# processor without bfloat16.
+# the names, if given; DATA and AMP are not: for others move trained_models and logs away first. AMP= leaves --amp out,
+# for a processor without bfloat16.
 set -euo pipefail
 cd "$(dirname -- "$(readlink -f -- "$0" 2>/dev/null || echo "$0")")/.."  # also through a link
 eval "data=(${DATA:---dataset CIFAR10})"  # so that ~ is the home folder

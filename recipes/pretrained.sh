@@ -96,5 +96,8 @@ one_level() {  # T = 1, no file: that ANN trained further with one level
 }
 
 for each in ${@:-digits quick longer two_steps one_step}; do
-    "$each"
+    case " digits quick longer two_steps one_step max_pools strided one_level " in
+        *" $each "*) "$each" ;;
+        *) echo "$each: there is no such network" >&2; exit 2 ;;
+    esac
 done

@@ -93,15 +93,16 @@ class Parts:
 
 
 class Exact(nn.Module):
-    """Buffers that `exact` names move with the module, but keep their type: in bfloat16 a leak of 0.999 is 1."""
+    """Buffers that `exact` names are not cast to 16 bits with the module: in bfloat16 a leak of 0.999 is 1."""
     exact: tuple[str, ...] = ()
 
     def _apply(self, fn, *args, **options):
         kept = {name: self._buffers[name] for name in self.exact if name in self._buffers}
         super()._apply(fn, *args, **options)
         for name, values in kept.items():
-            if not values.is_meta:
-                self._buffers[name] = values.to(self._buffers[name].device)
+            new = self._buffers[name]
+            if new.itemsize < min(4, values.itemsize):
+                self._buffers[name] = new.to(values.dtype) if values.is_meta else values.to(new.device)
         return self
 
 

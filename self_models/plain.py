@@ -79,7 +79,7 @@ class LIF(Exact):
             else:
                 self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer('bounds', bounds)
-        self.parameters_of()  # raises ValueError for values that make no surrogate
+        SURROGATES[activation](**flags)  # raises ValueError for values that make none
 
     def parameters_of(self) -> LIFParameters:
         """Its LIFParameters."""

@@ -63,9 +63,9 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
             bounds.append(module.bound.clone())
             errors.append((module.forward(x) - x.relu()).square().mean(others))
         best = torch.stack(errors).argmin(0, keepdim=True)
-        bound = torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], before)
+        bound = torch.where(largest > 0, torch.stack(bounds).gather(0, best)[0], 0)
         fitted[module] = torch.maximum(bound, fitted.get(module, bound))
-        module.bound.copy_(fitted[module])
+        module.bound.copy_(torch.where(fitted[module] > 0, fitted[module], before))
 
     modes, hooks = [(module, module.training) for module in ann.modules()], []
     for module in ann.modules():

@@ -202,8 +202,9 @@ class LayerByLayer(Exact, SpikingNetwork):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         whole = f'{prefix}thresholds' in state_dict
-        weights = {prefix + name for name, _ in self.named_parameters()} - {f'{prefix}thresholds', f'{prefix}leaks'}
-        replaced = whole or weights <= state_dict.keys()  # else some weights stay, and so does what they carry
+        behind = {prefix + name for name, _ in self.named_parameters()
+                  if name.endswith('weight') and name != f'{self.layer_names[0]}.weight'}
+        replaced = whole or behind <= state_dict.keys()  # else some weights stay, and so does what they carry
         for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
             state_dict.setdefault(prefix + what, getattr(self, what))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

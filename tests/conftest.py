@@ -1,6 +1,5 @@
 """What several test files use: flags of small runs, calls of the scripts, networks, fixtures."""
 import json
-import math
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import torch
 
 import ann
 from experiment import UserError, options
+from values import fill, same  # noqa: F401  for the tests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tests'))
@@ -72,16 +72,6 @@ def train_ann(folder, *flags):
 
 # -- networks and values ----------------------------------------------------------------------------------------------
 
-def fill(model, seed):
-    """Weights that spread activity through every layer and do not depend on torch's generator."""
-    with torch.no_grad():
-        for i, (_, p) in enumerate(sorted(model.named_parameters())):
-            r = np.random.RandomState(1000 * seed + i)
-            w = (r.standard_normal(tuple(p.shape)) + 0.15) * math.sqrt(2.0 / np.prod(p.shape[1:]))
-            p.copy_(torch.as_tensor(w))
-    return model
-
-
 def network(architecture, **options):
     """The spiking network of that name."""
     from self_models import RESNET_SNN_STDB, VGG_SNN_STDB
@@ -91,17 +81,6 @@ def network(architecture, **options):
 def ternary(shape, seed=0, scale=1.0, low=-1):
     """(B, C, H, W) of -1, 0 and 1 times scale: a Poisson encoder passes them on unchanged, so no draw matters."""
     return torch.from_numpy(np.random.RandomState(seed).randint(low, 2, size=shape) * scale)
-
-
-def same(a, b):
-    """Whether two checkpoints' values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 # -- fixtures ---------------------------------------------------------------------------------------------------------

@@ -3,17 +3,23 @@ import argparse
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import ROOT, fill, network, ternary
+import ann
+import snn
+from conftest import CALIBRATION, ROOT, SMALL, fill, network, ternary
+from experiment import UserError
 from self_models import VGG, ResNet
 
 sys.path.insert(0, str(ROOT / 'benchmarks'))
 import compare  # noqa: E402
 import converter  # noqa: E402
+import layers  # noqa: E402
 import machine  # noqa: E402
+import mean_or_sum  # noqa: E402
 import networks  # noqa: E402
 
 CPU = torch.device('cpu')
@@ -132,6 +138,7 @@ def test_what_a_row_compares():
         assert kept == ({'spikingjelly'} & set(names('VGG5:4:32')) if row == 'RESNET20:4:64' else set())
 
 
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='there is no /proc')
 def test_a_worker(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'stdin', io.StringIO('\n'))
     monkeypatch.setattr(networks, 'name_scans', lambda: None)  # which would stay in this process
@@ -171,3 +178,23 @@ def test_a_row_that_is_none_is_refused_with_what_one_is(text):
 def test_converters_of_others_can_trace_an_ann(kind, name, options):
     ann, images = converter.relu_of(kind(name, **options)), ternary((2, 3, 32, 32)).float()
     assert torch.equal(torch.fx.symbolic_trace(ann)(images), ann(images))
+
+
+def test_what_a_conversion_loses_and_where_its_gradient_comes_from(in_an_empty_folder, capsys):
+    def call(script, *flags):
+        capsys.readouterr()
+        parser = (ann if script is ann else snn).get_args_parser()
+        script.main(parser.parse_args(list(map(str, (*SMALL, *flags)))))
+        return capsys.readouterr().out.splitlines()
+
+    call(ann, '--epochs', 1, '--name', 'relu')
+    call(ann, '--activation', 'QCFS', '--levels', 2, '--epochs', 1, '--batch_norm', '--name', 'qcfs')
+    quantized = ['--pretrained_ann', 'trained_models/ann/qcfs.pth', '--timesteps', 4]
+    first, heading, *rows = call(layers, *quantized)[-9:]
+    assert heading.split() == 'layer up to it it alone error silent in the ANN'.split() and len(rows) == 7
+    # an ANN all of whose layers give the SNN's means is the SNN
+    assert rows[-1].split()[1] == first.split('SNN at T = 4 ')[1].split(',')[0]
+    said = call(mean_or_sum, '--pretrained_ann', 'trained_models/ann/relu.pth', '--timesteps', 8, *CALIBRATION)
+    assert [line.split(':')[0] for line in said[-2:]] == ['mean', 'sum'] and '96 training images' in said[-3]
+    with pytest.raises(UserError, match='holds a QCFS ANN, which is not balanced'):
+        call(mean_or_sum, *quantized)

@@ -39,7 +39,8 @@ def test_links_lead_somewhere(name):
 def test_commands_parse(name):
     parsers = {'ann.py': ann.get_args_parser(), 'snn.py': snn.get_args_parser(),
                'ann_script.py': sweep.get_args_parser('ann', ann.get_args_parser()),
-               'snn_script.py': sweep.get_args_parser('snn', snn.get_args_parser())}
+               'snn_script.py': sweep.get_args_parser('snn', snn.get_args_parser()),
+               **{f'benchmarks/{each}.py': snn.get_args_parser() for each in ('layers', 'converter', 'mean_or_sum')}}
     parsed = 0
     for language, block in FENCED.findall((ROOT / name).read_text()):
         for line in block.replace('\\\n', ' ').splitlines() if language == 'bash' else ():
@@ -64,14 +65,18 @@ def test_every_flag_is_in_the_table_of_flags(script):
 def test_the_defaults_in_the_table_of_flags(script):
     both, of_ann, of_snn = (ROOT / 'docs/flags.md').read_text().split('\n| of ')[1:]
     parser, found, tables = script.get_args_parser(), {}, both + (of_snn if script is snn else of_ann)
-    for flag, cell in re.findall(r'^\| (?:`-\w+`, )?`--(\w+)` \| ([^|]*) \|', tables, re.M):
-        own = re.search(rf'{script.__name__}\.py (\S+)', cell)
-        found[flag] = (own[1] if own else cell.split(',')[0]).strip(" '")
-    assert len(found) > 15 and found.pop('backend', 'torch') == 'torch'  # on a CPU; the parser does not know yet
+    for names, cell in re.findall(r'^\| ((?:`[^`]+`(?:, )?)+) \|([^|]*)\|', tables, re.M):
+        flags, own = re.findall(r'--(\w+)', names), re.search(rf'{script.__name__}\.py (\S+)', cell)
+        values = [own[1]] if own else [value.strip("' ") for value in cell.split(', ')]
+        found |= dict(zip(flags, values if len(values) >= len(flags) else values * len(flags), strict=False))
+    # these stand beside --optimizer
+    assert found.keys() == {action.dest for action in parser._actions} - {'help', 'momentum', 'amsgrad'}
+    assert found.pop('backend', 'torch') == 'torch'  # on a CPU; the parser does not know yet
     for flag, said in found.items():
         default = parser.get_default(flag)
         none = default is None or default is False
-        assert said in ('', 'no', 'all') if none else said == str(default) or float(said) == float(default), flag
+        assert said in ('', 'no', 'all', 'if present') if none else (
+            said == str(default) or float(said) == float(default)), flag
 
 
 def test_the_flags_of_sweeps_are_in_their_page():

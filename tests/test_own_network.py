@@ -1736,8 +1736,8 @@ def test_a_leak_that_training_has_left_above_1_is_kept():
 def test_neurons_keep_their_numbers_in_16_bits(dtype):
     for snn in (spiking(own('residual'), 4, leak=0.999, default_threshold=1.001),
                 network('VGG5', dataset='DIGITS', leak=0.999, default_threshold=1.001),
-                nn.Sequential(plain_way.LIF(4, 1.001, 0.999))[0]):
-        cast = snn.to(dtype)
+                plain_way.LIF(4, 1.001, 0.999)):
+        cast = nn.Sequential(snn).to(dtype)[0]
         values = (cast.thresholds, cast.leaks) if hasattr(cast, 'leaks') else (cast.threshold, cast.leak)
         assert {*values[0].view(-1).tolist()} == {1.001} and {*values[1].view(-1).tolist()} == {0.999}
 
@@ -1756,6 +1756,9 @@ def test_a_shared_qcfs_is_fitted_to_all_its_calls():
     fit_bounds(ann, x)
     fit_bounds(alone, x)
     assert ann.act.bound == alone[0].bound > 5
+    halved = Net(lambda n, x: n.act(n.act(-x) + 0.05 * x), act=QCFS(4))
+    fit_bounds(halved, x)
+    assert 0 < halved.act.bound <= 0.5  # of its second call, as the first is given nothing above 0
 
 
 def test_frozen_parts_stay_frozen():

@@ -273,7 +273,7 @@ def test_cached_thresholds_are_of_the_networks_code_too(tmp_path, capsys):
         run(snn, *flags, *more)
         return 'thresholds taken from' in capsys.readouterr().out
 
-    assert not cached() and cached() and cached('--timesteps', 6, '--default_threshold', 2)
+    assert not cached() and cached() and cached('--timesteps', 6)
     text = NETWORKS.replace('nn.AvgPool2d(2)', 'nn.MaxPool2d(2, 2)')  # of another length, so that no cached code runs
     assert text != NETWORKS
     (tmp_path / 'nets.py').write_text(text)
@@ -287,7 +287,7 @@ def test_cached_thresholds_are_of_the_networks_numbers_too(tmp_path, capsys):
     run(ann, *of('normed', *ADAM, '--epochs', 1, '--name', 'a'))
     for changed in (False, True):
         if changed:
-            (tmp_path / 'nets.py').write_text(NETWORKS.replace('tensor(0.2)', 'tensor(0.25)'))
+            (tmp_path / 'nets.py').write_text(NETWORKS.replace('tensor(0.2)', 'tensor(0.25, dtype=torch.bfloat16)'))
             sys.modules.pop('_own_network_nets')
         capsys.readouterr()
         run(snn, *flags)
@@ -706,8 +706,10 @@ def calls_of(tmp_path, script, *words, **environment):
     (tools / 'python').write_text('#!/bin/sh\nfor word; do printf "%s\\n" "$word"; done >> "$SEEN"; echo >> "$SEEN"\n')
     (tools / 'python').chmod(0o755)
     seen.unlink(missing_ok=True)
+    inherited = {key: value for key, value in os.environ.items() if key not in (
+        'EPOCHS', 'FURTHER', 'EXTRA', 'SEEDS', 'DATA', 'AMP', 'ARCHITECTURE', 'PRETRAINED')}
     subprocess.run(['bash', ROOT / script, *words], check=True, capture_output=True, env={
-        **os.environ, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(seen), **environment})
+        **inherited, 'PATH': f'{tools}:{os.environ["PATH"]}', 'SEEN': str(seen), **environment})
     calls = [call.split('\n') for call in seen.read_text().strip().split('\n\n')]
     parsers = {'ann.py': ann.get_args_parser(), 'snn.py': snn.get_args_parser()}
     return [(name, parsers[name].parse_args(given) if name in parsers else given) for name, *given in calls]

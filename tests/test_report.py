@@ -717,7 +717,7 @@ def read(folder):
     return json.loads(Path(folder, 'report.json').read_text(), parse_constant=no_json)
 
 
-def test_a_report_may_lie_in_the_folder_of_the_runs_own_name():
+def test_a_report_may_lie_in_the_folder_of_the_runs_own_name(in_an_empty_folder):
     for _ in range(2):
         run(snn, *FLAGS, '--epochs', 1, '--name', 'mine', '--report', 'logs/snn/mine')
         assert {path.name for path in Path('logs/snn/mine').iterdir()} >= {'report.json', 'accuracy.png'}

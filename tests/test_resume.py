@@ -628,13 +628,12 @@ def test_a_folder_of_pictures_may_have_moved(tmp_path, monkeypatch, capsys):
             'trained_models/ann/a.pth was trained on 0 of them, as far as is known: its pictures, of '
             f'{tmp_path / "old"}, are taken for these')
     assert said in capsys.readouterr().out.splitlines()
-    # of two folders, the one that is there now decides
     state = load('trained_models/ann/b.pth')
-    state['trained_on'] = [{**state['trained_on'][0], 'data_dir': '/elsewhere'}, {**state['trained_on'][0], 'seed': 5,
-                                                                                   'data_dir': str(tmp_path / 'new')}]
-    torch.save(state, 'both.pth')
-    run(ann, *flags, '--data_dir', 'new', '--name', 'd', '--seed', 1, '--pretrained_ann', 'both.pth')
-    assert 'as in the training of both.pth by seed 5' in capsys.readouterr().out
+    first, last = state['trained_on'][0], {**state['trained_on'][0], 'seed': 5, 'data_dir': str(tmp_path / 'new')}
+    for images, seed in ((99, 5), (24, 0)):  # a folder of other pictures, and one that may be this one
+        torch.save({**state, 'trained_on': [{**first, 'data_dir': '/elsewhere', 'images': images}, last]}, 'both.pth')
+        run(ann, *flags, '--data_dir', 'new', '--name', 'd', '--seed', 1, '--pretrained_ann', 'both.pth')
+        assert f'as in the training of both.pth by seed {seed}' in capsys.readouterr().out
     (tmp_path / 'new/train/class0/0.png').unlink()  # not as many: other pictures, as far as is known
     run(ann, *flags, '--data_dir', 'new', '--name', 'c', '--pretrained_ann', 'trained_models/ann/a.pth')
     assert 'other images, too, of FOLDER' in capsys.readouterr().out

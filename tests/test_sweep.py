@@ -393,8 +393,8 @@ def test_a_script_called_through_links_finds_the_project(module, tmp_path, path)
     assert events(project) == ['start 0', 'end 0'] * len(links)
 
 
-@pytest.mark.parametrize('path', ['quickstart.sh', 'recipes/low_latency.sh', 'recipes/make.sh', 'benchmarks/gpu.sh',
-                                  '.ci/run'])
+@pytest.mark.parametrize('path', ['quickstart.sh', 'recipes/low_latency.sh', 'recipes/make.sh', 'recipes/pretrained.sh',
+                                  'benchmarks/gpu.sh', '.ci/run'])
 def test_a_script_of_the_project_called_through_links_finds_it(tmp_path, path):
     project, folder = tmp_path / 'a project', tmp_path / 'links to it'
     (project / path).parent.mkdir(parents=True)
