@@ -18,6 +18,7 @@ from experiment import UserError, former, unpickling
 from experiment.files import PASSING, Paths, Unreadable, replacing, set_aside, write_atomically
 from experiment.options import is_own_network
 from self_models import LIF, VGG, ResNet
+from self_models.conversion import check_values
 from self_models.spiking_network import LayerByLayer, SpikingNetwork
 from self_models.surrogate import SURROGATES
 from self_models.traced import FUNCTION_SYNAPSES, LIKE, MATRIX_PRODUCTS, SYNAPSES, source_of, trace
@@ -124,6 +125,10 @@ def load_weights(model: nn.Module, state: dict, path: Path | str, may_differ: Se
     """Copy a checkpoint's weights into a model, name by name; returns the names that fitting() leaves out."""
     weights, kept = fitting(model, state, path, may_differ)
     model.load_state_dict({**model.state_dict(), **weights})
+    try:
+        check_values(model)
+    except ValueError as error:
+        raise UserError(f'{path}: {error}; use another copy, or train it anew') from error
     return kept
 
 

@@ -1,7 +1,9 @@
 """The data sets by name, and the loader of one epoch. Importing it is quick: torchvision is imported by its users."""
 import contextlib
+import errno
 import io
 import math
+import multiprocessing.queues
 import os
 import socket
 import sys
@@ -217,9 +219,12 @@ class _Loader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError) as error:
             if died := dead_worker(error):
                 raise died from error
+            if getattr(error, 'errno', None) in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE):
+                raise UserError(f'processes that load data cannot start ({error.strerror}); lower '
+                                '--num_workers') from error
             raise
 
 
@@ -227,6 +232,8 @@ def _say_no_lost_connections(_):
     """Of a worker whose run ends while it hands over a batch: Python would print a traceback beside the run's error."""
     hook = sys.excepthook
     sys.excepthook = lambda kind, *error: None if issubclass(kind, ConnectionError) else hook(kind, *error)
+    # a batch that it cannot hand over, as if /dev/shm is full: Python would drop it, and the run wait for it for good
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))
 
 
 def _batch(dataset, seeds, indices):

@@ -52,6 +52,7 @@ def export(model: SpikingNetwork, input_shape: tuple, path: str | Path, **about)
     """
     graph, file = to_graph(model, input_shape, **about), io.BytesIO()
     _nir().write(file, graph)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), lambda target: target.write(file.getbuffer()))
     told = {'reset': 'subtracts the threshold'}
     if model.delay:

@@ -314,11 +314,11 @@ def several_processes() -> bool:
     A WORLD_SIZE without torchrun's address, left over in a shell or container, does not count.
     """
     try:
-        rank, size, *_ = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        rank, size, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
         int(os.environ.get('LOCAL_RANK', 0))
     except (KeyError, ValueError):
         return False
-    return 0 <= rank < size > 1 and bool(os.environ.get('MASTER_ADDR'))
+    return 0 <= rank < size > 1 and 0 < port < 2 ** 16 and bool(os.environ.get('MASTER_ADDR'))
 
 
 def fail(script: str, message: str, status: int = 1, main_waits: bool = False) -> NoReturn:

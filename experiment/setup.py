@@ -13,7 +13,7 @@ from experiment import UserError, checkpoint, distributed, options, own
 from experiment import data as data_sets
 from experiment.data import Data
 from self_models import INPUT_SHAPES, cpu
-from self_models.conversion import check_values, has_biases
+from self_models.conversion import has_biases
 from self_models.spiking_network import SpikingNetwork
 from self_models.surrogate import FLAGS
 
@@ -161,10 +161,6 @@ def load_ann(model: torch.nn.Module, start: 'Start', data: Data, args: Namespace
     may_differ = () if args.test_only else checkpoint.last_layer(model)
     if last := checkpoint.load_weights(model, state, start.path, may_differ):
         line += f'; its {" and ".join(last)} is for other classes and starts from new weights'
-    try:
-        check_values(model)
-    except ValueError as error:
-        raise UserError(f'{start.path}: {error}; use another copy, or train it anew') from error
     if quantizes:
         some = data.train.sample(FOR_BOUNDS, args.seed, like=data.test)
         images, _ = some.batch(list(range(len(some))))

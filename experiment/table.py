@@ -100,8 +100,8 @@ class Results:
             tested, history = self.start.path, self.start.state.get('history')
             path = Path(tested)
             with contextlib.suppress(UserError):  # the history of a best epoch's checkpoint ends at that epoch
-                later = checkpoint.load_training(
-                    path.with_name(f'{path.stem.removesuffix(".folded")}.last.pth'), 'snn')['history']
+                last = checkpoint.load_training(path.with_name(f'{path.stem.removesuffix(".folded")}.last.pth'), 'snn')
+                later = last['history'] if last['best'][1] == self.start.state.get('epoch') else None
         ann_accuracy = dict(self.lines).get('ANN') if self.chosen_on == 'test' else None
         if distributed.is_main():
             report.write(model, self.data, run, report.Known(self.time_steps(100), self.curve, ann_accuracy, self.found,

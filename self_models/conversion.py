@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from self_models.layers import Scale, compute_weights
-from self_models.plain import QUANTIZED, PlainNetwork, checked_bound, spiking
+from self_models.plain import LIF, QUANTIZED, PlainNetwork, checked_bound, spiking
 from self_models.published import PoissonGenerator
 from self_models.qcfs import QCFS
 from self_models.resnet import ResNet
@@ -115,7 +115,7 @@ def copy_weights(ann: nn.Module, snn: SpikingNetwork) -> None:
     quantized, relus = ([each for each in ann.modules() if isinstance(each, kind)] for kind in (QCFS, nn.ReLU))
     if quantized and relus:
         raise LayoutError('some activations of the ANN are QCFS, others ReLU')
-    bounds = [checked_bound(module) for module in quantized]
+    bounds = [checked_bound(module.bound) for module in quantized]
     factors = [module.factor for module in snn.modules() if isinstance(module, Scale)]
     if bounds and any(synapse is None for stage in snn.stages() for _, synapse in stage.inputs):
         raise LayoutError('the ANN has bounds, but the plain identities of the spiking network have no factors for '
@@ -226,10 +226,12 @@ def folded_layer(layer: nn.Module, norm: nn.Module | None) -> tuple:
 
 
 def check_values(ann: nn.Module) -> None:
-    """Raise ValueError if a bound or a batch norm of an ANN is not finite, a bound not above 0 or a variance below."""
+    """Raise ValueError if a bound or a batch norm is not finite, a bound not above 0 or a variance below."""
     for module in ann.modules():
         if isinstance(module, QCFS):
-            checked_bound(module)
+            checked_bound(module.bound)
+        elif isinstance(module, LIF) and module.bounds is not None:
+            checked_bound(module.bounds)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and not (
                 module.running_var is None or is_lazy(module.running_var)):
             check_norm(module)

@@ -335,7 +335,7 @@ class PlainNetwork(Graphed, SpikingNetwork):
         weights = {key: value for key, value in ann.state_dict().items() if key.rpartition('.')[0] not in found}
         own = {key: value for key, value in self.state_dict().items() if key.rpartition('.')[0] not in lifs}
         paths = self.layer_names if set(self.layer_names) <= found.keys() else self.activations  # of a quantized copy
-        bounds = [checked_bound(known[name]) if name in known else None for name in paths]
+        bounds = [checked_bound(known[name].bound) if name in known else None for name in paths]
         left = {id(each) for each in found.values()} - {id(found[name]) for name in paths if name in found}
         if left:
             raise ValueError('the ANN and the spiking network have different layouts: the ANN has further QCFS')
@@ -467,9 +467,9 @@ def spiking(ann: nn.Module, timesteps: int, **options) -> PlainNetwork:
     return network
 
 
-def checked_bound(activation: QCFS) -> torch.Tensor:
+def checked_bound(bound: torch.Tensor) -> torch.Tensor:
     """The bound () or (C,) of a QCFS. Raises ValueError if it is not finite or not above 0."""
-    bound = activation.bound.detach()
+    bound = bound.detach()
     wrong = bound[~((bound > 0) & bound.isfinite())]
     if len(wrong):
         raise ValueError(f'a QCFS bound must be finite and above 0, not {wrong[0].item()}')
@@ -480,7 +480,7 @@ def _lif_of(activation, options):
     """The LIF that takes the place of a ReLU (its module or None) or a QCFS."""
     threshold, bounds = options['default_threshold'], None
     if isinstance(activation, QCFS):
-        found = checked_bound(activation)
+        found = checked_bound(activation.bound)
         threshold, bounds = (1.0, found.clone()) if found.dim() else (found.item(), None)
     keys = ('timesteps', 'leak', 'activation', 'delay', 'initial_potential', 'learn_threshold', 'learn_leak', 'backend',
             *FLAGS)

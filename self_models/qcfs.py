@@ -54,7 +54,7 @@ def fit_bounds(ann: nn.Module, images: torch.Tensor) -> None:
     fitted = {}
 
     def set_bound(module, given):
-        x = given[0]
+        x = given[0].to(torch.promote_types(given[0].dtype, torch.float32))  # squares of 16 bits overflow
         others = [d for d in range(x.dim()) if d != 1 or not module.bound.dim()]
         largest, before, bounds, errors = x.amax(others), module.bound.clone(), [], []
         for part in range(1, 17):

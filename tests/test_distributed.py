@@ -238,6 +238,7 @@ def test_several_devices_without_torchrun_say_what_to_type(monkeypatch):
     {'WORLD_SIZE': '2', 'RANK': '', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500'},
     {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500', 'LOCAL_RANK': ''},
     {'WORLD_SIZE': '2', 'RANK': '2', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500'},
+    {'WORLD_SIZE': '2', 'RANK': '0', 'MASTER_ADDR': 'here', 'MASTER_PORT': '70000'},
     {'WORLD_SIZE': '1', 'RANK': '0', 'MASTER_ADDR': 'here', 'MASTER_PORT': '29500', 'LOCAL_RANK': '0'},
     {'LOCAL_RANK': 'x'}], ids=str)
 def test_what_is_left_of_a_torchrun_starts_none(left, monkeypatch, called):

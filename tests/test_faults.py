@@ -145,6 +145,22 @@ options.run(ann.main, ann.get_args_parser().parse_args(), 'ann.py')
 """
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='shared memory counts as files there')
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(tmp_path):
+    for part in ('train', 'test'):
+        for number in range(64):
+            path = tmp_path / part / f'class{number % 2}' / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 8)).save(path)
+    done = subprocess.run(  # a batch of 3 MB, and room for 1 MB, as in a container with little shared memory
+        [sys.executable, '-c', DECODES_IN_EVERY_EPOCH, '-a', 'RESNET6', '--dataset', 'FOLDER', '--data_dir', '.',
+         '--image_size', '64', '--no-gpu'], cwd=tmp_path, text=True, capture_output=True, timeout=120,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)))
+    assert done.returncode == 1
+    assert re.search('^ann.py: error: a process that loads data died.*--num_workers.*\n$', done.stderr), done.stderr
+
+
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='there is no /proc to find those processes in')
 @pytest.mark.parametrize('ended, status, said', [
     ('a worker', 1, '^ann.py: error: a process that loads data died.*--num_workers.*\n$'),

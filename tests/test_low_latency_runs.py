@@ -8,7 +8,7 @@ import torch
 
 import ann
 import snn
-from conftest import fails, load, metrics_of, run, same
+from conftest import CALIBRATION, fails, load, metrics_of, run, same
 from experiment import checkpoint, data, engine, from_ann, setup
 from self_models import VGG
 
@@ -92,7 +92,8 @@ def test_bounds_and_batch_norms_that_are_missing_or_wrong(spoil, said, quantized
     checkpoint.save(state, Path('spoilt.pth'))
     fails(snn, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--timesteps', 2)
     fails(snn, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--keep_batch_norm', '--epochs', 1)
-    fails(ann, f'spoilt.pth: .*{said}', *SMALL, '--pretrained_ann', 'spoilt.pth', '--test_only')
+    for flag in ('--pretrained_ann', '--resume'):
+        fails(ann, f'spoilt.pth: .*{said}', *SMALL, flag, 'spoilt.pth', '--test_only')
 
 
 def test_a_test_with_a_loss_that_is_no_number_is_an_error(quantized):
@@ -333,6 +334,14 @@ def test_batch_norm_is_kept_in_fine_tuning_and_folded_afterwards(bounds, capsys)
     files = {Path(f'trained_models/snn/previous.1.kept{end}') for end in ('.pth', '.last.pth', '.folded.pth')}
     run(snn, *flags, '--epochs', 1, '--no-keep_batch_norm')
     assert all(map(Path.exists, files)) and not Path('trained_models/snn/kept.folded.pth').exists()
+
+
+def test_a_default_threshold_is_nothing_if_all_blocks_are_balanced(capsys):
+    run(ann, *SMALL, '--batch_norm', '--epochs', 1, '--name', 'r')
+    run(snn, *SMALL, *CALIBRATION, '--pretrained_ann', 'trained_models/ann/r.pth', '--timesteps', 4, '--epochs', 1,
+        '--default_threshold', 0.3, '--name', 's')
+    assert '--default_threshold has no effect here: it belongs to ResNets whose blocks are' in capsys.readouterr().out
+    assert metrics_of('logs/snn/s.jsonl')[0]['args']['default_threshold'] == 1.0
 
 
 def test_balancing_of_blocks_is_nothing_to_a_qcfs_ann(capsys):

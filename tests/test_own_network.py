@@ -1758,6 +1758,9 @@ def test_a_shared_qcfs_is_fitted_to_all_its_calls():
     assert ann.act.bound == alone[0].bound > 5
     halved = Net(lambda n, x: n.act(n.act(-x) + 0.05 * x), act=QCFS(4))
     fit_bounds(halved, x)
+    half = nn.Sequential(QCFS(4)).half()
+    fit_bounds(half, 800 * x.half())  # up to 8,000, whose squares and multiples float16 does not hold
+    assert 4000 < half[0].bound < 8001
     assert 0 < halved.act.bound <= 0.5  # of its second call, as the first is given nothing above 0
 
 

@@ -267,7 +267,7 @@ def test_the_figure(written):
 @pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'nonsense', 'qtagg', ''])
 def test_a_figure_is_drawn_whatever_the_environment_says_of_windows(written, tmp_path, backend):
     metrics = written('a', epochs(0.5, 0.6))
-    (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf')
+    (tmp_path / 'matplotlibrc').write_text('savefig.format: pdf\ntext.usetex: True')
     left = {key: value for key, value in os.environ.items() if key != 'DISPLAY'}
     code = f'import ann_script; ann_script.main(["--summarize", {str(metrics)!r}, "--figure", "x.png"])'
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, text=True, capture_output=True,
@@ -513,7 +513,10 @@ def test_a_table_whose_files_are_gone():
     ('\ufeffCOMMENT\n| old |\n', '\ufeffCOMMENT\nTABLE\n'),
     ('a\r\nCOMMENT\r\n| old |\r\n| 1 |\r\n\r\n| b |\r\n', 'a\r\nCOMMENT\r\nTABLE\r\n\r\n| b |\r\n'),
     ('a\r\nCOMMENT\r\n| old |\r\n| 1 |', 'a\r\nCOMMENT\r\nTABLE\r\n'), ('COMMENT\r\n', 'COMMENT\r\nTABLE\r\n'),
-    ('a\r\nb\nCOMMENT\n| old |\n\nc\r\n', 'a\r\nb\nCOMMENT\nTABLE\n\nc\r\n')])
+    ('a\r\nb\nCOMMENT\n| old |\n\nc\r\n', 'a\r\nb\nCOMMENT\nTABLE\n\nc\r\n'),
+    ('COMMENT\n| old |\n   \nmore\n', 'COMMENT\nTABLE\n   \nmore\n'),
+    ('COMMENT\n| old |\n## more\n', 'COMMENT\nTABLE\n## more\n'), ('COMMENT \n| old |\n', 'COMMENT \nTABLE\n'),
+    (' COMMENT\n| old |\n', ' COMMENT\nTABLE\n')])
 def test_a_page_keeps_its_line_ends_and_no_old_row(written, monkeypatch, tmp_path, page, made):
     written('run', epochs(0.5, 0.75), leak=0.5)
     monkeypatch.setattr(tables, 'ROOT', tmp_path)

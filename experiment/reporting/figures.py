@@ -26,7 +26,9 @@ def new_figure(width: float, height: float) -> 'Figure':
     """An empty figure of matplotlib's, for files only: no pyplot, which keeps figures and looks for a screen."""
     os.environ['MPLBACKEND'] = 'agg'  # matplotlib does not load with a notebook's backend that is not installed
     import matplotlib.backends.backend_agg  # noqa: F401  for PNG files
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
+    rcParams['text.usetex'] = False  # whatever the user's matplotlibrc says: there may be no LaTeX
     return Figure(figsize=(width, height), layout='constrained')
 
 

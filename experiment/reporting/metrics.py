@@ -45,6 +45,8 @@ def holds(path: Path, history: list[dict]) -> bool:
 def commit() -> str | None:
     """The git commit of this code, with a '+' if files differ from it; None outside a checkout of its own."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / '.git').exists():
+        return None
     # not the repository that a variable names, as in a git hook, nor one around the project's folder
     own = {name: value for name, value in os.environ.items() if not re.match('GIT_(?!CONFIG)', name)}
     try:

@@ -45,6 +45,7 @@ def write(model: SpikingNetwork, data: Data, run: Run, known: Known) -> None:
     Raises UserError.
     """
     args, folder = run.args, Path(run.args.report)
+    folder.mkdir(parents=True, exist_ok=True)  # a folder of the run's own name may have been set aside
     layers, connections = count.measure(model, data, run.device, args)
     training, line = numbers.training_rows(known.checkpoint, known.history, known.later)
     report = {

@@ -6,7 +6,7 @@ A table is what `snn_script.py --summarize FILES --markdown --columns NAMES` pri
 
     <!-- table: results/snn/fashion_14/*.jsonl --columns leak ANN converted 'last epoch' -->
 
-with paths relative to the project's folder. A table ends at the next empty line. The figure below
+with paths relative to the project's folder. A table ends at the next line that does not begin with |. The figure below
 
     <!-- over_timesteps: results/ann/a.jsonl results/snn/b/*.jsonl -->
 
@@ -24,8 +24,8 @@ from experiment.reporting import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 # a page may begin with a byte-order mark, its lines may end in CRLF, the last one in nothing
-TABLE = re.compile(r'^(\ufeff?<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->)(?P<end>\r?\n|\Z)'
-                   r'(?:[^\r\n]+(?:\r?\n|\Z))*', re.M)
+TABLE = re.compile(r'^(\ufeff?[ \t]*<!-- table: (?P<files>.+?) --columns (?P<columns>.+?) -->[ \t]*)(?P<end>\r?\n|\Z)'
+                   r'(?:[ \t]*\|[^\r\n]*(?:\r?\n|\Z))*', re.M)
 FIGURE = re.compile(r'^\ufeff?<!-- over_timesteps: (?P<files>.+?) -->\r?\n!\[.*\]\((?P<path>.+?)\)', re.M)
 
 
