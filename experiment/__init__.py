@@ -9,7 +9,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def importing(package: str, what: str, advice: str | None = None) -> Iterator[None]:
-    """Raise UserError where an import in the block fails, whatever it raises: a package that is there may be broken.
+    """Raise UserError if an import in the block fails, whatever it raises: a package that is there may be broken.
 
     what: what needs the package. advice: what to do, if that is not to install it.
     """

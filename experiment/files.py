@@ -69,7 +69,7 @@ def is_own(source: Path | str, files: Paths) -> bool:
 
 
 def probe(folder: Path | str) -> None:
-    """Raise OSError where no file can be written in a folder, as a full disk refuses its first byte."""
+    """Raise OSError if no file can be written in a folder, as a full disk refuses its first byte."""
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(b' ')
 

@@ -30,7 +30,7 @@ def balances(args: Namespace, start: Start) -> bool:
 
 
 def check_temporary_folder() -> None:
-    """Raise UserError, before any work, where spikes would go to another temporary folder than the environment says."""
+    """Raise UserError, before any work, if spikes would go to another temporary folder than the environment says."""
     name = next(filter(os.environ.get, ('TMPDIR', 'TEMP', 'TMP')), None)  # of which Python takes the first that it can
     if name:
         try:

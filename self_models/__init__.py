@@ -15,7 +15,9 @@ __all__ = ['ARCHITECTURES', 'INPUT_SHAPES', *_HOMES]
 
 
 def __getattr__(name):
-    """Import a network on its first use, so that the tables can be had without waiting for torch."""
+    """Import a network, or a file, on its first use, so that the tables can be had without waiting for torch."""
+    if name in _HOMES.values():
+        return importlib.import_module(f'{__name__}.{name}')
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     return getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)

@@ -3,6 +3,8 @@ and what has to be refused."""
 import copy
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from typing import Annotated, NamedTuple
 
@@ -18,7 +20,7 @@ import self_models.layers as layers
 import self_models.plain as plain_way
 import self_models.threshold_balancing as balancing
 import step_by_step
-from conftest import network, ternary
+from conftest import ROOT, network, ternary
 from self_models import QCFS, VGG, ResNet, convert, copy_weights, find_thresholds, fit_bounds, quantize, spiking
 from self_models.architectures import RESNET_STAGES
 from self_models.conversion import LayoutError, fold_channels
@@ -1594,6 +1596,12 @@ def test_the_curve_and_the_record(encoding, delay):
     for wrong in ([], [0], [2, 1], [7]):
         with pytest.raises(ValueError, match='ascend'):
             snn.curve(x, wrong)
+
+
+def test_the_files_of_self_models_are_found_without_importing_them():
+    code = 'import self_models; print(self_models.conversion.find_thresholds is self_models.find_thresholds)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout == 'True\n', done.stderr
 
 
 @pytest.mark.parametrize('options, words', [
