@@ -352,8 +352,9 @@ def main():
         if not installed(name):
             print(f'{name}: not installed')
     for row in args.rows:  # before hours of measuring
-        if not all(names_of(row, args, task) for task in {'train', 'test'} & set(args.tasks)):
-            return f'--implementations: none of these builds {row.architecture} and is installed'
+        for task in args.tasks:
+            if task in ('train', 'test') and not names_of(row, args, task):
+                return f'--implementations: none of these is installed and can {task} {row.architecture}'
     args.failed = []
     everything = {'device': args.device, 'machine': machine, 'torch': torch.__version__, 'precision': precision,
                   'rows': {}}

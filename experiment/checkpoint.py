@@ -234,10 +234,13 @@ def ann_layers(state: dict | None) -> dict:
     """
     weights, saved = (state['state_dict'], state.get('args', {})) if state else ({}, {})
     names = {str(key): value for key, value in weights.items()}
-    # an SNN's neurons have the bounds of channels beside their threshold; other weights may have this name, too
-    bounds = [value for key, value in names.items() if key.endswith('.bounds') and f'{key[:-7]}.threshold' in names]
-    if not state or 'timesteps' not in state:
-        bounds += [value for key, value in names.items() if key.rsplit('.', 1)[-1] == 'bound']
+    if 'timesteps' in (state or {}):  # an SNN's neurons have bounds of channels beside their threshold and their leak
+        neurons = [key[:-5] for key in names if key.endswith('.leak') and f'{key[:-5]}.threshold' in names]
+        # beside others, they are of QCFS in the code
+        whole = all(f'{name}.bounds' in names for name in neurons)
+        bounds = [names[f'{name}.bounds'] for name in neurons] if whole else []
+    else:
+        bounds = [value for key, value in names.items() if key.rsplit('.', 1)[-1] == 'bound']
     activation, levels = saved.get('activation'), saved.get('levels')
     if activation not in ('ReLU', 'QCFS'):
         activation = 'QCFS' if bounds else 'ReLU'
@@ -316,7 +319,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
     for key, value in sorted(tensors.items()):
         found.update(f'{key} {value.dtype} {tuple(value.shape)}'.encode())
-        found.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+        values = value.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+        found.update(values.view(torch.uint8).numpy().tobytes())  # as bytes, as numpy has no bfloat16
     return found.hexdigest()
 
 

@@ -219,13 +219,14 @@ class _Loader(DataLoader):
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
             if died := dead_worker(error):
                 raise died from error
-            if getattr(error, 'errno', None) in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE):
-                raise UserError(f'processes that load data cannot start ({error.strerror}); lower '
-                                '--num_workers') from error
             raise
+        except OSError as error:
+            if error.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE):
+                raise
+            raise UserError(f'processes that load data cannot start ({error.strerror}); lower --num_workers') from error
 
 
 def _say_no_lost_connections(_):

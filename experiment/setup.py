@@ -176,11 +176,7 @@ def check_qcfs(model: torch.nn.Module, args: Namespace) -> None:
     for levels in {module.levels for module in found} - {wanted}:
         raise UserError(f'--architecture {args.architecture}: its code has QCFS of {levels} levels: say so with '
                         f'--activation QCFS --levels {levels}; all QCFS need the same')
-    kinds = {module.bound.dim() for module in found}
-    if len(kinds) > 1:
-        raise UserError(f'--architecture {args.architecture}: some of its QCFS have a bound a layer, others a bound a '
-                        'channel: give all the same')
-    if kinds == {0} and args.bounds == 'channel':
+    if args.bounds == 'channel' and not all(module.bound.dim() for module in found):
         raise UserError(f'--bounds channel: the code of {args.architecture} has QCFS of its own, with a bound a layer; '
                         'leave the flag out')
 

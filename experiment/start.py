@@ -166,7 +166,6 @@ def take_defaults(args: Namespace, state: dict | None) -> list[str]:
     said = []
     if state and (layers['batch_norm'] or args.balance_blocks) and not quantized and (
             args.default_threshold != args.defaults['default_threshold']):
-        args.default_threshold = args.defaults['default_threshold']
         said.append('--default_threshold has no effect here: it belongs to ResNets whose blocks are not balanced')
     if args.balance_blocks and (quantized or layers['batch_norm']):
         args.balance_blocks = False

@@ -202,8 +202,8 @@ class LayerByLayer(Exact, SpikingNetwork):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         whole = f'{prefix}thresholds' in state_dict
-        behind = {prefix + name for name, _ in self.named_parameters()
-                  if name.endswith('weight') and name != f'{self.layer_names[0]}.weight'}
+        behind = {prefix + name for name, _ in self.named_parameters() if name not in ('thresholds', 'leaks')
+                  and not name.startswith(f'{self.layer_names[0]}.') and 'bias' not in name}
         replaced = whole or behind <= state_dict.keys()  # else some weights stay, and so does what they carry
         for what in ('thresholds', 'leaks'):  # an ANN's weights, or those of a published SNN, come without
             state_dict.setdefault(prefix + what, getattr(self, what))

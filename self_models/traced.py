@@ -186,8 +186,8 @@ def trace(ann: nn.Module) -> tuple[nn.Module, fx.Graph]:
         with torch.no_grad():
             compute_weights(ann)
     if kept := _results(ann):
-        raise Refused(f'{name} keeps {kept[0]}, a result with a gradient, which cannot be copied: detach it, or '
-                      'delete it')
+        raise Refused(f'{name} cannot be traced: RuntimeError: Only Tensors created by the user can be copied, and '
+                      f'{kept[0]} is a result with a gradient: detach it, or delete it')
     try:
         tree = copy.deepcopy(ann)
         traced, graph, inputs = _followed(ann)

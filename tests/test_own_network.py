@@ -581,7 +581,7 @@ def test_results_that_a_network_keeps():
                  fc=nn.Linear(144, 5)), torch.rand(2, *SHAPE)
     net.seen = lambda x: setattr(net, 'kept', x) or x
     net(x)
-    with pytest.raises(ValueError, match='Net keeps kept, a result with a gradient.* detach it'):
+    with pytest.raises(ValueError, match='Net cannot be traced.* kept is a result with a gradient: detach it'):
         spiking(net, 2)
     del net.kept
     net.seen = lambda x: x

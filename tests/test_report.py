@@ -718,6 +718,7 @@ def read(folder):
 
 
 def test_a_report_may_lie_in_the_folder_of_the_runs_own_name(in_an_empty_folder):
+    pytest.importorskip('tensorboard')
     for flags in ([], ['--tensorboard'], []):
         run(snn, *FLAGS, '--epochs', 1, '--name', 'mine', '--report', 'logs/snn/mine', *flags)
         assert {path.name for path in Path('logs/snn/mine').iterdir()} >= {'report.json', 'accuracy.png'}
